@@ -1,0 +1,206 @@
+"""The commands (DESIGN.md section 7). Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+app = typer.Typer(
+    help="Distributed meta-training: one job file, any number of workers, the same numbers to the bit.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(help="Build task stores.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the job.")]
+Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout, nothing else.")]
+
+
+@app.command()
+def train(
+    job: Annotated[str | None, typer.Argument(metavar="JOB", help="Job file; not needed with --resume RUN.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="Run folder to go on with, or auto (with run.name).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a job; prints the run folder."""
+    from distmeta.core import InputError
+    from distmeta.job import Job
+    from distmeta.runtime import driver
+    from distmeta.terminal import Terminal
+
+    texts = list(overrides or [])
+    if job is not None and "=" in job:
+        texts, job = [job, *texts], None
+    if job is None:
+        if resume is None or resume == "auto":
+            raise InputError("JOB: missing, expected a job file (only --resume RUN goes without)")
+        loaded = Job.load(_run_folder(resume) / "job.yaml", texts)
+    else:
+        loaded = Job.load(job, texts)
+    summary = driver.train(loaded, resume, Terminal())
+    if as_json:
+        _print_json({"run": str(summary.run), "step": summary.step, "loss": summary.loss})
+        return
+    best = f"; best validation figure {summary.best:.4f} at step {summary.best_step}" if summary.best is not None else ""
+    _note(f"done: step {summary.step}, loss {_number(summary.loss)}{best}")
+    _note(f"next: distmeta evaluate {summary.run}" + ("/checkpoints/best" if summary.best is not None else ""))
+    print(summary.run)
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
+    overrides: Overrides = None,
+    episodes: Annotated[str | None, typer.Option(help="Parquet file of fixed episodes.")] = None,
+    predictions: Annotated[str | None, typer.Option(help="Parquet file to write: episode, row, label, prediction.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Adapt to unseen tasks and score before and after, with a 95 % interval."""
+    from rich.console import Console
+
+    from distmeta import evaluation
+    from distmeta.terminal import evaluation_table
+
+    result = evaluation.evaluate(checkpoint, overrides or [], episodes, predictions)
+    if as_json:
+        _print_json({"tasks": result.tasks, **result.figures, "ci95": result.ci95, "curve": result.curve})
+    else:
+        Console(highlight=False).print(evaluation_table(result))
+
+
+@app.command()
+def check(
+    jobs: Annotated[list[str], typer.Argument(metavar="JOB... [key=value]...")],
+    run_one_task: Annotated[
+        bool, typer.Option("--run-one-task", help="Also run one task: shapes, purity, dtype, time, memory.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Validate one or many jobs without running them."""
+    from distmeta.core import InputError
+    from distmeta.job import Job
+
+    overrides = [text for text in jobs if "=" in text and not Path(text).exists()]
+    paths = [text for text in jobs if text not in overrides]
+    if not paths:
+        raise InputError("JOB: missing, expected at least one job file")
+    for path in paths:
+        job = Job.load(path, overrides)
+        if run_one_task:
+            from distmeta.onetask import run_one_task as run
+
+            for line in run(job):
+                _note(f"{path}: {line}")
+        elif not as_json:
+            print(f"{path}: ok")
+    if as_json:
+        _print_json({"jobs": len(paths)})
+
+
+@data.command()
+def omniglot(
+    source: Annotated[str, typer.Option(help="Folder or URL with the authors' zips.")],
+    out: Annotated[str, typer.Option(help="Task store to write.")],
+    size: Annotated[int, typer.Option(help="Height and width of an image.")] = 28,
+    which: Annotated[str, typer.Option(help="auto, small or full: which of the authors' sets.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Build a store from Omniglot's zips (Lake et al. 2015)."""
+    from distmeta.tasks.build import build_omniglot
+
+    _print_store(build_omniglot(source, out, size=size, which=which), as_json)  # pyright: ignore[reportArgumentType]
+
+
+@data.command()
+def images(
+    source: Annotated[str, typer.Option(help="Folder with one folder a class, or group/class.")],
+    out: Annotated[str, typer.Option(help="Task store to write.")],
+    size: Annotated[int, typer.Option(help="Height and width of an image.")] = 28,
+    ink: Annotated[str, typer.Option(help="dark: dark on light, inverted; light: kept.")] = "light",
+    channels: Annotated[int, typer.Option(help="1 (grey) or 3 (colour).")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Build a store from a tree of image files."""
+    from distmeta.tasks.build import build_images
+
+    _print_store(build_images(source, out, size=size, ink=ink, channels=channels), as_json)  # pyright: ignore[reportArgumentType]
+
+
+def main() -> NoReturn:
+    """Runs a command; exit codes: 0 done, 1 failed, 2 the input is wrong, 130 interrupted."""
+    as_json = "--json" in sys.argv[1:]
+    try:
+        app(standalone_mode=False)
+    except KeyboardInterrupt as stop:
+        folder, step = getattr(stop, "folder", None), getattr(stop, "step", None)
+        if folder is None:
+            _fail("interrupted", as_json, 130)
+        _note(f"interrupted: the state after step {step} is saved; go on with: distmeta train --resume {folder}")
+        _fail(f"interrupted at step {step}", as_json, 130, {"run": folder, "step": step}, quiet=True)
+    except Exception as error:
+        _handle(error, as_json)
+    sys.exit(0)
+
+
+def _handle(error: Exception, as_json: bool) -> NoReturn:
+    if isinstance(error, typer.Exit):
+        sys.exit(error.exit_code)
+    if isinstance(error, typer.Abort):
+        _fail("interrupted", as_json, 130)
+    if hasattr(error, "format_message"):  # click's usage errors, whose module depends on typer's version
+        _fail(error.format_message(), as_json, 2)  # pyright: ignore[reportAttributeAccessIssue]
+    from distmeta.core import InputError, NumericsError
+
+    if isinstance(error, InputError):
+        _fail(str(error), as_json, 2)
+    if not isinstance(error, NumericsError):
+        import traceback
+
+        traceback.print_exc()  # not the user's input: whoever mends it needs the place
+    _fail(f"{type(error).__name__}: {error}", as_json, 1)
+
+
+def _fail(message: str, as_json: bool, code: int, more: dict[str, Any] | None = None, quiet: bool = False) -> NoReturn:
+    message = " ".join(message.split())
+    if as_json:
+        _print_json({"error": message, **(more or {})})
+    elif not quiet:
+        _note(f"error: {message}")
+    sys.exit(code)
+
+
+def _run_folder(path: str) -> Path:
+    """The run folder that a run or one of its checkpoints belongs to."""
+    from distmeta.runtime.checkpoint import find
+
+    return find(path).parent.parent
+
+
+def _print_store(built: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(built)
+    else:
+        print(f"{built['path']}: {built['classes']} classes, {built['examples']} examples")
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, default=str), flush=True)
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
+if __name__ == "__main__":
+    main()

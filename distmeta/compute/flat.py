@@ -1,0 +1,75 @@
+"""theta as one flat float32 vector: what travels between driver and workers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from distmeta.core import Theta
+
+BLOCK = 65_536
+"""Elements of one partial sum of a norm. Slices of a vector that are cut at blocks agree on its norm."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each tensor of theta lies in the vector: in theta's own order, one after the other."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @staticmethod
+    def of(theta: Theta) -> Layout:
+        return Layout(tuple(theta), tuple(tuple(value.shape) for value in theta.values()))
+
+    @property
+    def size(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def flatten(self, theta: Theta) -> np.ndarray:
+        """theta -> float32 [size]."""
+        flat = np.empty(self.size, np.float32)
+        for name, view in self.views(torch.from_numpy(flat)).items():
+            view.copy_(theta[name])
+        return flat
+
+    def views(self, flat: torch.Tensor) -> Theta:
+        """Views of the flat tensor, by name."""
+        theta, start = {}, 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            count = math.prod(shape)
+            theta[name] = flat[start : start + count].view(shape)
+            start += count
+        return theta
+
+    def unflatten(self, flat: np.ndarray, device: torch.device | str = "cpu") -> Theta:
+        """float32 [size] -> theta, each tensor in memory of its own.
+
+        The copy is on purpose: the vector may be a read-only view of shared memory, and the bits of a matrix
+        product can depend on how its operands are aligned.
+        """
+        source = torch.from_numpy(np.array(flat, np.float32))
+        return {name: view.clone().to(device) for name, view in self.views(source).items()}
+
+
+def norm(vector: np.ndarray) -> float:
+    """‖vector‖₂: the `fsum` of float64 partial sums of squares over fixed blocks of `BLOCK` elements."""
+    return math.sqrt(math.fsum(squared_blocks(vector)))
+
+
+def squared_blocks(vector: np.ndarray) -> list[float]:
+    return [
+        float(np.square(vector[start : start + BLOCK].astype(np.float64)).sum())
+        for start in range(0, len(vector), BLOCK)
+    ]
+
+
+def tree_sum(vectors: list[np.ndarray]) -> np.ndarray:
+    """The sum by a fixed binary tree over the list's index: ((0+1)+(2+3))+…; an odd one out moves up."""
+    while len(vectors) > 1:
+        pairs = [vectors[i] + vectors[i + 1] for i in range(0, len(vectors) - 1, 2)]
+        vectors = pairs + vectors[len(pairs) * 2 :]
+    return vectors[0]

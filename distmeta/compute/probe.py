@@ -1,0 +1,101 @@
+"""What the user's model can do, found out by running it once; and how tasks are run because of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from distmeta.compute.shard import Execution, shard_gradient
+from distmeta.core import Algorithm, Episode, InputError, Score, Theta
+
+
+class Traits(NamedTuple):
+    draws: bool
+    """It draws from torch's global generator (dropout)."""
+    convolves: bool
+    """It has convolutions."""
+
+
+def traits(module: nn.Module, x: Tensor) -> Traits:
+    """Runs the module once on x [N, ...].
+
+    Raises:
+        InputError: it changes its buffers, so that one task would leak into the next.
+    """
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        state = torch.get_rng_state()
+        module(x)
+        draws = not torch.equal(state, torch.get_rng_state())
+    changed = [name for name, value in module.named_buffers() if not _same(value, before.get(name))]
+    with torch.no_grad():
+        for name, value in module.named_buffers():
+            if name in before:
+                value.copy_(before[name])
+    if changed:
+        raise InputError(
+            f"model.type: {type(module).__name__} changes its buffer {changed[0]!r} when it is called, so that tasks "
+            "would leak into each other: build its norms with track_running_stats=False (statistics of the batch at "
+            "hand), use group norm, or call .eval() on them in the model's __init__ (fixed statistics)"
+        )
+    return Traits(draws, any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()))
+
+
+def _same(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.shape == b.shape and torch.equal(a, b)
+
+
+def choose_execution(
+    asked: str,
+    chunk: int | None,
+    found: Traits,
+    device: torch.device,
+    algorithm: Algorithm,
+    score: Score,
+    theta: Theta,
+    episodes: Episode,
+) -> Execution:
+    """The fixed rule behind `compute.execution`; `episodes` are two groups of tasks to try vmap on.
+
+    auto is `loop` for a model that draws random numbers or that torch.func.vmap cannot run, and for convolutions
+    on a CPU, where vmap turns per-task weights into grouped convolutions and is slower than the loop; else `vmap`.
+
+    Raises:
+        InputError: vmap was asked for and cannot be.
+    """
+    # 2**31: a whole shard, whatever its size
+    vmapped = Execution("vmap", chunk or 2**31)
+    loop = Execution("loop", 1)
+    if asked == "loop":
+        return loop
+    if found.draws:
+        if asked == "vmap":
+            raise InputError(
+                "compute.execution: got vmap for a model that draws random numbers (dropout), which are seeded per "
+                "task: use compute.execution=loop"
+            )
+        return loop
+    if asked == "auto" and found.convolves and device.type == "cpu":
+        return loop
+    try:
+        ids = torch.zeros(2 * algorithm.group_size, dtype=torch.int64).numpy()
+        shard_gradient(algorithm, score, theta, episodes, ids, vmapped)
+    except (RuntimeError, ValueError, TypeError) as error:
+        if asked == "vmap" and not isinstance(error, InputError):
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"compute.execution: got vmap, which this model or algorithm cannot run under ({reason}): "
+                "use compute.execution=loop"
+            ) from error
+        if isinstance(error, InputError):
+            raise
+        return loop
+    return vmapped
+
+
+def first_tasks(episodes: Episode, count: int) -> Episode:
+    """The first tasks of stacked episodes."""
+    return tree_map(lambda leaf: leaf[:count], episodes)

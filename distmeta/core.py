@@ -1,0 +1,166 @@
+"""The vocabulary: what an algorithm, a task family and an episode are. Imports torch alone.
+
+An algorithm is a few pure functions of `theta` and the data of **one** task; the gradient of its
+`meta_loss` in `theta` is the meta-gradient. Who unrolls, differentiates, vectorises and distributes it
+is decided elsewhere (`compute/`, `runtime/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Theta = dict[str, Tensor]
+"""Everything the outer optimizer moves, by dotted name: `model.<parameter>`, `inner_lr.<parameter>`, …"""
+
+State = Any
+"""What an algorithm carries through a task: phi, phi and optimizer state, prototypes, a memory. A pytree."""
+
+Metrics = dict[str, Tensor]
+"""Named scalars of one task."""
+
+SPLITS = ("train", "val", "test")
+
+
+class InputError(ValueError):
+    """A mistake of the user's: `field: got …, expected …`. The command line prints it and exits with 2."""
+
+
+class NumericsError(ArithmeticError):
+    """A job that asked to stop at a non-finite meta-gradient (`run.on_nonfinite: stop`) met one."""
+
+
+class Batch(NamedTuple):
+    """Examples of one task: `x` [N, ...], `y` [N] class indices or [N, D] targets."""
+
+    x: Tensor
+    y: Tensor
+
+
+class Episode(NamedTuple):
+    """The data drawn for one task. As `TaskFamily.draw` returns it, every leaf is stacked over tasks, [T, ...].
+
+    `support` is a pytree, usually a `Batch`, that every inner step sees whole; or `PerStep`.
+    """
+
+    support: Any
+    query: Any
+
+
+class PerStep(NamedTuple):
+    """A support set whose data differ from one inner step to the next (collected trajectories)."""
+
+    batches: tuple[Any, ...]
+
+
+def support_at(support: Any, k: int) -> Any:
+    """The support data that inner step `k` sees; past the last collected step, the last."""
+    if isinstance(support, PerStep):
+        return support.batches[min(k, len(support.batches) - 1)]
+    return support
+
+
+Score = Callable[[Any, Any], tuple[Tensor, Metrics]]
+"""(outputs, batch) -> (loss, metrics), both of one task."""
+
+Unroll = Callable[..., State]
+"""unroll(algorithm, theta, support, steps=None, detach=False) -> the state after the inner loop."""
+
+
+class Model(Protocol):
+    """A network as a pure function of its parameters (see `models.functional.Functional`)."""
+
+    def init(self, generator: torch.Generator) -> Theta:
+        """The trainable parameters at the start, keys `model.<parameter>`."""
+        ...
+
+    def __call__(self, phi: Mapping[str, Tensor], x: Any) -> Any:
+        """Outputs for inputs `x` under the parameters `phi`."""
+        ...
+
+
+@runtime_checkable
+class Algorithm(Protocol):
+    """What a meta-learner is. Pure functions; one task; pytrees of tensors.
+
+    The constructor gets the job's `algorithm:` keys, and `model` (a callable `model(phi, x)`, with
+    `model.init(generator)`) and `score` (the task family's) where it accepts them.
+
+    An optional fifth method replaces `query_loss`:
+
+        def meta_loss(self, theta, episode, unroll, score) -> tuple[Tensor, Metrics]
+
+    It returns a scalar whose gradient in `theta` is the meta-gradient, and metrics of which `loss` is the
+    true query loss. With `group_size` 2 it is given the episodes of two tasks, stacked on the first axis, and
+    its metrics hold one number a task, [2].
+    """
+
+    group_size: int
+    """Tasks that one loss needs at once: 1, or 2 for pairwise losses."""
+    inner_steps: int
+    """Steps of the inner loop while training; 0 for methods that do not iterate (ProtoNet, memories)."""
+
+    def init(self, generator: torch.Generator) -> Theta:
+        """The meta-parameters at the start."""
+        ...
+
+    def begin(self, theta: Theta, support: Any) -> State:
+        """The state before the first inner step: phi (+ inner optimizer state) | prototypes | memory."""
+        ...
+
+    def step(self, theta: Theta, state: State, support: Any, k: int) -> State:
+        """Inner step `k`. Past the trained steps, a learned rate per step stays at its last."""
+        ...
+
+    def predict(self, theta: Theta, state: State, x: Any) -> Any:
+        """The outputs for query inputs `x`."""
+        ...
+
+
+@runtime_checkable
+class TaskFamily(Protocol):
+    """A distribution over tasks. `theta` never enters, but through `collect`."""
+
+    in_shape: tuple[int, ...]
+    """Shape of one example, without a batch axis."""
+    out_features: int
+    """Outputs a model must have: targets of a regression, ways of a classification."""
+
+    def draw(self, split: str, ids: Any) -> Episode:
+        """Episodes of the tasks `ids` (uint64, [T]), stacked over tasks; a pure function of its arguments.
+
+        `split` is "train", "val" or "test"; the last two use the evaluation's ways and shots.
+        """
+        ...
+
+    def score(self, outputs: Any, batch: Any) -> tuple[Tensor, Metrics]:
+        """Loss and metrics of one task's outputs. The first of accuracy, return, loss is what `best` means."""
+        ...
+
+
+def query_loss(
+    algorithm: Algorithm, theta: Theta, episode: Episode, unroll: Unroll, score: Score
+) -> tuple[Tensor, Metrics]:
+    """The default `meta_loss`: L_query(φ_K), with φ_K the state after the inner loop on the support set."""
+    state = unroll(algorithm, theta, episode.support)
+    loss, metrics = score(algorithm.predict(theta, state, episode.query.x), episode.query)
+    return loss, {"loss": loss, **metrics}
+
+
+def select(theta: Mapping[str, Tensor], prefix: str) -> Theta:
+    """The entries of `theta` whose names start with `prefix`."""
+    return {name: value for name, value in theta.items() if name.startswith(prefix)}
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """" — did you mean 'x'?", or the known names when none is near."""
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), n=1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    listed = sorted(known)
+    return "known: " + ", ".join(listed[:12]) + (", …" if len(listed) > 12 else "")

@@ -1,0 +1,322 @@
+"""The job: YAML and overrides, checked once into a frozen tree (DESIGN.md section 6)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from distmeta.algorithms import ALGORITHMS
+from distmeta.components import check_options, describe, locate
+from distmeta.core import InputError, nearest
+from distmeta.models import MODELS
+from distmeta.tasks import TASKS
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+
+
+class Component(Section):
+    """`type`, keys of distmeta's own, and the options of the part that the type names."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, protected_namespaces=())
+    section: ClassVar[str]
+    table: ClassVar[Mapping[str, str]]
+    given: ClassVar[tuple[str, ...]] = ()
+
+    type: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("type"), str):
+            raise InputError(f"{cls.section}.type: missing, expected one of {', '.join(cls.table)} or package.module:Name")
+        own = {key: value for key, value in data.items() if key in cls.model_fields}
+        options = {key: value for key, value in data.items() if key not in cls.model_fields}
+        part = locate(f"{cls.section}.type", data["type"], cls.table)
+        return own | check_options(cls.section, part, options, cls.given)
+
+    @property
+    def part(self) -> Any:
+        return locate(f"{self.section}.type", self.type, self.table)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class ModelSection(Component):
+    section = "model"
+    table = MODELS
+    given = ("in_shape", "out_features")
+    freeze: str | None = None
+    """Glob over parameter names: what it matches is not trained."""
+    init_from: str | None = None
+    """safetensors file of parameters and buffers to start from."""
+
+
+class TasksSection(Component):
+    section = "tasks"
+    table = TASKS
+
+
+class AlgorithmSection(Component):
+    section = "algorithm"
+    table = ALGORITHMS
+    given = ("model", "score")
+
+
+class Schedule(Section):
+    """The outer rate over the steps, by torch.optim.lr_scheduler; past its length the rate stays."""
+
+    type: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    steps: Positive | None = None
+    """Length of the schedule; null: run.steps at the run's start."""
+    final: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Rate at the end, as a fraction of the first (linear, cosine; exponential needs more than 0)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Schedule:
+        if self.type == "exponential" and self.final == 0:
+            raise InputError("outer.schedule.final: got 0.0, expected more than 0 for an exponential schedule")
+        return self
+
+
+class Outer(Section):
+    """The outer optimizer, one of torch.optim's; options that an optimizer lacks are refused."""
+
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "adam"
+    lr: Rate = 1e-3
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    nesterov: bool | None = None
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = None
+    eps: Rate | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    clip_norm: Rate | None = None
+    """Largest norm of the meta-gradient; null: not clipped."""
+    rates: dict[str, Rate] = {}
+    """Rates of named parts of theta, by glob over its keys; the first that matches counts."""
+    schedule: Schedule = Schedule()
+
+    @model_validator(mode="after")
+    def _check(self) -> Outer:
+        allowed = {
+            "sgd": ("momentum", "nesterov", "weight_decay"),
+            "adam": ("betas", "eps", "weight_decay"),
+            "adamw": ("betas", "eps", "weight_decay"),
+            "rmsprop": ("momentum", "eps", "weight_decay"),
+        }[self.optimizer]
+        for key in ("momentum", "nesterov", "betas", "eps", "weight_decay"):
+            if getattr(self, key) is not None and key not in allowed:
+                raise InputError(f"outer.{key}: not an option of {self.optimizer}, which has {', '.join(allowed)}")
+        if self.nesterov and not self.momentum:
+            raise InputError("outer.nesterov: got true without outer.momentum, expected a momentum above 0")
+        return self
+
+
+class Run(Section):
+    steps: Positive = 1000
+    tasks_per_step: Positive = 32
+    shards: Positive | None = None
+    """Fixed pieces that a step's tasks are cut into; null: min(8, groups of tasks). The bits depend on it."""
+    workers: Count = 0
+    """Ray actors; 0 computes in this process, without Ray."""
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    """May be a fraction; above 0 the worker computes on its GPU."""
+    address: str | None = None
+    """Ray cluster to use; null: RAY_ADDRESS, else a local one started for this run."""
+    start_timeout: Rate = 300.0
+    """Seconds to wait for the workers to be placed and ready."""
+    max_shard_failures: Positive = 3
+    """Workers that one shard may lose before the run stops."""
+    on_nonfinite: Literal["skip", "stop"] = "skip"
+    name: str | None = None
+    """Fixed name of the run folder; null: NAME-ID."""
+    eval_every: Count = 200
+    """Steps between evaluations on validation tasks; 0: never."""
+    eval_tasks: Positive = 600
+    eval_inner_steps: Count | None = None
+    """Inner steps at evaluation; null: the algorithm's own."""
+    patience: Positive | None = None
+    """Evaluations without a better one after which the run stops; null: never."""
+    checkpoint_every: Count = 200
+    """Steps between checkpoints; 0: only at the end."""
+    keep: Positive = 3
+    """Latest checkpoints that are kept, besides the best."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str | None) -> str | None:
+        return name if name is None else _plain_name("run.name", name)
+
+    @model_validator(mode="after")
+    def _check(self) -> Run:
+        if self.shards is not None and self.shards > self.tasks_per_step:
+            raise InputError(f"run.shards: got {self.shards}, expected at most run.tasks_per_step = {self.tasks_per_step}")
+        if self.patience is not None and self.eval_every == 0:
+            raise InputError("run.patience: got a number with run.eval_every: 0, expected evaluations to wait for")
+        return self
+
+
+class Compute(Section):
+    execution: Literal["auto", "loop", "vmap"] = "auto"
+    """Task after task, or vectorised; auto is resolved before step 0 by a fixed rule."""
+    chunk: Positive | None = None
+    """Groups of tasks vectorised at once; null: a whole shard."""
+    threads: Positive = 1
+    """Threads of one worker's operations. The bits depend on it."""
+    deterministic: bool = False
+    compile: Literal[False] = False
+    precision: Literal["float32"] = "float32"
+
+
+class Tracking(Section):
+    type: Literal["mlflow", "none"] = "mlflow"
+    experiment: str | None = None
+    """MLflow experiment; null: MLFLOW_EXPERIMENT_NAME, else the job's name."""
+
+
+class Job(Section):
+    """One description of a training; `Job.load` reads it."""
+
+    name: str
+    seed: Count = 0
+    model: ModelSection
+    tasks: TasksSection
+    algorithm: AlgorithmSection
+    outer: Outer = Outer()
+    run: Run = Run()
+    compute: Compute = Compute()
+    tracking: Tracking = Tracking()
+    output: str = "runs"
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        return _plain_name("name", name)
+
+    @staticmethod
+    def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
+        """Reads a YAML file, applies `key=value` overrides, checks all of it.
+
+        Raises:
+            InputError: one line that names the file, the key, what it got and what was expected.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read: {error}") from None
+        try:
+            return Job.parse(parse_yaml(text, str(path)), overrides)
+        except InputError as error:
+            message = str(error)
+            raise InputError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+
+    @staticmethod
+    def parse(tree: Any, overrides: Sequence[str] = ()) -> Job:
+        """Checks a plain tree, as YAML gives it."""
+        if not isinstance(tree, dict):
+            raise InputError(f"got {type(tree).__name__}, expected a mapping with the keys of a job")
+        tree = override(tree, overrides)
+        _refuse_unknown(tree, Job, "")
+        try:
+            return Job.model_validate(tree)
+        except ValidationError as error:
+            raise InputError(describe(error)) from None
+
+    def tree(self) -> dict[str, Any]:
+        """The job as plain data, every default written out."""
+        return self.model_dump(mode="json")
+
+    def dump(self) -> str:
+        """The job as YAML."""
+        return yaml.safe_dump(self.tree(), sort_keys=False, allow_unicode=True)
+
+    def replace(self, **sections: Mapping[str, Any]) -> Job:
+        """A copy with some keys of some sections changed, checked again."""
+        tree = self.tree()
+        for section, changes in sections.items():
+            tree[section] = tree[section] | dict(changes)
+        return Job.parse(tree)
+
+
+def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree with `a.b=value` applied, values read as YAML."""
+    result = _copy(tree)
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise InputError(f"override: got {text!r}, expected key=value, such as run.workers=4")
+        *parents, last = key.split(".")
+        node = result
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise InputError(f"override {key}: {parent!r} is not a section")
+        node[last] = parse_yaml(value, f"override {key}")
+    return result
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise InputError(f"{source}: {where}not YAML: {getattr(error, 'problem', None) or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{source}: not YAML: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with 1.2's numbers (`1e-3` is one) and with duplicate keys refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
+    for key, value in tree.items():
+        field = section.model_fields.get(key) if isinstance(key, str) else None
+        if field is None:
+            raise InputError(f"{prefix}{key}: unknown key; {nearest(str(key), list(section.model_fields))}")
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section) and not issubclass(kind, Component):
+            if not isinstance(value, dict):
+                raise InputError(f"{prefix}{key}: got {value!r}, expected a section of keys")
+            _refuse_unknown(value, kind, f"{prefix}{key}.")
+
+
+def _plain_name(field: str, name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise InputError(f"{field}: got {name!r}, expected letters, digits, '.', '_' and '-' (it names a folder)")
+    return name
+
+
+def _copy(tree: Any) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _copy(value) for key, value in tree.items()}
+    return [_copy(value) for value in tree] if isinstance(tree, list) else tree

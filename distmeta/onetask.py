@@ -1,0 +1,60 @@
+"""`distmeta check --run-one-task`: one task of a user's model, looked at closely."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from distmeta.compute.episodes import episodes_of
+from distmeta.compute.flat import Layout
+from distmeta.compute.numerics import numerics
+from distmeta.compute.probe import first_tasks
+from distmeta.compute.shard import shard_gradient
+from distmeta.core import InputError
+from distmeta.job import Job
+from distmeta.runtime.problem import build, resolve
+from distmeta.seeding import task_ids
+
+
+def run_one_task(job: Job) -> Iterator[str]:
+    """Runs one group of training tasks twice; yields what it saw, a line each.
+
+    Raises:
+        InputError: the gradient differs between the two (something impure), is not finite, or is zero everywhere.
+    """
+    compute = job.compute
+    with numerics(compute.threads, compute.deterministic):
+        problem = resolve(build(job))
+        algorithm, theta = problem.algorithm, problem.init()
+        ids = task_ids(job.seed, "train", 0, algorithm.group_size)
+        episodes = episodes_of(
+            problem.family, algorithm, theta, "train", ids, algorithm.inner_steps, problem.device
+        )
+        leaves = torch.utils._pytree.tree_leaves(first_tasks(episodes, algorithm.group_size))
+        yield "episode: " + ", ".join(f"{list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}" for leaf in leaves)
+        layout = Layout.of(theta)
+        yield f"theta: {len(layout.names)} tensors, {layout.size:,} numbers, {layout.size * 4 / 1e6:.2f} MB; " + (
+            f"{len(problem.model.constants)} constants" if problem.model.constants else "no constants"
+        )
+        flats, seconds = [], []
+        for _ in range(2):
+            started = time.perf_counter()
+            result = shard_gradient(algorithm, problem.score("train"), theta, episodes, ids, problem.execution)
+            seconds.append(time.perf_counter() - started)
+            flats.append(layout.flatten({name: value.cpu() for name, value in result.gradient.items()}))
+    if not np.array_equal(flats[0], flats[1]):
+        raise InputError("purity: the same task gave two different gradients: the model or algorithm keeps state or draws")
+    if result.dropped:
+        raise InputError("numbers: the task's meta-gradient is not finite at the initialisation")
+    zero = [name for name, value in result.gradient.items() if not bool(value.any())]
+    if len(zero) == len(layout.names):
+        raise InputError("gradient: zero everywhere: the query loss does not depend on theta")
+    yield "pure: two runs gave the same bits" + (f"; no gradient reaches {', '.join(zero)}" if zero else "")
+    yield f"execution {problem.execution.mode}; {seconds[1] * 1e3 / algorithm.group_size:.1f} ms a task (first call {seconds[0] * 1e3:.0f} ms)"
+    yield f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
+    metrics = {name: float(value.mean()) for name, value in result.metrics.items()}
+    yield "metrics: " + ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))

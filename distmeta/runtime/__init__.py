@@ -1,0 +1,1 @@
+"""The distributed training loop: driver, pool, worker, parameter server, failure policy, checkpoints."""

@@ -1,0 +1,174 @@
+"""Checkpoints: safetensors and JSON, written whole or not at all. Loading one never unpickles anything.
+
+    RUN/checkpoints/step-00000200/   theta, constants and optimizer as .safetensors; state.json
+    RUN/checkpoints/latest, best     one-line text files with a folder's name
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from distmeta.core import InputError, Theta
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands, besides theta and the optimizer."""
+
+    step: int
+    loss: float | None = None
+    """Mean query loss after adaptation in the last step."""
+    best: float | None = None
+    """Best validation figure so far."""
+    best_step: int | None = None
+    stale: int = 0
+    """Evaluations since the best one."""
+    pending: dict[str, Any] | None = None
+    """The last step's record, while its evaluation is still to come."""
+    tracking_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A run's state after a step, and the job it belongs to."""
+
+    job: dict[str, Any]
+    theta: Theta
+    constants: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    outer: dict[str, Any]
+    progress: Progress
+    preparation: dict[str, Any] | None = None
+    """How images become inputs, where the tasks are images."""
+
+
+def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Writes RUN/checkpoints/step-…, then points `latest` at it, then deletes all but the last `keep` and the best."""
+    folder = run / "checkpoints"
+    final = folder / f"step-{checkpoint.progress.step:08d}"
+    if not final.exists():
+        part = folder / f".writing-{final.name}-{os.getpid()}"
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        _write(part, checkpoint)
+        os.rename(part, final)
+        _sync(folder)
+    point(run, "latest", final.name)
+    if checkpoint.progress.best_step == checkpoint.progress.step:
+        point(run, "best", final.name)
+    _prune(folder, keep)
+    return final
+
+
+def point(run: Path, name: str, target: str) -> None:
+    """Makes RUN/checkpoints/NAME, a text file, say `target`; at once or not at all."""
+    path = run / "checkpoints" / name
+    part = path.with_name(f".writing-{name}-{os.getpid()}")
+    with part.open("w") as file:
+        file.write(target + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    _sync(path.parent)
+
+
+def _write(folder: Path, checkpoint: Checkpoint) -> None:
+    save_file(dict(checkpoint.theta), folder / "theta.safetensors")
+    save_file({n: v.contiguous() for n, v in checkpoint.constants.items()}, folder / "constants.safetensors")
+    save_file(checkpoint.optimizer, folder / "optimizer.safetensors")
+    files = {}
+    for path in sorted(folder.iterdir()):
+        files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        _sync(path)
+    state = {
+        "format": FORMAT,
+        "progress": asdict(checkpoint.progress),
+        "outer": checkpoint.outer,
+        "preparation": checkpoint.preparation,
+        "sha256": files,
+        "job": checkpoint.job,
+    }
+    with (folder / "state.json").open("w") as file:
+        json.dump(state, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    _sync(folder)
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint folder that a path means: a checkpoint, RUN (its latest), RUN/checkpoints/latest or …/best.
+
+    Raises:
+        InputError: there is none.
+    """
+    path = Path(path)
+    if (path / "state.json").is_file():
+        return path
+    if (path / "checkpoints").is_dir():
+        path = path / "checkpoints" / "latest"
+    if path.is_file() and path.name in ("latest", "best"):
+        name = path.read_text().strip()
+        target = path.parent / name
+        if name and "/" not in name and (target / "state.json").is_file():
+            return target
+        raise InputError(f"{path}: names {name!r}, which is not a checkpoint beside it")
+    raise InputError(f"{path}: got no checkpoint, expected a run folder or RUN/checkpoints/step-…")
+
+
+def load(path: str | Path) -> Checkpoint:
+    """Reads a checkpoint and checks every file against its checksum.
+
+    Raises:
+        InputError: no checkpoint, a truncated one, one of another format.
+    """
+    folder = find(path)
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        if state["format"] != FORMAT:
+            raise InputError(f"{folder}: checkpoint format {state['format']}, expected {FORMAT}")
+        for name, digest in state["sha256"].items():
+            if hashlib.sha256((folder / Path(name).name).read_bytes()).hexdigest() != digest:
+                raise InputError(f"{folder}: {name} is damaged (its checksum differs): use an older checkpoint")
+        return Checkpoint(
+            state["job"],
+            load_file(folder / "theta.safetensors"),
+            load_file(folder / "constants.safetensors"),
+            load_file(folder / "optimizer.safetensors"),
+            state["outer"],
+            Progress(**state["progress"]),
+            state["preparation"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
+
+
+def _prune(folder: Path, keep: int) -> None:
+    best = folder / "best"
+    kept = {best.read_text().strip()} if best.exists() else set()
+    steps = sorted(path.name for path in folder.glob("step-*"))
+    for name in steps[:-keep]:
+        if name not in kept:
+            shutil.rmtree(folder / name)
+
+
+def _sync(path: Path) -> None:
+    """Makes a file or a folder's entries durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,291 @@
+"""The training loop: plan, map over the pool, add by the fixed tree, step, track, evaluate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from distmeta.compute.flat import tree_sum
+from distmeta.core import NumericsError
+from distmeta.job import Job
+from distmeta.runtime import checkpoint as checkpoints
+from distmeta.runtime.checkpoint import Checkpoint, Progress
+from distmeta.runtime.folder import RunFolder, Start, starting_point
+from distmeta.runtime.interrupt import InterruptedRun, StopRequested, interruptions
+from distmeta.runtime.pool import Pool, open_pool
+from distmeta.runtime.problem import Problem, build, resolve
+from distmeta.runtime.server import ParameterServer
+from distmeta.runtime.worker import ShardResult, shards_of
+from distmeta.tracking import Tracker, open_tracker
+
+EVAL_SHARD = 25
+"""Tasks of one evaluation shard."""
+
+
+class Reporter(Protocol):
+    """Who is told how a run goes."""
+
+    def begin(self, folder: Path, job: Job, step: int) -> None: ...
+    def step(self, record: Mapping[str, Any]) -> None: ...
+    def say(self, text: str) -> None: ...
+    def end(self) -> None: ...
+
+
+class Silent:
+    """The reporter of a program that watches by other means."""
+
+    def begin(self, folder: Path, job: Job, step: int) -> None: ...
+    def step(self, record: Mapping[str, Any]) -> None: ...
+    def say(self, text: str) -> None: ...
+    def end(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a training leaves behind."""
+
+    run: Path
+    step: int
+    loss: float | None
+    """Mean query loss after adaptation in the last step."""
+    best: float | None
+    """Best validation figure."""
+    best_step: int | None
+
+
+@dataclass
+class _Run:
+    """A training under way: what a step, an evaluation and a checkpoint need."""
+
+    problem: Problem
+    server: ParameterServer
+    pool: Pool
+    folder: RunFolder
+    tracker: Tracker
+    reporter: Reporter
+    check: Callable[[], None]
+    progress: Progress
+
+
+def train(job: Job | str | Path, resume: str | Path | None = None, reporter: Reporter | None = None) -> Summary:
+    """Trains a job, or goes on with a run.
+
+    Args:
+        job: a job, or the path of a job file.
+        resume: a run folder or checkpoint to go on from; "auto": `run.name`'s folder, if it has something.
+
+    Raises:
+        InputError: the job or the resume cannot be; nothing was written.
+        InterruptedRun: Ctrl-C or SIGTERM; the last completed step was saved.
+        NumericsError: a non-finite meta-gradient under `run.on_nonfinite: stop`; saved.
+    """
+    reporter = reporter or Silent()
+    start = starting_point(job if isinstance(job, Job) else Job.load(job), resume)
+    problem, server, progress = _prepare(start)
+    if progress.step >= problem.job.run.steps and progress.pending is None:
+        reporter.say(f"{start.folder} is at step {progress.step} of {problem.job.run.steps}: nothing to do")
+        return _summary(start.folder, progress)
+    with ExitStack() as stack:
+        pool = open_pool(problem, server.layout, reporter.say)
+        stack.callback(pool.close)
+        tracker = _open_tracker(problem.job, start.folder, progress, reporter)
+        folder = RunFolder(start.folder, problem.job, progress.step)
+        stack.callback(folder.close)
+        check = stack.enter_context(interruptions())
+        reporter.begin(folder.path, problem.job, progress.step)
+        stack.callback(reporter.end)
+        progress = replace(progress, tracking_id=tracker.run_id)
+        return _guarded(_Run(problem, server, pool, folder, tracker, reporter, check, progress))
+
+
+def _guarded(run: _Run) -> Summary:
+    """Runs the loop; whatever ends it, the last completed state is saved and the tracker told."""
+    status = "FAILED"
+    try:
+        run.tracker.log_artifact(run.folder.path / "job.yaml")
+        if run.progress.step == 0:
+            _save(run)
+        _loop(run)
+        final = _save(run)
+        run.tracker.log_artifact(final, "checkpoint")
+        status = "FINISHED"
+    except StopRequested:
+        status = "KILLED"
+        _save(run)
+        raise InterruptedRun(str(run.folder.path), run.progress.step) from None
+    except Exception:
+        _save(run)
+        raise
+    finally:
+        run.tracker.close(status)
+    return _summary(run.folder.path, run.progress)
+
+
+def _loop(run: _Run) -> None:
+    """One step after the other, until all are done or validation stands still.
+
+    A step's record waits in the progress until its evaluation is done: an interruption in between loses neither.
+    """
+    job = run.problem.job.run
+    while run.progress.step < job.steps or run.progress.pending is not None:
+        if run.progress.pending is None:
+            record = _step(run)
+            loss = run.progress.loss if record["loss_after"] is None else record["loss_after"]
+            run.progress = replace(run.progress, step=record["step"], loss=loss, pending=record)
+        record, step = dict(run.progress.pending or {}), run.progress.step
+        if job.eval_every and (step % job.eval_every == 0 or step == job.steps):
+            record |= _validate(run)
+        run.progress = replace(run.progress, pending=None)
+        run.folder.append(record)
+        run.tracker.log_step({key: value for key, value in record.items() if not isinstance(value, list)})
+        run.reporter.step(record)
+        improved = run.progress.best_step == step
+        if improved or (job.checkpoint_every and step % job.checkpoint_every == 0):
+            _save(run)
+        if job.patience is not None and run.progress.stale >= job.patience:
+            run.reporter.say(f"validation stood still for {run.progress.stale} evaluations: stopped")
+            return
+
+
+def _step(run: _Run) -> dict[str, Any]:
+    """Plan, map, aggregate, outer step: the record of one step."""
+    problem, settings, step = run.problem, run.problem.job.run, run.progress.step
+    started = time.perf_counter()
+    assert settings.shards is not None, "resolved before step 0"
+    steps = problem.algorithm.inner_steps
+    plan = shards_of(problem, "train", step, settings.tasks_per_step, settings.shards, steps)
+    results = run.pool.map(run.server.flat(), plan, run.check)
+    mapped = time.perf_counter()
+    tasks = sum(result.tasks for result in results)
+    dropped = [task for result in results for task in result.dropped]
+    if dropped and settings.on_nonfinite == "stop":
+        raise NumericsError(f"step {step + 1}: non-finite meta-gradient of tasks {dropped} (run.on_nonfinite: stop)")
+    total = tree_sum([r.gradient for r in results if r.gradient is not None])
+    gradient = total / np.float32(max(tasks, 1))
+    added = time.perf_counter()
+    rate = run.server.rate()
+    size = run.server.step(gradient) if tasks else run.server.skip()
+    stepped = time.perf_counter()
+    busy = sum(r.seconds_draw + r.seconds_compute for r in results) / run.pool.size
+    record: dict[str, Any] = {"step": step + 1} | mean_metrics(results)
+    record |= {"grad_norm": size, "outer_lr": rate, "tasks": tasks, "tasks_dropped": len(dropped)}
+    if dropped:
+        record["dropped"] = dropped
+    return record | {
+        "tasks_per_second": settings.tasks_per_step / (stepped - started),
+        "seconds_step": stepped - started,
+        "seconds_draw": sum(r.seconds_draw for r in results) / run.pool.size,
+        "seconds_compute": sum(r.seconds_compute for r in results) / run.pool.size,
+        "seconds_transfer": max(mapped - started - busy, 0.0),
+        "seconds_aggregate": added - mapped,
+        "seconds_outer": stepped - added,
+    }
+
+
+def _validate(run: _Run) -> dict[str, float | None]:
+    """Scores theta on the validation tasks, the same ones every time; notes whether it is the best so far."""
+    results = evaluate_tasks(run.problem, run.pool, run.server.flat(), "val", run.problem.job.run.eval_tasks, run.check)
+    record = {f"val_{name}": value for name, value in mean_metrics(results).items()}
+    name, sign = primary(record, "val_")
+    value, best = record[name], run.progress.best
+    better = value is not None and (best is None or sign * value > sign * best)
+    if better:
+        run.progress = replace(run.progress, best=value, best_step=run.progress.step, stale=0)
+    else:
+        run.progress = replace(run.progress, stale=run.progress.stale + 1)
+    return record
+
+
+def evaluate_tasks(
+    problem: Problem,
+    pool: Pool,
+    flat: np.ndarray,
+    split: str,
+    count: int,
+    check: Callable[[], None],
+    inner_steps: int | None = None,
+    outputs: bool = False,
+) -> list[ShardResult]:
+    """Scores `count` tasks of a split in fixed shards; metrics [T, K+1] become `*_before` and `*_after` and `curve`."""
+    steps = problem.eval_steps if inner_steps is None else inner_steps
+    plan = shards_of(problem, split, 0, count, math.ceil(count / EVAL_SHARD), steps, outputs)
+    results = pool.map(flat, plan, check)
+    return [replace(r, metrics=_before_after(r.metrics, problem.algorithm.inner_steps > 0)) for r in results]
+
+
+def _before_after(curves: Mapping[str, np.ndarray], adapts: bool) -> dict[str, np.ndarray]:
+    columns = {f"{name}_curve": curve for name, curve in curves.items()}
+    columns |= {f"{name}_after": curve[:, -1] for name, curve in curves.items()}
+    if adapts:
+        columns |= {f"{name}_before": curve[:, 0] for name, curve in curves.items()}
+    return columns
+
+
+def mean_metrics(results: list[ShardResult]) -> dict[str, float | None]:
+    """Means over the finite tasks, by fsum in task order; `loss_before` is null where nothing is predicted unadapted."""
+    record: dict[str, float | None] = {"loss_before": None, "loss_after": None}
+    for name in results[0].metrics:
+        values = np.concatenate([result.metrics[name] for result in results])
+        if values.ndim == 1:
+            finite = [float(value) for value in values if math.isfinite(value)]
+            record[name] = math.fsum(finite) / len(finite) if finite else None
+    return record
+
+
+def primary(metrics: Mapping[str, Any], prefix: str = "") -> tuple[str, int]:
+    """The figure that `best` and the interval are about, and whether more of it is better (1) or worse (−1)."""
+    for name in ("accuracy", "return"):
+        if f"{prefix}{name}_after" in metrics:
+            return f"{prefix}{name}_after", 1
+    return f"{prefix}loss_after", -1
+
+
+def _prepare(start: Start) -> tuple[Problem, ParameterServer, Progress]:
+    if start.checkpoint is None:
+        problem = resolve(build(start.job))
+        return problem, ParameterServer(problem.init(), problem.job.outer), Progress(0)
+    constants = {name: value.numpy() for name, value in start.checkpoint.constants.items()}
+    problem = build(start.job, constants)
+    server = ParameterServer(problem.init(), problem.job.outer)
+    server.load(start.checkpoint.theta, start.checkpoint.optimizer, start.checkpoint.outer)
+    return problem, server, start.checkpoint.progress
+
+
+def _open_tracker(job: Job, folder: Path, progress: Progress, reporter: Reporter) -> Tracker:
+    return open_tracker(
+        job.tracking.type,
+        run_name=folder.name,
+        experiment=job.tracking.experiment or job.name,
+        params=job.tree(),
+        tags={"distmeta.run": str(folder.absolute())},
+        run_id=progress.tracking_id,
+        say=reporter.say,
+    )
+
+
+def _save(run: _Run) -> Path:
+    run.folder.sync()
+    tensors, outer = run.server.state()
+    preparation = getattr(run.problem.family, "preparation", None)
+    state = Checkpoint(
+        run.problem.job.tree(),
+        run.server.theta(),
+        {name: value.cpu() for name, value in run.problem.model.constants.items()},
+        tensors,
+        outer,
+        run.progress,
+        None if preparation is None else preparation.to_dict(),
+    )
+    return checkpoints.save(run.folder.path, state, run.problem.job.run.keep)
+
+
+def _summary(folder: Path, progress: Progress) -> Summary:
+    return Summary(folder, progress.step, progress.loss, progress.best, progress.best_step)
+

@@ -1,0 +1,151 @@
+"""The run folder, OUTPUT/NAME-ID/: job.yaml, metrics.jsonl, checkpoints/; and what a resume may change."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distmeta.core import InputError
+from distmeta.job import Job
+from distmeta.runtime import checkpoint as checkpoints
+from distmeta.runtime.checkpoint import Checkpoint
+
+MAY_CHANGE = {
+    "run": {
+        "steps", "workers", "cpus_per_worker", "gpus_per_worker", "address", "start_timeout",
+        "max_shard_failures", "name",
+    },
+    "tracking": None,
+    "output": None,
+}  # fmt: skip
+"""What a resume may change: steps, workers, placement, tracking, output. The rest would be another job."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a training begins."""
+
+    folder: Path
+    job: Job
+    checkpoint: Checkpoint | None
+    """None: from step 0, in a new folder."""
+
+
+def starting_point(job: Job, resume: str | Path | None) -> Start:
+    """Decides between a new run and a resumed one; writes nothing.
+
+    Args:
+        resume: a run folder or checkpoint; "auto": the folder that `run.name` fixes, if it has a checkpoint.
+
+    Raises:
+        InputError: an existing run folder without resume, another job's checkpoint, a damaged one.
+    """
+    if resume == "auto":
+        if job.run.name is None:
+            raise InputError("--resume auto: run.name is not set, expected a fixed name: add run.name=NAME")
+        folder = Path(job.output) / job.run.name
+        if not (folder / "checkpoints" / "latest").exists():
+            return Start(folder, job, None)
+        resume = folder
+    if resume is not None:
+        where = checkpoints.find(resume)
+        checkpoint = checkpoints.load(where)
+        return Start(where.parent.parent, _resumed_job(checkpoint.job, job), checkpoint)
+    if job.run.name is None:
+        folder = Path(job.output) / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    else:
+        folder = Path(job.output) / job.run.name
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(
+                f"run.name: the run folder {folder} exists already: resume it with --resume auto, or choose another name"
+            )
+    return Start(folder, job, None)
+
+
+def _resumed_job(stored: Mapping[str, Any], job: Job) -> Job:
+    """The stored job, with what a resume may change taken from `job`; anything else that differs is refused.
+
+    What `job` leaves open (null, auto) is what the run resolved at its start.
+    """
+    asked = job.tree()
+    merged: dict[str, Any] = {}
+    for section, value in stored.items():
+        free = MAY_CHANGE.get(section, set())
+        if free is None:
+            merged[section] = asked[section]
+        elif isinstance(value, dict):
+            _refuse_changes(section, value, asked[section], free)
+            merged[section] = value | {key: asked[section][key] for key in free}
+        else:
+            _refuse_changes("", {section: value}, {section: asked[section]}, set())
+            merged[section] = value
+    return Job.parse(merged)
+
+
+def _refuse_changes(prefix: str, stored: Any, asked: Any, free: set[str]) -> None:
+    for key in {**stored, **asked}:
+        old, new = stored.get(key), asked.get(key)
+        name = f"{prefix}.{key}".lstrip(".")
+        if key in free or new == old or new is None or new == "auto":
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            _refuse_changes(name, old, new, set())
+            continue
+        raise InputError(
+            f"{name}: got {new!r}, but the run to resume has {old!r}: a resume may change run.steps, workers, "
+            "placement, tracking and output; anything else is another job"
+        )
+
+
+class RunFolder:
+    """Owns metrics.jsonl: one line a completed step."""
+
+    def __init__(self, path: Path, job: Job, step: int):
+        """Creates the folder, or takes up an existing one at `step`: later lines are cut off."""
+        self.path = path
+        (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        part = path / f".writing-job-{os.getpid()}"
+        part.write_text(job.dump(), encoding="utf-8")
+        os.replace(part, path / "job.yaml")
+        metrics = path / "metrics.jsonl"
+        _cut_back(metrics, step)
+        self._metrics = metrics.open("a", encoding="utf-8")
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a line; NaN and infinities become null."""
+        self._metrics.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
+        self._metrics.flush()
+
+    def sync(self) -> None:
+        """Makes the lines durable, before a checkpoint says that their steps are done."""
+        os.fsync(self._metrics.fileno())
+
+    def close(self) -> None:
+        self._metrics.close()
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cut_back(metrics: Path, step: int) -> None:
+    """Keeps the whole lines of steps up to `step`."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # the half-written last line of a killed run
+    part = metrics.with_name(f".writing-metrics-{os.getpid()}")
+    part.write_text("".join(kept), encoding="utf-8")
+    os.replace(part, metrics)

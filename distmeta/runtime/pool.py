@@ -1,0 +1,189 @@
+"""Who computes the shards: this process, or Ray actors. The driver cannot tell which."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from distmeta.compute.flat import Layout
+from distmeta.core import InputError
+from distmeta.runtime.failure import LostShardError, Loss, Stop, after_loss
+from distmeta.runtime.problem import Problem, constants_of
+from distmeta.runtime.worker import Shard, ShardResult, Worker, WorkerSpec
+
+POLL_SECONDS = 0.2
+"""How often a waiting driver looks whether it was interrupted."""
+GET_SECONDS = 60.0
+"""Longest wait for a result that is said to be ready."""
+
+
+class Pool(Protocol):
+    size: int
+
+    def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
+        """All shards' results in the order of `shards`; `check` raises to abandon them."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class LocalPool:
+    """Computes in this process, one shard after the other: the pool a debugger steps through."""
+
+    size = 1
+
+    def __init__(self, problem: Problem, layout: Layout):
+        self._worker = Worker.of(problem, layout)
+
+    def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
+        results = []
+        for shard in shards:
+            check()
+            results.append(self._worker.compute(flat, shard))
+        check()
+        return results
+
+    def close(self) -> None:
+        pass
+
+
+def open_pool(problem: Problem, layout: Layout, say: Callable[[str], None]) -> Pool:
+    """The pool that the job asks for."""
+    return RayPool(problem, layout, say) if problem.job.run.workers else LocalPool(problem, layout)
+
+
+class RayPool:
+    """`run.workers` actors. A free worker takes the next shard; a dead one is replaced and its shard done again."""
+
+    def __init__(self, problem: Problem, layout: Layout, say: Callable[[str], None]):
+        import ray
+
+        self._ray, self._run, self._say = ray, problem.job.run, say
+        self._owns_ray = _connect(ray, problem.job.run.address, self._needs())
+        try:
+            constants = constants_of(problem.model)
+            self._spec = ray.put(WorkerSpec(problem.job.tree(), layout, constants, os.getcwd()))
+            self._workers = [self._spawn() for _ in range(self._run.workers)]
+            self._await_ready()
+        except BaseException:
+            self.close()
+            raise
+        self.size = self._run.workers
+        self._lost_in_a_row = 0
+
+    def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
+        theta = self._ray.put(flat)
+        waiting = deque(range(len(shards)))
+        free = deque(range(len(self._workers)))
+        running: dict[Any, tuple[int, int]] = {}  # a call -> (position in shards, worker)
+        failures = [0] * len(shards)
+        results: dict[int, ShardResult] = {}
+        while len(results) < len(shards):
+            check()
+            while waiting and free:
+                position, worker = waiting.popleft(), free.popleft()
+                running[self._workers[worker].compute.remote(theta, shards[position])] = (position, worker)
+            done, _ = self._ray.wait(list(running), num_returns=1, timeout=POLL_SECONDS)
+            for call in done:
+                position, worker = running.pop(call)
+                result = self._result(call)
+                if isinstance(result, ShardResult):
+                    results[position] = result
+                    self._lost_in_a_row = 0
+                else:
+                    failures[position] += 1
+                    self._replace(worker, shards[position], failures[position], result)
+                    waiting.appendleft(position)
+                free.append(worker)
+        return [results[position] for position in range(len(shards))]
+
+    def close(self) -> None:
+        for worker in getattr(self, "_workers", ()):
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                self._ray.kill(worker)
+        if self._owns_ray:
+            self._ray.shutdown()
+
+    def _result(self, call: Any) -> ShardResult | str:
+        """A finished call's result, or why its worker was lost. What the computation itself raised is raised."""
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(call, timeout=GET_SECONDS)
+        except errors.RayTaskError as error:
+            raise error.cause from None
+        except (errors.RayActorError, errors.ObjectLostError, errors.OutOfMemoryError) as error:
+            return type(error).__name__ + ": " + " ".join(str(error).split())[:200]
+
+    def _replace(self, worker: int, shard: Shard, failures: int, reason: str) -> None:
+        self._lost_in_a_row += 1
+        loss = Loss(shard.index, range(shard.start, shard.stop), failures, self._lost_in_a_row, reason)
+        action = after_loss(loss, self._run.max_shard_failures)
+        if isinstance(action, Stop):
+            raise LostShardError(action.message)
+        self._say(f"lost worker {worker} ({reason.partition(':')[0]}): its shard {shard.index} is computed again")
+        with contextlib.suppress(self._ray.exceptions.RayError):
+            self._ray.kill(self._workers[worker])  # it may be unreachable rather than dead
+        time.sleep(action.delay)
+        self._workers[worker] = self._spawn()
+
+    def _spawn(self) -> Any:
+        options = {"num_cpus": self._run.cpus_per_worker, "num_gpus": self._run.gpus_per_worker}
+        return self._ray.remote(Worker).options(**options).remote(self._spec)
+
+    def _await_ready(self) -> None:
+        """Waits until every worker is built.
+
+        Raises:
+            InputError: the cluster cannot place them in `run.start_timeout` seconds, or the job fails to build there.
+        """
+        ray, run = self._ray, self._run
+        calls = [worker.ready.remote() for worker in self._workers]
+        done, pending = ray.wait(calls, num_returns=len(calls), timeout=run.start_timeout)
+        for call in done:
+            try:
+                ray.get(call, timeout=GET_SECONDS)
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from None
+            except ray.exceptions.RayActorError as error:
+                cause = getattr(error, "cause", None)
+                if isinstance(cause, InputError):
+                    raise cause from None
+                raise RuntimeError(f"a worker could not start: {error}") from None
+        if pending:
+            have = {key: ray.cluster_resources().get(key, 0) for key in ("CPU", "GPU")}
+            raise InputError(
+                f"run.workers: got {run.workers} of {run.cpus_per_worker:g} CPU and {run.gpus_per_worker:g} GPU each, but "
+                f"only {len(done)} were ready after run.start_timeout = {run.start_timeout:g} s; the cluster has "
+                f"{have['CPU']:g} CPU and {have['GPU']:g} GPU"
+            )
+
+    def _needs(self) -> tuple[int, float]:
+        run = self._run
+        return math.ceil(run.workers * run.cpus_per_worker), run.workers * run.gpus_per_worker
+
+
+def _connect(ray: Any, address: str | None, needs: tuple[int, float]) -> bool:
+    """Joins the cluster that is named or running, else starts a local one; whether this call started Ray here."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns about its own default
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if ray.is_initialized():
+        return False
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        try:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(f"run.address: cannot reach a Ray cluster at {address!r}: {str(error).splitlines()[0]}") from None
+    else:
+        cpus = max(os.cpu_count() or 1, needs[0])
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    return True

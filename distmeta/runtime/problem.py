@@ -1,0 +1,132 @@
+"""A job's parts, built: the same on the driver, on every worker and in evaluation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from distmeta.components import construct
+from distmeta.compute.episodes import episodes_of
+from distmeta.compute.probe import choose_execution, traits
+from distmeta.compute.shard import Execution
+from distmeta.core import Algorithm, InputError, Score, TaskFamily, Theta
+from distmeta.job import Job
+from distmeta.models.functional import Functional
+from distmeta.seeding import task_ids, torch_generator
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained. `job` is resolved: obeyed as it is by every worker and on resume."""
+
+    job: Job
+    family: TaskFamily
+    model: Functional
+    algorithm: Algorithm
+    device: torch.device
+    execution: Execution = field(default_factory=lambda: Execution("loop", 1))
+
+    def score(self, split: str) -> Score:
+        """The family's loss and metrics; evaluation may have other ways than training."""
+        scorer = getattr(self.family, "scorer", None)
+        return self.family.score if scorer is None else scorer(split)
+
+    def init(self) -> Theta:
+        """theta at step 0."""
+        theta = self.algorithm.init(torch_generator(self.job.seed, "init"))
+        for name, value in theta.items():
+            if value.dtype != torch.float32:
+                raise InputError(f"algorithm: theta[{name!r}] is {value.dtype}, expected torch.float32")
+        return theta
+
+    @property
+    def eval_steps(self) -> int:
+        asked = self.job.run.eval_inner_steps
+        return self.algorithm.inner_steps if asked is None or self.algorithm.inner_steps == 0 else asked
+
+
+def build(job: Job, constants: dict[str, np.ndarray] | None = None) -> Problem:
+    """Makes the job's task family, model and algorithm.
+
+    Args:
+        constants: the model's frozen parameters and buffers as the driver has them; a worker need not have the
+            file that `model.init_from` names.
+    """
+    device = _device(job)
+    family = construct(job.tasks.part, job.tasks.options, {})
+    shape = {"in_shape": tuple(family.in_shape), "out_features": family.out_features}
+    model = Functional(
+        lambda: construct(job.model.part, job.model.options, shape),
+        torch_generator(job.seed, "model"),
+        freeze=job.model.freeze,
+        init_from=job.model.init_from if constants is None else None,
+    )
+    if constants is not None:
+        model.constants = {name: torch.from_numpy(np.array(value)) for name, value in constants.items()}
+    model.to(device)
+    algorithm = construct(job.algorithm.part, job.algorithm.options, {"model": model, "score": family.score})
+    if job.run.tasks_per_step % algorithm.group_size:
+        raise InputError(
+            f"run.tasks_per_step: got {job.run.tasks_per_step}, expected a multiple of {algorithm.group_size}: "
+            f"{job.algorithm.type} compares {algorithm.group_size} tasks at a time"
+        )
+    return Problem(job, family, model, algorithm, device, _resolved_execution(job))
+
+
+def resolve(problem: Problem) -> Problem:
+    """Settles what the job leaves open (shards, execution, schedule), by running the model on its first tasks."""
+    job, algorithm = problem.job, problem.algorithm
+    groups = job.run.tasks_per_step // algorithm.group_size
+    shards = job.run.shards or min(8, groups)
+    if shards > groups:
+        raise InputError(f"run.shards: got {shards}, expected at most {groups}, the groups of tasks in a step")
+    theta = {name: value.to(problem.device) for name, value in problem.init().items()}
+    ids = task_ids(job.seed, "probe", 0, 2 * algorithm.group_size)
+    first = torch.zeros(2, *problem.family.in_shape, device=problem.device)
+    found = traits(problem.model.module, first)
+    episodes = episodes_of(
+        problem.family, algorithm, theta, "train", ids, algorithm.inner_steps, problem.device
+    )
+    execution = choose_execution(
+        job.compute.execution, job.compute.chunk, found, problem.device, algorithm, problem.score("train"), theta, episodes
+    )
+    schedule = job.outer.schedule.model_dump()
+    schedule["steps"] = schedule["steps"] or job.run.steps
+    resolved = job.replace(
+        run={"shards": shards},
+        compute={"execution": execution.mode},
+        outer={"schedule": schedule},
+    )
+    return Problem(resolved, problem.family, problem.model, algorithm, problem.device, execution)
+
+
+def _resolved_execution(job: Job) -> Execution:
+    if job.compute.execution == "vmap":
+        return Execution("vmap", job.compute.chunk or 2**31)
+    return Execution("loop", 1)
+
+
+def shard_slices(tasks: int, shards: int, group_size: int) -> list[slice]:
+    """Cuts a step's tasks into fixed shards of whole groups, as even as can be."""
+    groups = tasks // group_size
+    edges = [math.floor(groups * s / shards) * group_size for s in range(shards + 1)]
+    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def _device(job: Job) -> torch.device:
+    if job.run.gpus_per_worker == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"run.gpus_per_worker: got {job.run.gpus_per_worker:g}, but torch sees no GPU here: use 0"
+        )
+    return torch.device("cuda")
+
+
+def constants_of(model: Functional) -> dict[str, Any]:
+    """The model's constants as numpy, for the wire and for checkpoints."""
+    return {name: value.detach().cpu().numpy() for name, value in model.constants.items()}

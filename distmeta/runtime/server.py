@@ -1,0 +1,139 @@
+"""The parameter server: owns theta and the outer optimizer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import torch
+
+from distmeta.compute.flat import Layout, norm
+from distmeta.core import InputError, Theta
+from distmeta.job import Outer
+
+OPTIMIZERS = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+}
+
+
+class ParameterServer:
+    """theta as one flat vector, and `outer` (torch.optim, a schedule, clipping) that moves it.
+
+    theta ← theta − optimizer(g · min(1, clip_norm / ‖g‖)),   g the mean meta-gradient over the step's finite tasks
+    """
+
+    def __init__(self, theta: Theta, outer: Outer):
+        self.layout = Layout.of(theta)
+        self.outer = outer
+        self._flat = torch.from_numpy(self.layout.flatten(theta))
+        self._theta = {name: torch.nn.Parameter(view) for name, view in self.layout.views(self._flat).items()}
+        self._optimizer = _optimizer(self._theta, outer)
+        self._scheduler = _scheduler(self._optimizer, outer)
+
+    def flat(self) -> np.ndarray:
+        """theta as a float32 vector, a copy."""
+        return self._flat.numpy().copy()
+
+    def theta(self) -> Theta:
+        """theta by name, a copy."""
+        return {name: value.detach().clone() for name, value in self._theta.items()}
+
+    def step(self, gradient: np.ndarray) -> float:
+        """One outer step on the mean meta-gradient; its norm before clipping."""
+        size = norm(gradient)
+        limit = self.outer.clip_norm
+        if limit is not None and size > limit:
+            gradient = gradient * np.float32(limit / size)
+        for name, part in self.layout.views(torch.from_numpy(np.ascontiguousarray(gradient))).items():
+            self._theta[name].grad = part
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._advance()
+        return size
+
+    def skip(self) -> float:
+        """A step without a finite task: neither theta nor the optimizer moves, only the schedule's clock."""
+        self._advance()
+        return math.nan
+
+    def _advance(self) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self._scheduler.step()
+
+    def rate(self) -> float:
+        """The outer rate of the first part."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The optimizer's tensors as `<parameter>/<quantity>`, and the schedule and rates as plain data."""
+        tensors = {}
+        for name, parameter in self._theta.items():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                tensors[f"{name}/{key}"] = value.detach().clone()
+        rates = [group["lr"] for group in self._optimizer.param_groups]
+        return tensors, {"rates": rates, "schedule": self._scheduler.state_dict()}
+
+    def load(self, theta: Theta, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
+        """Restores what `state` gave, and theta.
+
+        Raises:
+            InputError: theta has other names or shapes than this job's.
+        """
+        if Layout.of({name: theta[name] for name in sorted(theta)}) != Layout.of(
+            {name: self._theta[name] for name in sorted(self._theta)}
+        ):
+            raise InputError("checkpoint: its theta has other names or shapes than this job's model and algorithm")
+        with torch.no_grad():
+            for name, parameter in self._theta.items():
+                parameter.copy_(theta[name])
+                state = {
+                    key.removeprefix(f"{name}/"): value
+                    for key, value in tensors.items()
+                    if key.rpartition("/")[0] == name
+                }
+                if state:
+                    self._optimizer.state[parameter] = state
+        for group, rate in zip(self._optimizer.param_groups, plain["rates"], strict=True):
+            group["lr"] = rate
+        self._scheduler.load_state_dict(plain["schedule"])
+
+
+def _optimizer(theta: dict[str, torch.nn.Parameter], outer: Outer) -> torch.optim.Optimizer:
+    """One parameter group a rate. Neither fused nor foreach: their bits differ with the grouping."""
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    unused = set(outer.rates)
+    for name, parameter in theta.items():
+        glob = next((g for g in outer.rates if fnmatchcase(name, g)), None)
+        unused.discard(glob or "")
+        groups.setdefault(outer.lr if glob is None else outer.rates[glob], []).append(parameter)
+    if unused:
+        raise InputError(f"outer.rates: {sorted(unused)[0]!r} matches nothing of theta: {', '.join(theta)}")
+    options = {
+        key: getattr(outer, key)
+        for key in ("momentum", "nesterov", "betas", "eps", "weight_decay")
+        if getattr(outer, key) is not None
+    }
+    parts = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+    return OPTIMIZERS[outer.optimizer](parts, lr=outer.lr, foreach=False, **options)
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, outer: Outer) -> torch.optim.lr_scheduler.LambdaLR:
+    """Every rate times a factor of t = min(step / length, 1)."""
+    schedule, length = outer.schedule, outer.schedule.steps or 1
+
+    def factor(step: int) -> float:
+        t = min(step / length, 1.0)
+        if schedule.type == "linear":
+            return 1 - (1 - schedule.final) * t
+        if schedule.type == "cosine":
+            return schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * t)) / 2
+        return schedule.final**t if schedule.type == "exponential" else 1.0
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

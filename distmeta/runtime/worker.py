@@ -1,0 +1,183 @@
+"""What computes shards: the same plain class in-process and as a Ray actor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from distmeta.compute.episodes import episodes_of
+from distmeta.compute.flat import Layout
+from distmeta.compute.numerics import numerics
+from distmeta.compute.shard import score_tasks, shard_gradient
+from distmeta.core import InputError, Theta
+from distmeta.job import Job
+from distmeta.runtime.problem import Problem, build, shard_slices
+from distmeta.seeding import task_ids
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The integers that say which tasks to compute."""
+
+    index: int
+    split: str
+    step: int
+    count: int
+    """Tasks of the whole step or evaluation."""
+    start: int
+    stop: int
+    inner_steps: int
+    outputs: bool = False
+    """Evaluation: also return the predictions."""
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What comes back: one flat vector (training), a number a task, and where the time went."""
+
+    index: int
+    gradient: np.ndarray | None
+    tasks: int
+    dropped: tuple[int, ...]
+    """Task indices within the step."""
+    metrics: dict[str, np.ndarray]
+    predictions: tuple[np.ndarray, np.ndarray] | None
+    """Labels and predictions of the query rows, [T, Q] each."""
+    seconds_draw: float
+    seconds_compute: float
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """All that a worker needs to start: sent once."""
+
+    job: dict[str, Any]
+    layout: Layout
+    constants: dict[str, np.ndarray]
+    folder: str
+    """The driver's working folder, importable on workers too."""
+
+
+class Worker:
+    """Computes any shard of a job. Holds nothing that a result depends on but the job."""
+
+    def __init__(self, spec: WorkerSpec):
+        if spec.folder not in sys.path:
+            sys.path.insert(0, spec.folder)
+        with contextlib.suppress(OSError):  # a node may lack the folder: its relative paths then fail by name
+            if os.path.isdir(spec.folder):
+                os.chdir(spec.folder)
+        self._start(build(Job.parse(spec.job), spec.constants), spec.layout)
+
+    @classmethod
+    def of(cls, problem: Problem, layout: Layout) -> Worker:
+        """A worker in this process, on a problem that is already built."""
+        worker = cls.__new__(cls)
+        worker._start(problem, layout)
+        return worker
+
+    def _start(self, problem: Problem, layout: Layout) -> None:
+        self._problem, self._layout = problem, layout
+        self._version: tuple[str, int] | None = None
+        self._theta: Theta = {}
+
+    def ready(self) -> int:
+        """The process id, once the worker is built."""
+        return os.getpid()
+
+    def compute(self, flat: np.ndarray, shard: Shard) -> ShardResult:
+        """The shard's gradient sum (split "train"), or its scores."""
+        compute = self._problem.job.compute
+        with numerics(compute.threads, compute.deterministic):
+            self._receive(flat, shard)
+            return self._gradient(shard) if shard.split == "train" else self._scores(shard)
+
+    def _receive(self, flat: np.ndarray, shard: Shard) -> None:
+        """Unflattens theta once a step, however many of its shards come here."""
+        version = (shard.split, shard.step)
+        if version != self._version or shard.split != "train":
+            self._theta = self._layout.unflatten(flat, self._problem.device)
+            self._version = version
+
+    def _episodes(self, shard: Shard) -> tuple[Any, np.ndarray, float]:
+        problem = self._problem
+        started = time.perf_counter()
+        ids = task_ids(problem.job.seed, shard.split, shard.step, shard.count)[shard.start : shard.stop]
+        episodes = episodes_of(
+            problem.family, problem.algorithm, self._theta, shard.split, ids, shard.inner_steps, problem.device
+        )
+        return episodes, ids, time.perf_counter() - started
+
+    def _gradient(self, shard: Shard) -> ShardResult:
+        problem = self._problem
+        episodes, ids, drawing = self._episodes(shard)
+        started = time.perf_counter()
+        result = shard_gradient(
+            problem.algorithm, problem.score("train"), self._theta, episodes, ids, problem.execution
+        )
+        gradient = self._layout.flatten({name: value.cpu() for name, value in result.gradient.items()})
+        dropped = tuple(shard.start + i for i in result.dropped)
+        return ShardResult(
+            shard.index, gradient, result.tasks, dropped, result.metrics, None, drawing, time.perf_counter() - started
+        )
+
+    def _scores(self, shard: Shard) -> ShardResult:
+        problem = self._problem
+        episodes, ids, drawing = self._episodes(shard)
+        started = time.perf_counter()
+        with evaluating(problem.model.module):
+            scores = score_tasks(
+                problem.algorithm,
+                problem.score(shard.split),
+                self._theta,
+                episodes,
+                ids,
+                problem.execution,
+                shard.inner_steps,
+                shard.outputs,
+            )
+        predictions = _predictions(episodes.query, scores.outputs) if shard.outputs else None
+        tasks = shard.stop - shard.start
+        return ShardResult(
+            shard.index, None, tasks, (), scores.metrics, predictions, drawing, time.perf_counter() - started
+        )
+
+
+@contextlib.contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Dropout off, and each submodule back in its own mode afterwards."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes.items():
+            m.training = training
+
+
+def _predictions(query: Any, outputs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and predictions: classes for integer labels, else the outputs themselves."""
+    labels = getattr(query, "y", None)
+    if labels is None:
+        raise InputError("--predictions: this task family has no labels")
+    predicted = outputs if labels.is_floating_point() else outputs.argmax(-1)
+    return labels.cpu().numpy(), predicted.cpu().numpy()
+
+
+def shards_of(
+    problem: Problem, split: str, step: int, count: int, pieces: int, inner_steps: int, outputs: bool = False
+) -> list[Shard]:
+    """The plan of a step (or of an evaluation): which tasks each shard holds."""
+    size = problem.algorithm.group_size if split == "train" else 1
+    return [
+        Shard(index, split, step, count, piece.start, piece.stop, inner_steps, outputs)
+        for index, piece in enumerate(shard_slices(count, pieces, size))
+    ]

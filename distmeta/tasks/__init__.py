@@ -1,0 +1,8 @@
+"""The task families that a job's `tasks: {type: …}` may name: name -> "module:callable"."""
+
+TASKS = {
+    "sinusoid": "distmeta.tasks.regression:Sinusoid",
+    "linear": "distmeta.tasks.regression:Linear",
+    "digits": "distmeta.tasks.digits:digits",
+    "arrow": "distmeta.tasks.arrow:arrow",
+}

@@ -1,0 +1,100 @@
+"""What a person at the terminal sees: a progress bar, or plain lines where there is no terminal. All on stderr."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from distmeta.job import Job
+
+PLAIN_SECONDS = 10.0
+"""Between two plain lines."""
+
+
+class Terminal:
+    """A `runtime.driver.Reporter`."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+        self._steps = 0
+
+    def begin(self, folder: Path, job: Job, step: int) -> None:
+        workers = f"{job.run.workers} Ray workers" if job.run.workers else "this process"
+        after = f", resumed at step {step}" if step else ""
+        self.console.print(
+            f"[bold]{job.name}[/]: {job.algorithm.type} on {job.tasks.type}, {workers}, "
+            f"{job.compute.execution}{after}",
+        )
+        self.console.print(f"run folder {folder}", soft_wrap=True)
+        self._steps = job.run.steps
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("", total=job.run.steps, completed=step, figures="")
+            self._bar.start()
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        if "val_loss_after" in record:
+            self.say(f"step {record['step']} validation: {figures(record, 'val_')}")
+        if self._bar is not None:
+            text = f"{figures(record)} {record['tasks_per_second']:.0f} tasks/s"
+            self._bar.update(self._task, completed=record["step"], figures=text)
+        elif time.monotonic() - self._last_line > PLAIN_SECONDS or record["step"] == self._steps:
+            self._last_line = time.monotonic()
+            text = f"{figures(record)}, {record['tasks_per_second']:.0f} tasks/s"
+            self.say(f"step {record['step']}/{self._steps}: {text}")
+        if record["tasks_dropped"]:
+            self.say(f"step {record['step']}: {record['tasks_dropped']} tasks had a non-finite gradient and were left out")
+
+    def say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def figures(record: Mapping[str, Any], prefix: str = "") -> str:
+    """`loss 1.234 -> 0.567, accuracy 0.201 -> 0.854`: before and after adaptation."""
+    parts = []
+    for name in ("loss", "accuracy", "return"):
+        after = record.get(f"{prefix}{name}_after")
+        before = record.get(f"{prefix}{name}_before")
+        if after is not None:
+            parts.append(f"{name} {after:.3f}" if before is None else f"{name} {before:.3f} -> {after:.3f}")
+    return ", ".join(parts)
+
+
+def evaluation_table(evaluation: Any) -> Table:
+    """The figures before and after adaptation, and the curve over inner steps."""
+    table = Table(title=f"{evaluation.tasks} unseen tasks", title_justify="left")
+    table.add_column("")
+    names = list(evaluation.curve)
+    steps = len(next(iter(evaluation.curve.values())))
+    shown = sorted({*range(min(steps, 6)), steps - 1})
+    for k in shown:
+        if steps == 1:
+            table.add_column("score", justify="right")
+        else:
+            table.add_column("before" if k == 0 else f"{k} step" + "s" * (k > 1), justify="right")
+    for name in names:
+        cells = [f"{evaluation.curve[name][k]:.4f}" for k in shown]
+        if evaluation.main == f"{name}_after" and evaluation.ci95 is not None:
+            cells[-1] += f" ± {evaluation.ci95:.4f}"
+        table.add_row(name, *cells)
+    return table

@@ -1,0 +1,454 @@
+"""What happened, sent to MLflow by a background thread. Training neither waits for it nor fails with it.
+
+The training thread appends to two queues; one daemon thread owns the client and empties them: metrics first,
+in order, every 2 s, then files. Where a store is away, everything stays queued. `metrics.jsonl` in the run
+folder is the truth; the store is a copy of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+Say = Callable[[str], None]
+
+PERIOD = 2.0  # seconds between two deliveries
+OPEN_SECONDS = 20.0  # how long a start waits for the store's first answer: a new SQLite store takes about 5
+CLOSE_SECONDS = 10.0  # how long an end waits for what is queued
+LONGEST_BACKOFF = 15.0
+FILE_TRIES = 5  # for a file that a store which does answer cannot take
+MAX_METRICS, MAX_PARAMS, MAX_VALUE, MAX_NAME = 1000, 100, 6000, 250  # MLflow's limits on one call
+
+
+class Tracker(Protocol):
+    """Where a run's history goes besides its folder. Called from one thread; `say` is called from another."""
+
+    @property
+    def run_id(self) -> str | None:
+        """The store's name for the run; None until the store has answered."""
+        ...
+
+    def log_step(self, record: Mapping[str, float | int | None]) -> None:
+        """Queue one line of metrics.jsonl. It has `step`; Nones are left out, and what was sent before."""
+        ...
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        """Queue a file or folder, read when its turn comes; `folder`: its place among the artifacts."""
+        ...
+
+    def close(self, status: Status) -> None:
+        """Deliver what is queued, for at most CLOSE_SECONDS, set the status, say what was not delivered."""
+        ...
+
+
+class Step(NamedTuple):
+    """One line of metrics.jsonl, waiting."""
+
+    step: int
+    time_ms: int
+    values: dict[str, float | int | None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The run that a tracker is to open: a new one, or `run_id` continued."""
+
+    uri: str
+    run_id: str | None
+    run_name: str
+    experiment: str
+    experiment_id: str | None  # MLFLOW_EXPERIMENT_ID, which wins over the name
+    artifacts: str | None  # where a new experiment keeps its artifacts; None: the server decides
+    params: dict[str, str]
+    tags: dict[str, str]
+
+
+def redact(text: str) -> str:
+    """`text` without user:password in its addresses, and without credentials in their query strings."""
+    text = re.sub(r"://\S*@", "://", text)
+    secret = r"(?i)([?&](?:user|password|passwd|pwd|token|secret|[\w-]*key)=)[^&\s'\")]*"
+    return re.sub(secret, r"\1***", text)
+
+
+def name_of(text: str) -> str:
+    """The nearest name that MLflow takes for a metric or a parameter."""
+    return re.sub(r"[^\w./: -]", "_", text, flags=re.ASCII)[:MAX_NAME]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted names and texts: {"run": {"steps": 3}} -> {"run.steps": "3"}. Lists and constants as in JSON."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{name}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, default=str)
+            flat[name_of(name)] = text[:MAX_VALUE]
+    return flat
+
+
+def points(step: Step, seen: Mapping[str, int]) -> list[tuple[str, float]]:
+    """The numbers of one step that were not sent before: those past the last step that their own name has.
+
+    Per name, for names are logged at different steps: val_loss at every hundredth, after loss at the same.
+    """
+    named = ((name_of(key), value) for key, value in step.values.items() if key != "step")
+    return [(k, float(v)) for k, v in named if isinstance(v, Real) and step.step > seen.get(k, -1)]
+
+
+def first_batch(steps: deque[Step]) -> list[Step]:
+    """The first steps that together stay within one call; at least one. Another thread may be appending."""
+    batch, count = [], 0
+    for i in range(len(steps)):
+        count += len(steps[i].values)
+        if batch and count > MAX_METRICS:
+            break
+        batch.append(steps[i])
+    return batch
+
+
+def reason(error: BaseException) -> str:
+    """One short line without credentials."""
+    return redact(" ".join(str(error).split()))[:300] or type(error).__name__
+
+
+def is_final(error: BaseException) -> bool:
+    """Whether asking again is useless: the address, the account or the experiment is wrong."""
+    status = getattr(error, "get_http_status_code", lambda: 0)()
+    if status:
+        return 400 <= status < 500 and status not in (408, 409, 429, 499)
+    wrong = (ImportError, PermissionError, FileNotFoundError, NotADirectoryError, ValueError)
+    return isinstance(error, wrong)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the store understood a batch and will never take it, so that it must not hold up the others."""
+    return getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
+
+
+def open_tracker(
+    kind: Literal["mlflow", "none"],
+    *,
+    run_name: str,
+    experiment: str,
+    params: Mapping[str, Any],
+    tags: Mapping[str, str],
+    run_id: str | None,
+    say: Say,
+) -> Tracker:
+    """A tracker for a new run, or for `run_id` continued. Store, experiment and account: MLflow's variables.
+
+    Waits for the store's first answer, at most OPEN_SECONDS. A store that is away is said and retried.
+    Raises InputError: the store's address, account or experiment is wrong.
+    """
+    if kind == "none":
+        return NoTracker()
+    uri = import_mlflow()
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment
+    remote = uri.startswith(("http:", "https:", "databricks"))
+    folder = Path("mlartifacts").absolute() / (re.sub(r"[^\w.-]+", "_", name).strip(".") or "_")
+    request = Request(
+        uri=uri,
+        run_id=run_id,
+        run_name=run_name,
+        experiment=name,
+        experiment_id=os.environ.get("MLFLOW_EXPERIMENT_ID") or None,
+        artifacts=None if remote else folder.as_uri(),
+        params=flatten(params),
+        tags=dict(tags),
+    )
+    tracker = MlflowTracker(request, say)
+    tracker.wait_for_answer()
+    return tracker
+
+
+def import_mlflow() -> str:
+    """Import MLflow, quietly, and return the store's address. It takes seconds, and touches the warnings'
+    filters, which are the process's: so in the caller's thread, before anything runs."""
+    # MLflow reads these at each call, and there is no other way to tell it. Its defaults hold one call for
+    # minutes before an outage shows, and print on the stdout that --json needs. What a user has set stays.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SQLAlchemy's deprecations, raised by MLflow's own tables
+        import mlflow.store.tracking.sqlalchemy_store
+        import mlflow.tracking
+
+        return mlflow.tracking.get_tracking_uri()
+
+
+class NoTracker:
+    """Keeps nothing: the run folder has it all."""
+
+    run_id: str | None = None
+
+    def log_step(self, record: Mapping[str, float | int | None]) -> None:
+        pass
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        pass
+
+    def close(self, status: Status) -> None:
+        pass
+
+
+class MlflowTracker:
+    """Owns the background thread, which owns the client."""
+
+    def __init__(self, request: Request, say: Say):
+        self.run_id = request.run_id
+        self._request, self._say, self._where = request, say, redact(request.uri)
+        self._steps: deque[Step] = deque()
+        self._files: deque[tuple[Path, str]] = deque()
+        self._client: Any = None
+        self._seen: dict[str, int] | None = None  # each name's last step in the store; None: not connected
+        self._refused = self._lost = self._tries = 0
+        self._down = False
+        self._why = ""  # the last failure
+        self._mistake: BaseException | None = None
+        self._end: tuple[Status, int] | None = None  # the status asked for, and when
+        self._answered, self._wake, self._abandoned = threading.Event(), threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._work, name="distmeta-tracking", daemon=True)
+        self._thread.start()
+
+    def wait_for_answer(self) -> None:
+        if not self._answered.wait(OPEN_SECONDS):
+            self._down = True
+            self._answered.set()  # too late to be an error: from here on it is an outage, whatever it is
+            self._say(f"tracking: no answer from {self._where} yet; training starts without waiting for it")
+        if self._mistake is not None:
+            from distmeta.core import InputError
+
+            if isinstance(self._mistake, InputError):
+                raise self._mistake
+            got = f"got {self._where!r}, which MLflow does not take ({reason(self._mistake)})"
+            remedy = "expected sqlite:///FILE, a database or an http(s) server, or tracking.type: none"
+            raise InputError(f"MLFLOW_TRACKING_URI: {got}; {remedy}") from None
+
+    def log_step(self, record: Mapping[str, float | int | None]) -> None:
+        self._steps.append(Step(int(record["step"] or 0), time.time_ns() // 1_000_000, dict(record)))
+
+    def log_artifact(self, path: Path, folder: str = "") -> None:
+        self._files.append((Path(path).absolute(), folder))
+
+    def close(self, status: Status) -> None:
+        if self._end is not None:
+            return
+        self._end = (status, time.time_ns() // 1_000_000)
+        self._wake.set()
+        self._thread.join(CLOSE_SECONDS)
+        self._abandoned.set()
+        steps, files = len(self._steps) + self._refused, len(self._files) + self._lost
+        if steps or files or self._thread.is_alive():
+            late = f", nor its status {status}" if self._thread.is_alive() else ""
+            what = f"{steps} steps and {files} files of this run{late}"
+            self._say(f"tracking: {what} did not reach {self._where}{self._why}; the run folder has them")
+
+    def _work(self) -> None:
+        """Deliver every PERIOD; back off while that fails. Nothing raised here may reach training."""
+        delay = 0.0
+        with quiet_thread():
+            while not self._abandoned.is_set():
+                self._wake.wait(delay)
+                end = self._end  # read first: what was queued before close() is then delivered with it
+                try:
+                    self._deliver(end)
+                except Exception as error:  # whatever a database driver or a cloud's client may raise
+                    if not self._answered.is_set() and is_final(error):
+                        self._mistake = error
+                        break
+                    delay = self._away(error, delay)
+                    if end is not None:
+                        self._abandoned.wait(1.0)
+                else:
+                    delay = PERIOD
+                    self._back()
+                    if end is not None:
+                        break
+                self._answered.set()
+        self._answered.set()
+
+    def _away(self, error: Exception, delay: float) -> float:
+        self._why = f" ({reason(error)})"
+        if not self._down:
+            self._down = True
+            self._say(f"tracking: {self._where} is away, records are kept and sent later{self._why}")
+            return 1.0
+        return min(max(2 * delay, 1.0), LONGEST_BACKOFF)
+
+    def _back(self) -> None:
+        if self._down:
+            self._down, self._why = False, ""
+            self._say(f"tracking: {self._where} answers again; everything kept was sent")
+
+    def _deliver(self, end: tuple[Status, int] | None) -> None:
+        if self._seen is None:
+            self._seen = self._connect()
+        while self._steps:
+            batch = first_batch(self._steps)
+            self._send(batch)
+            for _ in batch:
+                self._steps.popleft()
+        if end is not None:  # before the files: a slow upload must not leave a finished run RUNNING
+            self._client.set_terminated(self.run_id, end[0], end[1])
+        while self._files:
+            self._send_file(*self._files[0])
+            self._files.popleft()
+
+    def _connect(self) -> dict[str, int]:
+        """Find or create the run. May fail anywhere and be called again: a run once created is continued."""
+        self._client = self._client or open_client(self._request.uri)
+        run = find_run(self._client, self._request.run_id)
+        if run is None:
+            if self._request.run_id is not None:
+                old = self._request.run_id
+                self._say(f"tracking: run {old} is not in {self._where} any more; a new one continues it")
+            run = create_run(self._client, self._request)
+            self._request = replace(self._request, run_id=run.info.run_id)
+        self.run_id = run.info.run_id
+        describe(self._client, run, self._request)
+        return {metric.key: int(metric.step) for metric in run.data.to_proto().metrics}
+
+    def _send(self, batch: list[Step]) -> None:
+        """All numbers of a step in the same call, unless there are more than a call may hold."""
+        from mlflow.entities import Metric
+
+        seen = self._seen or {}
+        metrics = [Metric(k, v, s.time_ms, s.step) for s in batch for k, v in points(s, seen)]
+        try:
+            for i in range(0, len(metrics), MAX_METRICS):
+                self._client.log_batch(self.run_id, metrics=metrics[i : i + MAX_METRICS], synchronous=True)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            if len(batch) > 1:
+                for step in batch:
+                    self._send([step])
+                return
+            self._refused += 1
+            if self._refused == 1:
+                self._say(f"tracking: step {batch[0].step} was refused; others are counted ({reason(error)})")
+
+    def _send_file(self, path: Path, folder: str) -> None:
+        try:
+            self._client.log_artifact(self.run_id, str(path), folder or None)
+        except Exception as error:
+            self._client.get_run(self.run_id)  # raises where the whole store is away: the file just waits
+            self._tries += 1
+            if path.exists() and not isinstance(error, ImportError) and self._tries < FILE_TRIES:
+                raise
+            self._lost += 1
+            self._say(f"tracking: {path} was not sent ({reason(error)})")
+        self._tries = 0
+
+
+def open_client(uri: str) -> Any:
+    """A client. Its first use makes the database's tables: one process at a time, or they end half made."""
+    from mlflow.tracking import MlflowClient
+
+    if not uri.startswith("sqlite"):
+        return MlflowClient(tracking_uri=uri)
+    import fcntl
+
+    lock = f"distmeta-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
+    with open(Path(tempfile.gettempdir()) / lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return MlflowClient(tracking_uri=uri)
+
+
+def find_run(client: Any, run_id: str | None) -> Any | None:
+    """The run, unless it was deleted or is in another store."""
+    run = None if run_id is None else or_missing(lambda: client.get_run(run_id))
+    return None if run is None or run.info.lifecycle_stage == "deleted" else run
+
+
+def create_run(client: Any, request: Request) -> Any:
+    """A new run in the experiment that the environment or the job names."""
+    origin = {} if request.run_id is None else {"distmeta.resumed_from": request.run_id}
+    experiment = find_experiment(client, request)
+    return client.create_run(experiment, run_name=request.run_name, tags=origin)
+
+
+def find_experiment(client: Any, request: Request) -> str:
+    """The experiment's id. It is created where it is missing; another process may be doing so too."""
+    from distmeta.core import InputError
+
+    if request.experiment_id is not None:
+        field, got = "MLFLOW_EXPERIMENT_ID", request.experiment_id
+        found = or_missing(lambda: client.get_experiment(got))
+    else:
+        field, got = "MLFLOW_EXPERIMENT_NAME", request.experiment
+        found = client.get_experiment_by_name(got)
+        if found is None:
+            try:
+                return client.create_experiment(got, artifact_location=request.artifacts)
+            except Exception as error:
+                if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            found = client.get_experiment_by_name(got)
+    if found is None or found.lifecycle_stage == "deleted":
+        what = "is deleted in" if found is not None else "is not in"
+        raise InputError(f"{field}: got {got!r}, which {what} {redact(request.uri)}; expected an active one")
+    return found.experiment_id
+
+
+def or_missing(get: Callable[[], Any]) -> Any | None:
+    """What `get` finds; None where the store says that it has no such thing."""
+    try:
+        return get()
+    except Exception as error:
+        if getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return None
+        raise
+
+
+def describe(client: Any, run: Any, request: Request) -> None:
+    """Mark the run RUNNING, with the tags and the parameters it lacks. A parameter cannot change in MLflow:
+    what a resume changed becomes a tag `distmeta.resumed.<parameter>`."""
+    from mlflow.entities import Param, RunTag
+
+    had = run.data.params
+    changed = {f"distmeta.resumed.{k}": v for k, v in request.params.items() if k in had and had[k] != v}
+    params = [Param(k, v) for k, v in request.params.items() if k not in had]
+    tags = [RunTag(k, v[:MAX_VALUE]) for k, v in {**request.tags, **changed}.items()]
+    for i in range(0, max(len(params), len(tags)), MAX_PARAMS):
+        some = slice(i, i + MAX_PARAMS)
+        client.log_batch(run.info.run_id, params=params[some], tags=tags[some], synchronous=True)
+    if run.info.status != "RUNNING":
+        client.update_run(run.info.run_id, status="RUNNING")
+
+
+@contextmanager
+def quiet_thread() -> Iterator[None]:
+    """Drop what MLflow and urllib3 log in this thread, and in no other: outages are said by us, once."""
+    ident = threading.get_ident()
+
+    def other_threads(record: logging.LogRecord) -> bool:
+        return record.thread != ident
+
+    places = [logging.getLogger("urllib3.connectionpool"), logging.getLogger("alembic.runtime.migration")]
+    places += [handler for name in ("mlflow", "alembic") for handler in logging.getLogger(name).handlers]
+    for place in places:
+        place.addFilter(other_threads)
+    try:
+        yield
+    finally:
+        for place in places:
+            place.removeFilter(other_threads)
