@@ -1,9 +1,9 @@
 """distmeta: distributed meta-training with numbers that do not depend on the cluster.
 
-    job = distmeta.Job.load("jobs/digits-maml.yaml", ["run.workers=2"])
-    run = distmeta.train(job).run
-    distmeta.evaluate(run)
-    distmeta.load(run).adapt(x, y)(x_query)
+job = distmeta.Job.load("jobs/digits-maml.yaml", ["run.workers=2"])
+run = distmeta.train(job).run
+distmeta.evaluate(run)
+distmeta.load(run).adapt(x, y)(x_query)
 """
 
 from __future__ import annotations

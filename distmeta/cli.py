@@ -24,9 +24,13 @@ Json = Annotated[bool, typer.Option("--json", help="One line of JSON on stdout, 
 
 @app.command()
 def train(
-    job: Annotated[str | None, typer.Argument(metavar="JOB", help="Job file; not needed with --resume RUN.")] = None,
+    job: Annotated[
+        str | None, typer.Argument(metavar="JOB", help="Job file; not needed with --resume RUN.")
+    ] = None,
     overrides: Overrides = None,
-    resume: Annotated[str | None, typer.Option(help="Run folder to go on with, or auto (with run.name).")] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Run folder to go on with, or auto (with run.name).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train a job; prints the run folder."""
@@ -48,9 +52,15 @@ def train(
     if as_json:
         _print_json({"run": str(summary.run), "step": summary.step, "loss": summary.loss})
         return
-    best = f"; best validation figure {summary.best:.4f} at step {summary.best_step}" if summary.best is not None else ""
+    best = (
+        f"; best validation figure {summary.best:.4f} at step {summary.best_step}"
+        if summary.best is not None
+        else ""
+    )
     _note(f"done: step {summary.step}, loss {_number(summary.loss)}{best}")
-    _note(f"next: distmeta evaluate {summary.run}" + ("/checkpoints/best" if summary.best is not None else ""))
+    _note(
+        f"next: distmeta evaluate {summary.run}" + ("/checkpoints/best" if summary.best is not None else "")
+    )
     print(summary.run)
 
 
@@ -59,7 +69,9 @@ def evaluate(
     checkpoint: Annotated[str, typer.Argument(metavar="RUN_OR_CHECKPOINT")],
     overrides: Overrides = None,
     episodes: Annotated[str | None, typer.Option(help="Parquet file of fixed episodes.")] = None,
-    predictions: Annotated[str | None, typer.Option(help="Parquet file to write: episode, row, label, prediction.")] = None,
+    predictions: Annotated[
+        str | None, typer.Option(help="Parquet file to write: episode, row, label, prediction.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Adapt to unseen tasks and score before and after, with a 95 % interval."""
@@ -142,7 +154,9 @@ def main() -> NoReturn:
         folder, step = getattr(stop, "folder", None), getattr(stop, "step", None)
         if folder is None:
             _fail("interrupted", as_json, 130)
-        _note(f"interrupted: the state after step {step} is saved; go on with: distmeta train --resume {folder}")
+        _note(
+            f"interrupted: the state after step {step} is saved; go on with: distmeta train --resume {folder}"
+        )
         _fail(f"interrupted at step {step}", as_json, 130, {"run": folder, "step": step}, quiet=True)
     except Exception as error:
         _handle(error, as_json)
@@ -167,7 +181,9 @@ def _handle(error: Exception, as_json: bool) -> NoReturn:
     _fail(f"{type(error).__name__}: {error}", as_json, 1)
 
 
-def _fail(message: str, as_json: bool, code: int, more: dict[str, Any] | None = None, quiet: bool = False) -> NoReturn:
+def _fail(
+    message: str, as_json: bool, code: int, more: dict[str, Any] | None = None, quiet: bool = False
+) -> NoReturn:
     message = " ".join(message.split())
     if as_json:
         _print_json({"error": message, **(more or {})})

@@ -37,11 +37,15 @@ def locate(field: str, kind: str, table: Mapping[str, str]) -> Callable[..., Any
             f"{field}: cannot import {module_name!r} ({error}): expected a module on the path or in {os.getcwd()}"
         ) from None
     except Exception as error:
-        raise InputError(f"{field}: importing {module_name!r} failed: {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"{field}: importing {module_name!r} failed: {type(error).__name__}: {error}"
+        ) from error
     part = getattr(module, name, None)
     if not callable(part):
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
-        raise InputError(f"{field}: {module_name!r} has no class or function {name!r}; {nearest(name, names)}")
+        raise InputError(
+            f"{field}: {module_name!r} has no class or function {name!r}; {nearest(name, names)}"
+        )
     return part
 
 
@@ -76,9 +80,7 @@ def check_options(
     return {name: value for name, value in values.items() if name not in filled or name in options}
 
 
-def construct(
-    part: Callable[..., Any], options: Mapping[str, Any], given: Mapping[str, Any]
-) -> Any:
+def construct(part: Callable[..., Any], options: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
     """Calls a part with its options, and with what distmeta gives where the part accepts it."""
     parameters = inspect.signature(part).parameters
     accepted = {name: value for name, value in given.items() if name in parameters and name not in options}

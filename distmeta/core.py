@@ -111,11 +111,11 @@ class Algorithm(Protocol):
         """The state before the first inner step: phi (+ inner optimizer state) | prototypes | memory."""
         ...
 
-    def step(self, theta: Theta, state: State, support: Any, k: int) -> State:
+    def step(self, theta: Theta, state: State, support: Any, k: int, /) -> State:
         """Inner step `k`. Past the trained steps, a learned rate per step stays at its last."""
         ...
 
-    def predict(self, theta: Theta, state: State, x: Any) -> Any:
+    def predict(self, theta: Theta, state: State, x: Any, /) -> Any:
         """The outputs for query inputs `x`."""
         ...
 
@@ -156,7 +156,7 @@ def select(theta: Mapping[str, Tensor], prefix: str) -> Theta:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """" — did you mean 'x'?", or the known names when none is near."""
+    """ " — did you mean 'x'?", or the known names when none is near."""
     import difflib
 
     close = difflib.get_close_matches(name, list(known), n=1)

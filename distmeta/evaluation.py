@@ -63,7 +63,7 @@ def evaluate(
     if predictions is not None and not Path(predictions).absolute().parent.is_dir():
         raise InputError(f"--predictions: the folder of {str(predictions)!r} does not exist")
     if episodes is not None:
-        return _fixed_episodes(learner, Path(episodes), predictions)
+        return _fixed_episodes(learner, episodes, predictions)
     problem = learner.problem
     layout = ParameterServer(learner.theta, problem.job.outer).layout
     pool = open_pool(problem, layout, lambda text: None)
@@ -82,7 +82,9 @@ def evaluate(
         pool.close()
     columns = {name: np.concatenate([r.metrics[name] for r in results]) for name in results[0].metrics}
     if predictions is not None:
-        rows = [pair for r in results if r.predictions is not None for pair in zip(*r.predictions, strict=True)]
+        rows = [
+            pair for r in results if r.predictions is not None for pair in zip(*r.predictions, strict=True)
+        ]
         _write_predictions(predictions, list(range(len(rows))), rows)
     return _evaluation(columns, mean_metrics(results))
 
@@ -132,7 +134,9 @@ class Learner:
         else:
             y = y.to(x.dtype)
         with self._ready():
-            state = detached(unroll(problem.algorithm, self.theta, Batch(x, y), steps or self.steps, detach=True))
+            state = detached(
+                unroll(problem.algorithm, self.theta, Batch(x, y), steps or self.steps, detach=True)
+            )
         return Adapted(self, state, classes)
 
     @contextmanager
@@ -182,7 +186,9 @@ def _evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[
     for key in ("ways", "shots", "queries"):
         fixed = tree["tasks"].get(f"eval_{key}")
         if key in asked.get("tasks", {}) and f"eval_{key}" not in asked["tasks"] and fixed is not None:
-            raise InputError(f"tasks.{key}: this run evaluates with tasks.eval_{key}={fixed}: override that instead")
+            raise InputError(
+                f"tasks.{key}: this run evaluates with tasks.eval_{key}={fixed}: override that instead"
+            )
     job = Job.parse({**tree, "run": {**tree["run"], "workers": 0}}, kept)
     steps = asked.get("algorithm", {}).get("inner_steps")
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
@@ -190,7 +196,7 @@ def _evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[
     return job, steps
 
 
-def _fixed_episodes(learner: Learner, path: Path, predictions: str | Path | None) -> Evaluation:
+def _fixed_episodes(learner: Learner, path: str | Path, predictions: str | Path | None) -> Evaluation:
     """Scores the episodes of a file one by one: each may have its own ways and shots."""
     from distmeta.tasks.episodes import read_episodes
     from distmeta.tasks.fewshot import classification_score
@@ -199,14 +205,23 @@ def _fixed_episodes(learner: Learner, path: Path, predictions: str | Path | None
     columns: dict[str, list[np.ndarray]] = {}
     numbers, rows = [], []
     adapts = problem.algorithm.inner_steps > 0
-    for fixed in read_episodes(path, tuple(problem.family.in_shape), _preparation(learner)):
+    for fixed in read_episodes(str(path), tuple(problem.family.in_shape), _preparation(learner)):
         ways = len(fixed.labels)
-        scorer: Callable[..., Any] = lambda outputs, batch, ways=ways: classification_score(outputs, batch, ways)  # noqa: E731
+        scorer: Callable[..., Any] = lambda outputs, batch, ways=ways: classification_score(
+            outputs, batch, ways
+        )
         episode = Episode(_stacked(fixed.support, problem.device), _stacked(fixed.query, problem.device))
         algorithm = _with_score(problem.algorithm, scorer)
         with learner._ready():
             scores = score_tasks(
-                algorithm, scorer, learner.theta, episode, np.zeros(1, np.uint64), Execution("loop", 1), learner.steps, True
+                algorithm,
+                scorer,
+                learner.theta,
+                episode,
+                np.zeros(1, np.uint64),
+                Execution("loop", 1),
+                learner.steps,
+                True,
             )
         for name, curve in scores.metrics.items():
             columns.setdefault(f"{name}_curve", []).append(curve)
@@ -258,11 +273,16 @@ def _evaluation(columns: Mapping[str, np.ndarray], means: dict[str, float | None
     for name in list(means):
         if name.endswith("_after"):
             means.setdefault(name.removesuffix("_after") + "_before", None)
-    order = sorted(means, key=lambda name: (name.partition("_")[0] != "loss", name.partition("_")[0], name.endswith("after")))
+    order = sorted(
+        means,
+        key=lambda name: (name.partition("_")[0] != "loss", name.partition("_")[0], name.endswith("after")),
+    )
     return Evaluation(len(values), {name: means[name] for name in order}, spread, main, curve)
 
 
-def _write_predictions(path: str | Path, numbers: Sequence[int], rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+def _write_predictions(
+    path: str | Path, numbers: Sequence[int], rows: Sequence[tuple[np.ndarray, np.ndarray]]
+) -> None:
     """A Parquet of episode, row, label, prediction: one line a query row."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -39,7 +39,9 @@ class Component(Section):
     @classmethod
     def _check(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not isinstance(data.get("type"), str):
-            raise InputError(f"{cls.section}.type: missing, expected one of {', '.join(cls.table)} or package.module:Name")
+            raise InputError(
+                f"{cls.section}.type: missing, expected one of {', '.join(cls.table)} or package.module:Name"
+            )
         own = {key: value for key, value in data.items() if key in cls.model_fields}
         options = {key: value for key, value in data.items() if key not in cls.model_fields}
         part = locate(f"{cls.section}.type", data["type"], cls.table)
@@ -87,7 +89,9 @@ class Schedule(Section):
     @model_validator(mode="after")
     def _check(self) -> Schedule:
         if self.type == "exponential" and self.final == 0:
-            raise InputError("outer.schedule.final: got 0.0, expected more than 0 for an exponential schedule")
+            raise InputError(
+                "outer.schedule.final: got 0.0, expected more than 0 for an exponential schedule"
+            )
         return self
 
 
@@ -98,7 +102,9 @@ class Outer(Section):
     lr: Rate = 1e-3
     momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
     nesterov: bool | None = None
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = None
+    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = (
+        None
+    )
     eps: Rate | None = None
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     clip_norm: Rate | None = None
@@ -117,7 +123,9 @@ class Outer(Section):
         }[self.optimizer]
         for key in ("momentum", "nesterov", "betas", "eps", "weight_decay"):
             if getattr(self, key) is not None and key not in allowed:
-                raise InputError(f"outer.{key}: not an option of {self.optimizer}, which has {', '.join(allowed)}")
+                raise InputError(
+                    f"outer.{key}: not an option of {self.optimizer}, which has {', '.join(allowed)}"
+                )
         if self.nesterov and not self.momentum:
             raise InputError("outer.nesterov: got true without outer.momentum, expected a momentum above 0")
         return self
@@ -162,9 +170,13 @@ class Run(Section):
     @model_validator(mode="after")
     def _check(self) -> Run:
         if self.shards is not None and self.shards > self.tasks_per_step:
-            raise InputError(f"run.shards: got {self.shards}, expected at most run.tasks_per_step = {self.tasks_per_step}")
+            raise InputError(
+                f"run.shards: got {self.shards}, expected at most run.tasks_per_step = {self.tasks_per_step}"
+            )
         if self.patience is not None and self.eval_every == 0:
-            raise InputError("run.patience: got a number with run.eval_every: 0, expected evaluations to wait for")
+            raise InputError(
+                "run.patience: got a number with run.eval_every: 0, expected evaluations to wait for"
+            )
         return self
 
 
@@ -269,7 +281,7 @@ def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
 
 def parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
@@ -286,7 +298,9 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             if key is not None and key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -312,7 +326,9 @@ def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: s
 
 def _plain_name(field: str, name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise InputError(f"{field}: got {name!r}, expected letters, digits, '.', '_' and '-' (it names a folder)")
+        raise InputError(
+            f"{field}: got {name!r}, expected letters, digits, '.', '_' and '-' (it names a folder)"
+        )
     return name
 
 

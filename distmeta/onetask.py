@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 
 import numpy as np
-import torch
+from torch.utils._pytree import tree_leaves
 
 from distmeta.compute.episodes import episodes_of
 from distmeta.compute.flat import Layout
@@ -34,20 +34,27 @@ def run_one_task(job: Job) -> Iterator[str]:
         episodes = episodes_of(
             problem.family, algorithm, theta, "train", ids, algorithm.inner_steps, problem.device
         )
-        leaves = torch.utils._pytree.tree_leaves(first_tasks(episodes, algorithm.group_size))
-        yield "episode: " + ", ".join(f"{list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}" for leaf in leaves)
+        leaves = tree_leaves(first_tasks(episodes, algorithm.group_size))
+        yield "episode: " + ", ".join(
+            f"{list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}" for leaf in leaves
+        )
         layout = Layout.of(theta)
-        yield f"theta: {len(layout.names)} tensors, {layout.size:,} numbers, {layout.size * 4 / 1e6:.2f} MB; " + (
-            f"{len(problem.model.constants)} constants" if problem.model.constants else "no constants"
+        yield (
+            f"theta: {len(layout.names)} tensors, {layout.size:,} numbers, {layout.size * 4 / 1e6:.2f} MB; "
+            + (f"{len(problem.model.constants)} constants" if problem.model.constants else "no constants")
         )
         flats, seconds = [], []
         for _ in range(2):
             started = time.perf_counter()
-            result = shard_gradient(algorithm, problem.score("train"), theta, episodes, ids, problem.execution)
+            result = shard_gradient(
+                algorithm, problem.score("train"), theta, episodes, ids, problem.execution
+            )
             seconds.append(time.perf_counter() - started)
             flats.append(layout.flatten({name: value.cpu() for name, value in result.gradient.items()}))
     if not np.array_equal(flats[0], flats[1]):
-        raise InputError("purity: the same task gave two different gradients: the model or algorithm keeps state or draws")
+        raise InputError(
+            "purity: the same task gave two different gradients: the model or algorithm keeps state or draws"
+        )
     if result.dropped:
         raise InputError("numbers: the task's meta-gradient is not finite at the initialisation")
     zero = [name for name, value in result.gradient.items() if not bool(value.any())]

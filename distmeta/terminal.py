@@ -58,7 +58,9 @@ class Terminal:
             text = f"{figures(record)}, {record['tasks_per_second']:.0f} tasks/s"
             self.say(f"step {record['step']}/{self._steps}: {text}")
         if record["tasks_dropped"]:
-            self.say(f"step {record['step']}: {record['tasks_dropped']} tasks had a non-finite gradient and were left out")
+            self.say(
+                f"step {record['step']}: {record['tasks_dropped']} tasks had a non-finite gradient and were left out"
+            )
 
     def say(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False)

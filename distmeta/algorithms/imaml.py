@@ -76,10 +76,14 @@ class IMAML:
 
         query_gradient, metrics = torch.func.grad(loss_at, has_aux=True)(phi)
 
+        hessian_product = torch.func.vjp(
+            lambda p: support_gradient(self.model, self.score, p, episode.support), phi
+        )[1]
+
         def matvec(v: Theta) -> Theta:
-            hessian_v = torch.func.jvp(
-                lambda p: support_gradient(self.model, self.score, p, episode.support), (phi,), (v,)
-            )[1]
+            hessian_v = hessian_product(v)[
+                0
+            ]  # the Hessian is symmetric; its graph is built once for all CG steps
             return {name: (1 + self.cg_damping) * v[name] + hessian_v[name] / self.lam for name in v}
 
         v = conjugate_gradients(matvec, query_gradient, self.cg_steps)

@@ -24,6 +24,8 @@ def minibatch(support: Any, k: int, size: int | None) -> Any:
         return support
     count = tree_leaves(support)[0].shape[0]
     if size > count:
-        raise InputError(f"algorithm.inner_batch: got {size}, expected at most the support set's {count} examples")
+        raise InputError(
+            f"algorithm.inner_batch: got {size}, expected at most the support set's {count} examples"
+        )
     rows = [(k * size + i) % count for i in range(size)]
     return tree_map(lambda leaf: leaf[rows], support)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 from distmeta.compute.unroll import detached
 from distmeta.core import Algorithm, Episode, PerStep, TaskFamily, Theta
@@ -46,11 +47,9 @@ def episodes_of(
             break
         if state is None:
             state = detached(over_tasks(lambda b: algorithm.begin(theta, b))(batch))
-        state = detached(
-            over_tasks(lambda s, b, k=k: algorithm.step(theta, s, b, k))(state, batch)
-        )
+        state = detached(over_tasks(lambda s, b, k=k: algorithm.step(theta, s, b, k))(state, batch))
     return Episode(PerStep(tuple(batches[:-1])) if steps else batches[-1], batches[-1])
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:
-    return torch.utils._pytree.tree_map(lambda leaf: leaf.to(device), tree)
+    return tree_map(lambda leaf: leaf.to(device), tree)

@@ -22,7 +22,7 @@ def numerics(threads: int, deterministic: bool) -> Iterator[None]:
     before = (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.backends.cuda.matmul.allow_tf32,
+        bool(torch.backends.cuda.matmul.allow_tf32),
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
     )

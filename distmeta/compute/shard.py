@@ -110,9 +110,7 @@ def _differentiate(total: Callable, theta: Theta, chunk: _Chunk) -> tuple[Theta,
     return gradient, {name: value.detach().reshape(-1) for name, value in metrics.items()}
 
 
-def _group_total(
-    algorithm: Algorithm, score: Score, theta: Theta, group: Episode
-) -> tuple[Tensor, Metrics]:
+def _group_total(algorithm: Algorithm, score: Score, theta: Theta, group: Episode) -> tuple[Tensor, Metrics]:
     """G times the meta-loss of one group, and its metrics, [G] each: `*_after`, and `*_before` where there is one."""
     single = algorithm.group_size == 1
     episode = tree_map(lambda leaf: leaf[0], group) if single else group

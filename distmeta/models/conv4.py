@@ -23,13 +23,13 @@ class Conv4(nn.Module):
             does: no running statistics exist, so none leak between tasks. Scoring a query set with its own
             statistics is *transductive*: a prediction depends on the other queries. `group`, `layer` and `none`
             are not.
-        pool: `max` halves by 2×2 max pooling; `stride` by strided convolutions and averages the last map, as the
-            MAML paper does on Omniglot (§5.2), at a third of the cost; it takes images of any size.
+        pool: `max` halves by 2×2 max pooling, as often as the image allows; `stride` by strided convolutions, and
+            averages the last map, as the MAML paper does on Omniglot (§5.2), at a third of the cost.
 
     Convolutions have no bias before a batch norm, which would cancel it: its gradient is pure noise.
 
     Raises:
-        InputError: images too small for four poolings.
+        InputError: the inputs are not images.
     """
 
     def __init__(
@@ -42,18 +42,14 @@ class Conv4(nn.Module):
     ):
         super().__init__()
         if len(in_shape) != 3:
-            raise InputError(f"model.type: got conv4 for inputs of shape {in_shape}, expected images (C, H, W)")
-        channels, *sides = in_shape
+            raise InputError(
+                f"model.type: got conv4 for inputs of shape {in_shape}, expected images (C, H, W)"
+            )
+        channels, side = in_shape[0], min(in_shape[1:])
         self.pool = pool
-        if pool == "max":
-            sides = [side // 16 for side in sides]
-            if min(sides) == 0:
-                raise InputError(
-                    f"model.pool: got max for images {in_shape[1]}×{in_shape[2]}, expected at least 16×16: "
-                    "use pool: stride"
-                )
-        blocks = []
+        blocks, sides = [], list(in_shape[1:])
         for k in range(4):
+            halves = pool == "max" and side >= 2  # a map of one pixel stays one
             blocks.append(
                 nn.Sequential(
                     nn.Conv2d(
@@ -66,9 +62,11 @@ class Conv4(nn.Module):
                     ),
                     _norm(norm, width),
                     nn.ReLU(),
-                    nn.MaxPool2d(2) if pool == "max" else nn.Identity(),
+                    nn.MaxPool2d(2) if halves else nn.Identity(),
                 )
             )
+            if halves:
+                side, sides = side // 2, [s // 2 for s in sides]
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(width * math.prod(sides) if pool == "max" else width, out_features)
 

@@ -46,7 +46,9 @@ class Functional:
         frozen = {name for name in parameters if freeze is not None and fnmatchcase(name, freeze)}
         frozen |= {name for name, value in parameters.items() if not value.requires_grad}
         if freeze is not None and not frozen:
-            raise InputError(f"model.freeze: got {freeze!r}, which matches no parameter; {nearest(freeze, list(parameters))}")
+            raise InputError(
+                f"model.freeze: got {freeze!r}, which matches no parameter; {nearest(freeze, list(parameters))}"
+            )
         self._initial = {n: p.detach().clone() for n, p in parameters.items() if n not in frozen}
         self.constants: dict[str, Tensor] = {n: parameters[n].detach() for n in sorted(frozen)}
         self.constants |= {n: b.detach() for n, b in self.module.named_buffers()}
@@ -88,7 +90,9 @@ def _load(module: nn.Module, path: str) -> None:
     own = dict(module.named_parameters()) | dict(module.named_buffers())
     for name, value in tensors.items():
         if name not in own:
-            raise InputError(f"model.init_from: tensor {name!r} is not in the model; {nearest(name, list(own))}")
+            raise InputError(
+                f"model.init_from: tensor {name!r} is not in the model; {nearest(name, list(own))}"
+            )
         if value.shape != own[name].shape:
             raise InputError(
                 f"model.init_from: tensor {name!r} has shape {list(value.shape)}, "

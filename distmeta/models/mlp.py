@@ -39,5 +39,5 @@ class MLP(nn.Sequential):
                     nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
                     nn.init.zeros_(layer.bias)
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - nn.Sequential's own name
+    def forward(self, input: Tensor) -> Tensor:
         return super().forward(input)

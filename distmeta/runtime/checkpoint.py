@@ -1,7 +1,7 @@
 """Checkpoints: safetensors and JSON, written whole or not at all. Loading one never unpickles anything.
 
-    RUN/checkpoints/step-00000200/   theta, constants and optimizer as .safetensors; state.json
-    RUN/checkpoints/latest, best     one-line text files with a folder's name
+RUN/checkpoints/step-00000200/   theta, constants and optimizer as .safetensors; state.json
+RUN/checkpoints/latest, best     one-line text files with a folder's name
 """
 
 from __future__ import annotations
@@ -140,7 +140,9 @@ def load(path: str | Path) -> Checkpoint:
             raise InputError(f"{folder}: checkpoint format {state['format']}, expected {FORMAT}")
         for name, digest in state["sha256"].items():
             if hashlib.sha256((folder / Path(name).name).read_bytes()).hexdigest() != digest:
-                raise InputError(f"{folder}: {name} is damaged (its checksum differs): use an older checkpoint")
+                raise InputError(
+                    f"{folder}: {name} is damaged (its checksum differs): use an older checkpoint"
+                )
         return Checkpoint(
             state["job"],
             load_file(folder / "theta.safetensors"),

@@ -74,7 +74,9 @@ class _Run:
     progress: Progress
 
 
-def train(job: Job | str | Path, resume: str | Path | None = None, reporter: Reporter | None = None) -> Summary:
+def train(
+    job: Job | str | Path, resume: str | Path | None = None, reporter: Reporter | None = None
+) -> Summary:
     """Trains a job, or goes on with a run.
 
     Args:
@@ -101,7 +103,6 @@ def train(job: Job | str | Path, resume: str | Path | None = None, reporter: Rep
         check = stack.enter_context(interruptions())
         reporter.begin(folder.path, problem.job, progress.step)
         stack.callback(reporter.end)
-        progress = replace(progress, tracking_id=tracker.run_id)
         return _guarded(_Run(problem, server, pool, folder, tracker, reporter, check, progress))
 
 
@@ -166,7 +167,9 @@ def _step(run: _Run) -> dict[str, Any]:
     tasks = sum(result.tasks for result in results)
     dropped = [task for result in results for task in result.dropped]
     if dropped and settings.on_nonfinite == "stop":
-        raise NumericsError(f"step {step + 1}: non-finite meta-gradient of tasks {dropped} (run.on_nonfinite: stop)")
+        raise NumericsError(
+            f"step {step + 1}: non-finite meta-gradient of tasks {dropped} (run.on_nonfinite: stop)"
+        )
     total = tree_sum([r.gradient for r in results if r.gradient is not None])
     gradient = total / np.float32(max(tasks, 1))
     added = time.perf_counter()
@@ -191,7 +194,9 @@ def _step(run: _Run) -> dict[str, Any]:
 
 def _validate(run: _Run) -> dict[str, float | None]:
     """Scores theta on the validation tasks, the same ones every time; notes whether it is the best so far."""
-    results = evaluate_tasks(run.problem, run.pool, run.server.flat(), "val", run.problem.job.run.eval_tasks, run.check)
+    results = evaluate_tasks(
+        run.problem, run.pool, run.server.flat(), "val", run.problem.job.run.eval_tasks, run.check
+    )
     record = {f"val_{name}": value for name, value in mean_metrics(results).items()}
     name, sign = primary(record, "val_")
     value, best = record[name], run.progress.best
@@ -271,6 +276,8 @@ def _open_tracker(job: Job, folder: Path, progress: Progress, reporter: Reporter
 
 
 def _save(run: _Run) -> Path:
+    """Saves the last completed state; the tracker knows its run's id once its store has answered."""
+    run.progress = replace(run.progress, tracking_id=run.tracker.run_id or run.progress.tracking_id)
     run.folder.sync()
     tensors, outer = run.server.state()
     preparation = getattr(run.problem.family, "preparation", None)
@@ -288,4 +295,3 @@ def _save(run: _Run) -> Path:
 
 def _summary(folder: Path, progress: Progress) -> Summary:
     return Summary(folder, progress.step, progress.loss, progress.best, progress.best_step)
-

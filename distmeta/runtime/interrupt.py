@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 
-class InterruptedRun(KeyboardInterrupt):  # noqa: N818 - it is an interrupt, not an error
+class InterruptedRun(KeyboardInterrupt):
     """The run was stopped from outside, and saved."""
 
     def __init__(self, folder: str, step: int):

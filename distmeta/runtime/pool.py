@@ -15,7 +15,7 @@ import numpy as np
 
 from distmeta.compute.flat import Layout
 from distmeta.core import InputError
-from distmeta.runtime.failure import LostShardError, Loss, Stop, after_loss
+from distmeta.runtime.failure import Loss, LostShardError, Stop, after_loss
 from distmeta.runtime.problem import Problem, constants_of
 from distmeta.runtime.worker import Shard, ShardResult, Worker, WorkerSpec
 
@@ -128,7 +128,9 @@ class RayPool:
         action = after_loss(loss, self._run.max_shard_failures)
         if isinstance(action, Stop):
             raise LostShardError(action.message)
-        self._say(f"lost worker {worker} ({reason.partition(':')[0]}): its shard {shard.index} is computed again")
+        self._say(
+            f"lost worker {worker} ({reason.partition(':')[0]}): its shard {shard.index} is computed again"
+        )
         with contextlib.suppress(self._ray.exceptions.RayError):
             self._ray.kill(self._workers[worker])  # it may be unreachable rather than dead
         time.sleep(action.delay)
@@ -182,7 +184,9 @@ def _connect(ray: Any, address: str | None, needs: tuple[int, float]) -> bool:
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise InputError(f"run.address: cannot reach a Ray cluster at {address!r}: {str(error).splitlines()[0]}") from None
+            raise InputError(
+                f"run.address: cannot reach a Ray cluster at {address!r}: {str(error).splitlines()[0]}"
+            ) from None
     else:
         cpus = max(os.cpu_count() or 1, needs[0])
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)

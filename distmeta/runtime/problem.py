@@ -83,7 +83,9 @@ def resolve(problem: Problem) -> Problem:
     groups = job.run.tasks_per_step // algorithm.group_size
     shards = job.run.shards or min(8, groups)
     if shards > groups:
-        raise InputError(f"run.shards: got {shards}, expected at most {groups}, the groups of tasks in a step")
+        raise InputError(
+            f"run.shards: got {shards}, expected at most {groups}, the groups of tasks in a step"
+        )
     theta = {name: value.to(problem.device) for name, value in problem.init().items()}
     ids = task_ids(job.seed, "probe", 0, 2 * algorithm.group_size)
     first = torch.zeros(2, *problem.family.in_shape, device=problem.device)
@@ -92,7 +94,14 @@ def resolve(problem: Problem) -> Problem:
         problem.family, algorithm, theta, "train", ids, algorithm.inner_steps, problem.device
     )
     execution = choose_execution(
-        job.compute.execution, job.compute.chunk, found, problem.device, algorithm, problem.score("train"), theta, episodes
+        job.compute.execution,
+        job.compute.chunk,
+        found,
+        problem.device,
+        algorithm,
+        problem.score("train"),
+        theta,
+        episodes,
     )
     schedule = job.outer.schedule.model_dump()
     schedule["steps"] = schedule["steps"] or job.run.steps

@@ -89,7 +89,9 @@ class ParameterServer:
         if Layout.of({name: theta[name] for name in sorted(theta)}) != Layout.of(
             {name: self._theta[name] for name in sorted(self._theta)}
         ):
-            raise InputError("checkpoint: its theta has other names or shapes than this job's model and algorithm")
+            raise InputError(
+                "checkpoint: its theta has other names or shapes than this job's model and algorithm"
+            )
         with torch.no_grad():
             for name, parameter in self._theta.items():
                 parameter.copy_(theta[name])

@@ -112,7 +112,13 @@ class Worker:
         started = time.perf_counter()
         ids = task_ids(problem.job.seed, shard.split, shard.step, shard.count)[shard.start : shard.stop]
         episodes = episodes_of(
-            problem.family, problem.algorithm, self._theta, shard.split, ids, shard.inner_steps, problem.device
+            problem.family,
+            problem.algorithm,
+            self._theta,
+            shard.split,
+            ids,
+            shard.inner_steps,
+            problem.device,
         )
         return episodes, ids, time.perf_counter() - started
 
@@ -126,7 +132,14 @@ class Worker:
         gradient = self._layout.flatten({name: value.cpu() for name, value in result.gradient.items()})
         dropped = tuple(shard.start + i for i in result.dropped)
         return ShardResult(
-            shard.index, gradient, result.tasks, dropped, result.metrics, None, drawing, time.perf_counter() - started
+            shard.index,
+            gradient,
+            result.tasks,
+            dropped,
+            result.metrics,
+            None,
+            drawing,
+            time.perf_counter() - started,
         )
 
     def _scores(self, shard: Shard) -> ShardResult:

@@ -1,0 +1,346 @@
+"""Tasks per second of MAML's meta-gradient and of a whole outer step: higher, TorchOpt, torch.func, distmeta.
+
+    python benchmarks/throughput.py [--quick] [--only WORKLOAD ...] [--store data/omniglot.arrow]
+
+One process, one run, the same model at the same weights, the same tasks. First every system's meta-gradient
+is compared with one in float64; a system that computes something else is not timed. Then they are timed in
+turn (A B C … A B C …), so that whatever else the machine does falls on all alike; the table has the median
+over the rounds, and the median of each round's ratio to TorchOpt.
+
+"gradient": episodes in memory -> the mean meta-gradient. "step": draw the episodes, gradient, Adam.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peers
+import report
+import torch
+import torch.nn.functional as F
+from torch.utils._pytree import tree_map
+
+from distmeta.compute.flat import tree_sum
+from distmeta.compute.shard import Execution, shard_gradient
+from distmeta.core import Theta
+from distmeta.job import Job
+from distmeta.runtime.driver import mean_metrics
+from distmeta.runtime.pool import Pool, open_pool
+from distmeta.runtime.problem import Problem, build, resolve
+from distmeta.runtime.server import ParameterServer
+from distmeta.runtime.worker import shards_of
+from distmeta.seeding import task_ids
+from distmeta.tasks.images import Preparation
+from distmeta.tasks.store import write_store
+
+REFERENCE = "TorchOpt, gradient"
+SAME = 1e-9
+"""Largest relative difference in float64 between systems that compute the same thing."""
+NEAR = 5e-4
+"""The same in float32, where a ReLU may fall on the other side of zero."""
+NOTE = (
+    "distmeta's rows also compute each task's query loss (and accuracy) before adaptation, and the accuracy "
+    "after: the run's metrics. The peers' loops do not. One thread each, where a row does not say otherwise; "
+    "two Ray workers are two processes of one thread. ∆: relative norm of the meta-gradient's difference "
+    "from the one of torch.func in float64."
+)
+
+
+@dataclass(frozen=True)
+class Workload:
+    title: str
+    tree: dict[str, Any]
+    """The job."""
+    loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    threads: int = 1
+    """Of TorchOpt, in a row of its own; above 1 where operations are large enough to gain."""
+
+
+def workloads(store: str, tasks: int | None = None) -> dict[str, Workload]:
+    """What is timed, with `tasks` tasks where it is given. The store's images do not matter to the time."""
+    sinusoid = {
+        "name": "throughput",
+        "model": {"type": "mlp", "hidden": [40, 40]},
+        "tasks": {"type": "sinusoid", "shots": 10, "queries": 10},
+        "algorithm": {"type": "maml", "inner_lr": 0.01, "inner_steps": 5},
+        "tracking": {"type": "none"},
+    }
+    conv4 = sinusoid | {
+        "model": {"type": "conv4", "width": 64, "pool": "stride"},
+        "tasks": {"type": "arrow", "path": store, "ways": 5, "shots": 1, "queries": 15},
+        "algorithm": {"type": "maml", "inner_lr": 0.4, "inner_steps": 1},
+    }
+
+    def of(title: str, tree: dict[str, Any], count: int, loss: Any, threads: int = 1) -> Workload:
+        count = tasks or count
+        return Workload(f"{title}, {count} tasks", tree | {"run": {"tasks_per_step": count}}, loss, threads)
+
+    regression = "sinusoid, MLP 40-40, 10-shot, 5 inner steps"
+    images = "28×28 images, strided conv4-64, 5-way 1-shot, 15 queries, 1 inner step"
+    return {
+        "sinusoid-25": of(regression, sinusoid, 25, F.mse_loss),
+        "sinusoid-256": of(regression, sinusoid, 256, F.mse_loss),
+        "conv4-16": of(images, conv4, 16, F.cross_entropy, report.cores()),
+    }
+
+
+class System:
+    """Something that is timed: `call` does the work of one step's tasks once."""
+
+    def __init__(
+        self, name: str, call: Callable[[], Any], gradient: Theta, exact: Theta | None, threads: int = 1
+    ):
+        self.name, self.call, self.threads = name, call, threads
+        self.gradient = gradient
+        """Its mean meta-gradient of the first step's tasks, float32."""
+        self.exact = exact
+        """The same in float64, where the system can compute in it."""
+
+    def seconds(self, calls: int) -> float:
+        """Time of one call, over `calls` in a row."""
+        torch.set_num_threads(self.threads)
+        started = time.perf_counter()
+        for _ in range(calls):
+            self.call()
+        return (time.perf_counter() - started) / calls
+
+
+def job_of(workload: Workload, **run: Any) -> Job:
+    return Job.parse(workload.tree).replace(run=run)
+
+
+def in_float64(problem: Problem) -> Problem:
+    problem.model.to(dtype=torch.float64)
+    return problem
+
+
+def first_episodes(problem: Problem, dtype: torch.dtype = torch.float32) -> tuple[Any, np.ndarray]:
+    """The episodes of step 0, and their ids."""
+    ids = task_ids(problem.job.seed, "train", 0, problem.job.run.tasks_per_step)
+    episodes = problem.family.draw("train", ids)
+    return tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, episodes), ids
+
+
+def peer_gradient(name: str, title: str, workload: Workload) -> System:
+    """A peer's meta-gradient of the episodes of step 0."""
+
+    def made(problem: Problem, dtype: torch.dtype) -> tuple[Callable[[], Theta], Theta]:
+        module = peers.peer_module(problem)
+        peer = peers.PEERS[name](module, peers.inner_of(problem, workload.loss))
+        episodes, _ = first_episodes(problem, dtype)
+        return lambda: peers.gradient_of(peer, module, episodes), peers.gradient_of(peer, module, episodes)
+
+    call, gradient = made(build(job_of(workload)), torch.float32)
+    _, exact = made(in_float64(build(job_of(workload))), torch.float64)
+    return System(f"{title}, gradient", call, gradient, exact)
+
+
+def distmeta_gradient(mode: str, workload: Workload) -> System:
+    """`shard_gradient` of the episodes of step 0 as one shard."""
+    execution = Execution(mode, 2**31 if mode == "vmap" else 1)
+
+    def made(problem: Problem, dtype: torch.dtype) -> Callable[[], Theta]:
+        episodes, ids = first_episodes(problem, dtype)
+        theta = problem.algorithm.init(torch.Generator())
+
+        def call() -> Theta:
+            result = shard_gradient(
+                problem.algorithm, problem.score("train"), theta, episodes, ids, execution
+            )
+            return {name: total / result.tasks for name, total in result.gradient.items()}
+
+        return call
+
+    call = made(build(job_of(workload)), torch.float32)
+    exact = made(in_float64(build(job_of(workload))), torch.float64)()
+    return System(f"distmeta {mode}, gradient", call, call(), exact)
+
+
+def peer_step(name: str, title: str, workload: Workload, threads: int = 1) -> System:
+    """A peer's whole step; it draws its tasks with the job's task family."""
+    problem = build(job_of(workload))
+    module = peers.peer_module(problem)
+    peer = peers.PEERS[name](module, peers.inner_of(problem, workload.loss))
+    gradient = peers.gradient_of(peer, module, first_episodes(problem)[0])
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
+    steps = iter(range(10**9))
+
+    def call() -> None:
+        ids = task_ids(problem.job.seed, "train", next(steps), problem.job.run.tasks_per_step)
+        peers.train_step(peer, optimizer, problem.family.draw("train", ids))
+
+    suffix = "" if threads == 1 else f", {threads} threads"
+    return System(f"{title}, step{suffix}", call, gradient, None, threads)
+
+
+def distmeta_step(workers: int, workload: Workload, stack: ExitStack) -> System:
+    """A whole step as the driver makes it: plan, map over the pool, add by the tree, means, outer step."""
+    settled = resolve(build(job_of(workload, workers=workers, shards=max(workers, 1))))
+    server = ParameterServer(settled.init(), settled.job.outer)
+    pool = open_pool(settled, server.layout, print)
+    stack.callback(pool.close)
+    first = mean_gradient(settled, pool, server, 0)
+    gradient = {name: view.clone() for name, view in server.layout.views(torch.from_numpy(first)).items()}
+    steps = iter(range(10**9))
+    where = "in-process" if workers == 0 else f"{workers} Ray workers"
+    name = f"distmeta {settled.execution.mode}, step, {where}"
+    return System(
+        name, lambda: server.step(mean_gradient(settled, pool, server, next(steps))), gradient, None
+    )
+
+
+def mean_gradient(problem: Problem, pool: Pool, server: ParameterServer, step: int) -> np.ndarray:
+    run = problem.job.run
+    assert run.shards is not None, "resolved"
+    steps = problem.algorithm.inner_steps
+    plan = shards_of(problem, "train", step, run.tasks_per_step, run.shards, steps)
+    results = pool.map(server.flat(), plan, lambda: None)
+    mean_metrics(results)
+    total = tree_sum([result.gradient for result in results if result.gradient is not None])
+    return total / np.float32(run.tasks_per_step)
+
+
+def systems_of(workload: Workload, stack: ExitStack) -> list[System]:
+    """All that are timed on a workload, made and run once."""
+    made = [
+        peer_gradient("higher", "higher", workload),
+        peer_gradient("torchopt", "TorchOpt", workload),
+        peer_gradient("torch.func", "torch.func", workload),
+        distmeta_gradient("loop", workload),
+        distmeta_gradient("vmap", workload),
+        peer_step("torchopt", "TorchOpt", workload),
+    ]
+    if workload.threads > 1:
+        made.append(peer_step("torchopt", "TorchOpt", workload, workload.threads))
+    return [*made, distmeta_step(0, workload, stack), distmeta_step(2, workload, stack)]
+
+
+def verify(systems: Sequence[System]) -> list[dict[str, Any]]:
+    """The relative norm of each meta-gradient's difference from torch.func's in float64.
+
+    In float64, where rounding hides nothing, it must be less than `SAME`; where a system cannot compute in
+    float64, less than `NEAR` in float32.
+    """
+    reference = next(system.exact for system in systems if system.name == "torch.func, gradient")
+    assert reference is not None
+    rows = []
+    for system in systems:
+        exact = None if system.exact is None else distance(system.exact, reference)
+        rounded = distance(system.gradient, reference)
+        same = rounded < NEAR if exact is None else exact < SAME
+        rows.append({"system": system.name, "float64": exact, "float32": rounded, "same": same})
+        if not same:
+            off = exact or rounded
+            print(f"{system.name}: ANOTHER META-GRADIENT (off by {off:.1e}): not timed", flush=True)
+    return rows
+
+
+def distance(gradient: Theta, reference: Theta) -> float:
+    """‖g − r‖ / ‖r‖ over the whole gradient."""
+    assert gradient.keys() == reference.keys(), "gradients of the same parameters"
+    squares = [float((gradient[n].double() - reference[n]).square().sum()) for n in reference]
+    return math.sqrt(sum(squares) / sum(float(value.square().sum()) for value in reference.values()))
+
+
+def measure(systems: Sequence[System], tasks: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
+    """Times the systems in turn; each gets `seconds` a round."""
+    calls = [max(1, round(seconds / system.seconds(1))) for system in systems]
+    rates = np.array(
+        [[tasks / s.seconds(n) for s, n in zip(systems, calls, strict=True)] for _ in range(rounds)]
+    )
+    torch.set_num_threads(1)
+    base = rates[:, [system.name for system in systems].index(REFERENCE)]
+    return [
+        {
+            "system": system.name,
+            "tasks_per_second": statistics.median(rates[:, i]),
+            "lowest": min(rates[:, i]),
+            "highest": max(rates[:, i]),
+            "times_torchopt_gradient": statistics.median(rates[:, i] / base),
+            "calls_a_round": calls[i],
+        }
+        for i, system in enumerate(systems)
+    ]
+
+
+def shown(verified: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> str:
+    """The two in one table."""
+    rates = {row["system"]: row for row in measured}
+    rows = []
+    for check in verified:
+        exact = "" if check["float64"] is None else f"{check['float64']:.0e}"
+        row = rates.get(check["system"])
+        cells = ["not timed", "", ""] if row is None else rate_cells(row)
+        rows.append([check["system"], *cells, exact, f"{check['float32']:.0e}"])
+    return report.table(["system", "tasks/s", "range", "× TorchOpt gradient", "∆ float64", "∆ float32"], rows)
+
+
+def rate_cells(row: dict[str, Any]) -> list[str]:
+    rate, low, high = (row[key] for key in ("tasks_per_second", "lowest", "highest"))
+    digits = 0 if rate >= 100 else 1
+    span = f"{low:,.{digits}f}–{high:,.{digits}f}"
+    return [f"{rate:,.{digits}f}", span, f"{row['times_torchopt_gradient']:.2f}"]
+
+
+@contextmanager
+def image_store(path: str) -> Iterator[tuple[str, str]]:
+    """The store at `path`, or one of random images; and which it is."""
+    if Path(path).is_file():
+        yield path, "Omniglot"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = str(Path(folder) / "random.arrow")
+        pixels = np.random.default_rng(0).integers(0, 256, (60 * 20, 1, 28, 28), dtype=np.uint8)
+        names = [str(k) for k in range(60)]
+        write_store(drawn, pixels, names, [""] * 60, [20] * 60, Preparation())
+        yield drawn, "random images"
+
+
+def run(workload: Workload, rounds: int, seconds: float) -> dict[str, Any]:
+    """Verifies and times the systems of one workload, and prints its table."""
+    print(f"\n{workload.title}\n", flush=True)
+    with ExitStack() as stack:
+        systems = systems_of(workload, stack)
+        verified = verify(systems)
+        timed = [system for system, check in zip(systems, verified, strict=True) if check["same"]]
+        measured = measure(timed, workload.tree["run"]["tasks_per_step"], rounds, seconds)
+    print(shown(verified, measured), flush=True)
+    return {"title": workload.title, "meta_gradient": verified, "throughput": measured}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = list(workloads(""))
+    parser.add_argument("--quick", action="store_true", help="a smoke run with 4 tasks; writes nothing")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="some of the workloads")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of one system in one round, at least")
+    parser.add_argument("--store", default="data/omniglot.arrow", help="random images where there is none")
+    given = parser.parse_args()
+    rounds, seconds, tasks = given.rounds, given.seconds, None
+    if given.quick:
+        rounds, seconds, tasks = 1, 0.01, 4
+    torch.set_num_threads(1)
+    start = report.environment()
+    with image_store(given.store) as (store, images):
+        chosen = workloads(str(Path(store).absolute()), tasks)
+        results = {name: run(chosen[name], rounds, seconds) for name in given.only}
+    print(f"\n{NOTE}")
+    settings = {"rounds": rounds, "seconds_a_round": seconds, "images": images, "note": NOTE}
+    report.write("throughput", start, {"settings": settings, "workloads": results}, given.quick)
+
+
+if __name__ == "__main__":
+    main()

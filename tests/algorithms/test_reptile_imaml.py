@@ -1,0 +1,109 @@
+"""Reptile's and iMAML's identities: limits and closed forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tree
+from torch import nn
+
+from distmeta.algorithms.imaml import IMAML, conjugate_gradients
+from distmeta.algorithms.inner import minibatch
+from distmeta.compute.shard import Execution, shard_gradient
+from distmeta.compute.unroll import unroll
+from distmeta.core import Batch, Episode, InputError
+from distmeta.job import Job
+from distmeta.runtime.problem import build
+from distmeta.seeding import task_ids
+
+LOOP = Execution("loop", 1)
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_reptile_is_the_way_gone(steps: int) -> None:
+    """θ − φ_K; after one step α∇L_support(θ)."""
+    problem = build(Job.parse(tree({"type": "reptile", "inner_lr": 0.03, "inner_steps": steps})))
+    theta, ids = problem.init(), task_ids(0, "train", 0, 1)
+    episodes = problem.family.draw("train", ids)
+    result = shard_gradient(problem.algorithm, problem.score("train"), theta, episodes, ids, LOOP)
+    phi = dict(theta)
+    for _ in range(steps):
+        gradient = torch.func.grad(
+            lambda p: nn.functional.mse_loss(problem.model(p, episodes.support.x[0]), episodes.support.y[0])
+        )(phi)
+        phi = {name: phi[name] - 0.03 * gradient[name] for name in phi}
+    for name in theta:
+        torch.testing.assert_close(result.gradient[name], theta[name] - phi[name])
+        if steps == 1:
+            torch.testing.assert_close(result.gradient[name], 0.03 * gradient[name])
+
+
+def test_minibatches_go_round_the_support_set() -> None:
+    batch = Batch(torch.arange(5.0)[:, None], torch.arange(5))
+    assert [minibatch(batch, k, 2).y.tolist() for k in range(3)] == [[0, 1], [2, 3], [4, 0]]
+    assert minibatch(batch, 7, None) is batch
+    with pytest.raises(InputError, match="inner_batch"):
+        minibatch(batch, 0, 6)
+
+
+class Quadratic:
+    """L_support(φ) = ½ φᵀAφ − bᵀφ and L_query(φ) = ½‖φ − c‖², so that all is known in closed form."""
+
+    def __init__(self, n: int = 6):
+        generator = torch.Generator().manual_seed(3)
+        root = torch.randn(n, n, generator=generator, dtype=torch.float64)
+        self.a = root @ root.T / n
+        self.b = torch.randn(n, generator=generator, dtype=torch.float64)
+        self.c = torch.randn(n, generator=generator, dtype=torch.float64)
+        self.theta = {"model.w": torch.randn(n, generator=generator, dtype=torch.float64)}
+
+    def __call__(self, phi, x):
+        return phi["model.w"]
+
+    def init(self, generator):
+        return self.theta
+
+    def score(self, w, batch):
+        is_query = batch.y
+        support = 0.5 * w @ self.a @ w - self.b @ w
+        return torch.where(is_query, 0.5 * (w - self.c).square().sum(), support), {}
+
+    def episode(self) -> Episode:
+        x = torch.zeros(1)
+        return Episode(Batch(x, torch.tensor(False)), Batch(x, torch.tensor(True)))
+
+
+def test_imaml_reaches_the_inner_optimum_and_the_implicit_gradient() -> None:
+    """φ* = (A + λI)⁻¹(b + λθ) and v = (I + A/λ)⁻¹(φ* − c)."""
+    problem, lam = Quadratic(), 2.0
+    imaml = IMAML(problem, problem.score, inner_lr=0.1, inner_steps=600, lam=lam, cg_steps=6)
+    theta, identity = problem.theta, torch.eye(6, dtype=torch.float64)
+    optimum = torch.linalg.solve(problem.a + lam * identity, problem.b + lam * theta["model.w"])
+    phi = unroll(imaml, theta, problem.episode().support, detach=True)["model.w"]
+    torch.testing.assert_close(phi, optimum, rtol=1e-10, atol=1e-10)
+    expected = torch.linalg.solve(identity + problem.a / lam, optimum - problem.c)
+    gradient, metrics = torch.func.grad(
+        lambda t: imaml.meta_loss(t, problem.episode(), unroll, problem.score), has_aux=True
+    )(theta)
+    torch.testing.assert_close(gradient["model.w"], expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(metrics["loss"], 0.5 * (optimum - problem.c).square().sum())
+
+
+def test_imaml_equals_reverse_mode_through_a_long_inner_loop() -> None:
+    """At the inner optimum, the implicit gradient is what back-propagation through the path gives (Theorem 1)."""
+    problem = Quadratic()
+    imaml = IMAML(problem, problem.score, inner_lr=0.1, inner_steps=600, lam=2.0, cg_steps=6)
+    episode = problem.episode()
+
+    def through_the_path(theta):
+        return problem.score(unroll(imaml, theta, episode.support)["model.w"], episode.query)[0]
+
+    implicit = torch.func.grad(lambda t: imaml.meta_loss(t, episode, unroll, problem.score)[0])(problem.theta)
+    explicit = torch.func.grad(through_the_path)(problem.theta)
+    torch.testing.assert_close(implicit["model.w"], explicit["model.w"], rtol=1e-8, atol=1e-8)
+
+
+def test_conjugate_gradients_stay_at_a_zero_residual() -> None:
+    b = {"w": torch.tensor([1.0, 2.0])}
+    solved = conjugate_gradients(lambda v: {"w": 2 * v["w"]}, b, steps=5)
+    torch.testing.assert_close(solved["w"], torch.tensor([0.5, 1.0]))

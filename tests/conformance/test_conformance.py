@@ -1,0 +1,190 @@
+"""Every registered algorithm, and the protocol's hard cases, do what the protocol promises."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import ALGORITHMS, tree
+from torch.utils._pytree import tree_map
+
+from distmeta.algorithms import ALGORITHMS as REGISTERED
+from distmeta.compute.episodes import episodes_of
+from distmeta.compute.shard import Execution, score_tasks, shard_gradient
+from distmeta.core import Episode, Theta
+from distmeta.job import Job
+from distmeta.runtime.problem import Problem, build
+from distmeta.runtime.server import ParameterServer
+from distmeta.seeding import task_ids
+
+HARD = {
+    "memory": tree({"type": "hard_cases:Memory"}),
+    "pairwise": tree({"type": "hard_cases:Pairwise"}),
+    "policy-gradient": tree("maml", tasks={"type": "hard_cases:Bandit"}),
+}
+CASES = {name: tree(name) for name in ALGORITHMS} | HARD
+EXACT = ("maml", "memory", "pairwise", "policy-gradient")
+"""Those whose meta-gradient is the plain derivative of their meta-loss."""
+LOOP, VMAP = Execution("loop", 1), Execution("vmap", 2**31)
+
+
+def test_every_registered_algorithm_is_here() -> None:
+    assert {case["type"] for case in ALGORITHMS.values()} == set(REGISTERED)
+
+
+def parts(
+    name: str, tasks: int = 4, dtype: torch.dtype = torch.float32
+) -> tuple[Problem, Theta, Episode, np.ndarray]:
+    problem = build(Job.parse(CASES[name]))
+    theta = problem.init()
+    ids = task_ids(0, "train", 0, tasks)
+    episodes = episodes_of(
+        problem.family, problem.algorithm, theta, "train", ids, problem.algorithm.inner_steps
+    )
+    problem.model.to(dtype=dtype)
+    theta = {key: value.to(dtype) for key, value in theta.items()}
+    episodes = tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, episodes)
+    return problem, theta, episodes, ids
+
+
+def gradient(name: str, execution: Execution, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    problem, theta, episodes, ids = parts(name, dtype=dtype)
+    result = shard_gradient(problem.algorithm, problem.score("train"), theta, episodes, ids, execution)
+    return torch.cat([result.gradient[key].flatten() for key in theta])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pure_and_deterministic(name: str) -> None:
+    problem, theta, episodes, ids = parts(name)
+    before = copy.deepcopy((theta, episodes))
+    results = [
+        shard_gradient(problem.algorithm, problem.score("train"), theta, episodes, ids, LOOP)
+        for _ in range(2)
+    ]
+    for key in theta:
+        assert torch.equal(theta[key], before[0][key])
+        assert torch.equal(results[0].gradient[key], results[1].gradient[key])
+    tree_map(lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0), episodes, before[1])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradient_has_thetas_keys_shapes_and_dtypes(name: str) -> None:
+    problem, theta, episodes, ids = parts(name)
+    result = shard_gradient(problem.algorithm, problem.score("train"), theta, episodes, ids, LOOP)
+    assert {k: (v.shape, v.dtype) for k, v in result.gradient.items()} == {
+        k: (v.shape, v.dtype) for k, v in theta.items()
+    }
+    assert result.tasks == len(ids)
+    assert all(bool(torch.isfinite(v).all()) for v in result.gradient.values())
+    assert any(bool(v.any()) for v in result.gradient.values())
+    assert "loss_after" in result.metrics
+    assert ("loss_before" in result.metrics) == (problem.algorithm.inner_steps > 0)
+    assert all(column.shape == (len(ids),) for column in result.metrics.values())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("name", CASES)
+def test_vmap_equals_loop(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    loop, vmap = gradient(name, LOOP, dtype), gradient(name, VMAP, dtype)
+    assert float((loop - vmap).norm() / loop.norm()) <= tolerance
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_gradient_equals_finite_differences(name: str) -> None:
+    problem, theta, episodes, ids = parts(name, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    direction = {k: torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in theta.items()}
+
+    def run(scale: float):
+        moved = {k: v + scale * direction[k] for k, v in theta.items()}
+        return shard_gradient(problem.algorithm, problem.score("train"), moved, episodes, ids, LOOP)
+
+    def total(scale: float) -> float:
+        if name == "pairwise":  # its loss is more than the query losses in its metrics
+            moved = {k: v + scale * direction[k] for k, v in theta.items()}
+            return pairwise_total(problem, moved, episodes)
+        return replayed_loss(problem, {k: v + scale * direction[k] for k, v in theta.items()}, episodes)
+
+    exact = sum(float((run(0.0).gradient[k] * direction[k]).sum()) for k in theta)
+    h = 1e-5
+    measured = (total(h) - total(-h)) / (2 * h)
+    assert measured == pytest.approx(exact, rel=1e-6)
+
+
+def replayed_loss(problem: Problem, theta: Theta, episodes: Episode) -> float:
+    """Σ over tasks of the query loss after the inner loop, by the protocol's four functions alone."""
+    from distmeta.core import support_at
+
+    algorithm, score, total = problem.algorithm, problem.score("train"), 0.0
+    for t in range(4):
+        episode = tree_map(lambda leaf, t=t: leaf[t], episodes)
+        state = algorithm.begin(theta, support_at(episode.support, 0))
+        for k in range(algorithm.inner_steps):
+            state = algorithm.step(theta, state, support_at(episode.support, k), k)
+        total += float(score(algorithm.predict(theta, state, episode.query.x), episode.query)[0])
+    return total
+
+
+def pairwise_total(problem: Problem, theta: Theta, episodes: Episode) -> float:
+    from distmeta.compute.unroll import unroll
+
+    pairs = [tree_map(lambda leaf, g=g: leaf[2 * g : 2 * g + 2], episodes) for g in range(2)]
+    losses = [problem.algorithm.meta_loss(theta, pair, unroll, problem.score("train"))[0] for pair in pairs]
+    return 2 * float(sum(losses))
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_algorithm_survives_pickling(name: str) -> None:
+    problem, theta, episodes, ids = parts(name)
+    other = pickle.loads(pickle.dumps(problem.algorithm))
+    args = (theta, episodes, ids, LOOP)
+    ours = shard_gradient(problem.algorithm, problem.score("train"), *args).gradient
+    theirs = shard_gradient(other, problem.score("train"), *args).gradient
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+@pytest.mark.parametrize("name", ["maml", "fomaml", "reptile", "imaml", "memory"])
+def test_improves_a_toy_task_family(name: str) -> None:
+    tasks = {
+        "type": "linear",
+        "shots": 5,
+        "queries": 5,
+        "slope": [0.5, 1.0],
+        "offset": [-1, 1],
+        "x_range": [-1, 3],
+    }
+    job = CASES[name] | {"tasks": tasks}
+    problem = build(Job.parse(job))
+    algorithm, score = problem.algorithm, problem.score("val")
+    server = ParameterServer(problem.init(), problem.job.outer)
+    ids = task_ids(1, "val", 0, 50)
+
+    def loss() -> float:
+        scores = score_tasks(algorithm, score, server.theta(), problem.family.draw("val", ids), ids, VMAP)
+        return float(scores.metrics["loss"][:, -1].mean())
+
+    first = loss()
+    for step in range(60):
+        train_ids = task_ids(1, "train", step, 8)
+        result = shard_gradient(
+            algorithm,
+            problem.score("train"),
+            server.theta(),
+            problem.family.draw("train", train_ids),
+            train_ids,
+            VMAP,
+        )
+        server.step(server.layout.flatten(result.gradient) / 8)
+    assert loss() < 0.5 * first
+
+
+@pytest.mark.parametrize("name", ["maml", "reptile", "imaml"])
+def test_evaluation_goes_past_the_trained_steps(name: str) -> None:
+    problem, theta, episodes, ids = parts(name)
+    scores = score_tasks(problem.algorithm, problem.score("test"), theta, episodes, ids, LOOP, steps=7)
+    short = score_tasks(problem.algorithm, problem.score("test"), theta, episodes, ids, LOOP, steps=2)
+    assert scores.metrics["loss"].shape == (4, 8)
+    np.testing.assert_array_equal(scores.metrics["loss"][:, :3], short.metrics["loss"])

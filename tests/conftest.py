@@ -1,0 +1,80 @@
+"""What all tests share: an own home and Ray folder, token authentication, one Ray cluster, small jobs."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HOME = Path(tempfile.mkdtemp(prefix="dm-", dir="/tmp"))  # short: Ray's socket paths have a limit
+os.environ.update(
+    HOME=str(HOME),
+    XDG_CACHE_HOME=str(HOME / "cache"),
+    RAY_TMPDIR=str(HOME),
+    RAY_AUTH_MODE="token",
+    RAY_AUTH_TOKEN=secrets.token_hex(16),
+    RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
+    RAY_USAGE_STATS_ENABLED="0",
+)
+for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+    os.environ.pop(name, None)
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A real Ray cluster on this machine, joined by this process."""
+    import logging
+
+    import ray
+
+    os.environ["PYTHONPATH"] = str(REPOSITORY / "tests")  # parts that tests name are found on workers too
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "maml": {"type": "maml", "inner_lr": 0.05, "inner_steps": 2},
+    "fomaml": {"type": "maml", "inner_lr": 0.05, "inner_steps": 2, "first_order": True},
+    "reptile": {"type": "reptile", "inner_lr": 0.05, "inner_steps": 3, "inner_batch": 4},
+    "imaml": {"type": "imaml", "inner_lr": 0.05, "inner_steps": 4, "lam": 2.0, "cg_steps": 3},
+}
+"""Every algorithm that a test runs over."""
+
+
+def tree(algorithm: str | dict[str, Any] = "maml", **changes: Any) -> dict[str, Any]:
+    """A small job as plain data: sine waves, a small MLP. `changes` are merged into its sections."""
+    job: dict[str, Any] = {
+        "name": "small",
+        "model": {"type": "mlp", "hidden": [16, 16], "activation": "tanh"},
+        "tasks": {"type": "sinusoid", "shots": 5, "queries": 5},
+        "algorithm": ALGORITHMS[algorithm] if isinstance(algorithm, str) else algorithm,
+        "outer": {"lr": 0.01},
+        "run": {"steps": 6, "tasks_per_step": 8, "shards": 4, "eval_every": 0, "checkpoint_every": 0},
+        "tracking": {"type": "none"},
+    }
+    for section, value in changes.items():
+        merges = isinstance(value, dict) and "type" not in value and isinstance(job.get(section), dict)
+        job[section] = job[section] | value if merges else value
+    return job

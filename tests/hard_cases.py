@@ -1,0 +1,186 @@
+"""The protocol's hard cases as a user would bring them, `hard_cases:Name` in a job: nothing in runtime/ knows them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from distmeta.core import Batch, Episode, Metrics, Model, Score, Theta, Unroll
+from distmeta.seeding import task_generator
+
+
+class Memory:
+    """A memory-augmented regressor: writes each support pair into a memory by a recurrent cell, reads it for a query.
+
+    No inner loop (`inner_steps` 0); theta holds the controller beside an unused `model`.
+    """
+
+    group_size = 1
+    inner_steps = 0
+
+    def __init__(self, score: Score, cells: int = 8):
+        self.score, self.cells = score, cells
+
+    def init(self, generator: torch.Generator) -> Theta:
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator) / shape[0] ** 0.5
+
+        return {"write.weight": normal(self.cells + 2, self.cells), "read.weight": normal(self.cells + 1, 1)}
+
+    def begin(self, theta: Theta, support: Batch) -> Tensor:
+        memory = support.x.new_zeros(self.cells)
+        for x, y in zip(support.x, support.y, strict=True):
+            memory = torch.tanh(torch.cat([memory, x, y]) @ theta["write.weight"])
+        return memory
+
+    def step(self, theta: Theta, state: Tensor, support: Batch, k: int) -> Tensor:
+        raise AssertionError("there is no inner step")
+
+    def predict(self, theta: Theta, memory: Tensor, x: Tensor) -> Tensor:
+        read = torch.cat([memory.expand(len(x), -1), x], 1)
+        return read @ theta["read.weight"]
+
+
+class Pairwise:
+    """MAML whose loss compares two tasks: adapted parameters of different tasks are pushed a margin apart."""
+
+    group_size = 2
+    inner_steps = 1
+
+    def __init__(self, model: Model, score: Score, margin: float = 1.0):
+        self.model, self.score, self.margin = model, score, margin
+
+    def init(self, generator: torch.Generator) -> Theta:
+        return self.model.init(generator)
+
+    def begin(self, theta: Theta, support: Batch) -> Theta:
+        return dict(theta)
+
+    def step(self, theta: Theta, phi: Theta, support: Batch, k: int) -> Theta:
+        gradient = torch.func.grad(lambda p: self.score(self.model(p, support.x), support)[0])(phi)
+        return {name: phi[name] - 0.05 * gradient[name] for name in phi}
+
+    def predict(self, theta: Theta, phi: Theta, x: Tensor) -> Tensor:
+        return self.model(phi, x)
+
+    def meta_loss(
+        self, theta: Theta, episode: Episode, unroll: Unroll, score: Score
+    ) -> tuple[Tensor, Metrics]:
+        losses, adapted = [], []
+        for g in range(2):
+            support, query = Batch(*(v[g] for v in episode.support)), Batch(*(v[g] for v in episode.query))
+            phi = unroll(self, theta, support)
+            losses.append(score(self.predict(theta, phi, query.x), query)[0])
+            adapted.append(torch.cat([value.flatten() for value in phi.values()]))
+        distance = (adapted[0] - adapted[1]).square().sum().add(1e-12).sqrt()
+        rows = torch.stack(losses)
+        return rows.mean() + torch.relu(self.margin - distance), {"loss": rows}
+
+
+class Trajectories(NamedTuple):
+    """Bandit pulls: x [N, 1] ones, action [N], advantage [N]."""
+
+    x: Tensor
+    action: Tensor
+    advantage: Tensor
+    payoff: Tensor
+
+
+class Bandit:
+    """Two-armed Bernoulli bandits: collect, then replay. Noise is data from the task's stream."""
+
+    in_shape = (1,)
+    out_features = 2
+
+    def __init__(self, pulls: int = 20):
+        self.pulls = pulls
+
+    def collect(self, split: str, ids: Any, k: int, policy: Any) -> Trajectories:
+        x = torch.ones(len(ids), self.pulls, 1)
+        probability = policy(x).softmax(-1)[..., 1]
+        noise = np.stack([task_generator(i).random((k + 1, 2 * self.pulls + 1))[-1] for i in ids])
+        better = np.stack([task_generator(i).random() < 0.5 for i in ids])
+        noise = torch.from_numpy(noise).float()
+        action = (noise[:, : self.pulls] < probability).long()
+        hit = torch.from_numpy(better)[:, None] == (action == 1)
+        payoff = (noise[:, self.pulls : -1] < torch.where(hit, 0.9, 0.1)).float()
+        return Trajectories(x, action, payoff - payoff.mean(1, keepdim=True), payoff)
+
+    def score(self, outputs: Tensor, batch: Trajectories) -> tuple[Tensor, Metrics]:
+        log_p = outputs.log_softmax(-1).gather(-1, batch.action[..., None])[..., 0]
+        return -(log_p * batch.advantage).mean(), {"return": batch.payoff.mean()}
+
+
+class Dropout(nn.Sequential):
+    """A model that draws random numbers."""
+
+    def __init__(self, in_shape: tuple[int, ...], out_features: int):
+        super().__init__(nn.Linear(in_shape[0], 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, out_features))
+
+
+class RunningNorm(nn.Sequential):
+    """A model that changes its buffers."""
+
+    def __init__(self, in_shape: tuple[int, ...], out_features: int):
+        super().__init__(nn.Linear(in_shape[0], 4), nn.BatchNorm1d(4), nn.Linear(4, out_features))
+
+
+class Attention(nn.Module):
+    """Fused attention, which has no second derivative."""
+
+    def __init__(self, in_shape: tuple[int, ...], out_features: int):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(in_shape[0], 24), nn.Linear(8, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x)[None, None].chunk(3, -1)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v)[0, 0])
+
+
+class Poisoned:
+    """Sine-like tasks of which one in four has a NaN."""
+
+    in_shape = (1,)
+    out_features = 1
+
+    def draw(self, split: str, ids: Any) -> Episode:
+        values = np.stack([task_generator(i).random((4, 5, 1)) for i in ids]).astype(np.float32)
+        if split == "train":
+            values[np.asarray(ids) % 4 == 0, 1, 0, 0] = np.nan
+        x_s, y_s, x_q, y_q = torch.from_numpy(values).unbind(1)
+        return Episode(Batch(x_s, y_s), Batch(x_q, y_q))
+
+    def score(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        return (outputs - batch.y).square().mean(), {}
+
+
+class AllBad(Poisoned):
+    """Tasks that are all NaN in training."""
+
+    def draw(self, split: str, ids: Any) -> Episode:
+        episode = super().draw(split, ids)
+        if split == "train":
+            episode.support.y.fill_(torch.nan)
+        return episode
+
+
+class Lethal(Poisoned):
+    """A family whose draw kills the process once a flag file says so; it removes the flag first."""
+
+    def __init__(self, flag: str, always: bool = False):
+        self.flag, self.always = flag, always
+
+    def draw(self, split: str, ids: Any) -> Episode:
+        import os
+        import signal
+
+        if os.path.exists(self.flag):
+            if not self.always:
+                os.remove(self.flag)
+            os.kill(os.getpid(), signal.SIGKILL)
+        values = np.stack([task_generator(i).random((4, 5, 1)) for i in ids]).astype(np.float32)
+        x_s, y_s, x_q, y_q = torch.from_numpy(values).unbind(1)
+        return Episode(Batch(x_s, y_s), Batch(x_q, y_q))

@@ -1,0 +1,179 @@
+"""Checkpoints: whole or not there; found by every path; never code."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tree
+
+import distmeta
+from distmeta.core import InputError
+from distmeta.job import Job
+from distmeta.runtime import checkpoint as checkpoints
+from distmeta.runtime.checkpoint import Checkpoint, Progress
+
+
+def state(step: int, best_step: int | None = None) -> Checkpoint:
+    theta = {"model.w": torch.full((3,), float(step))}
+    moments = {"model.w/exp_avg": torch.ones(3)}
+    return Checkpoint(
+        {"name": "x"},
+        theta,
+        {"mean": torch.zeros(2)},
+        moments,
+        {"rates": [0.1]},
+        Progress(step, best_step=best_step),
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    folder = checkpoints.save(tmp_path, state(7), keep=3)
+    assert folder.name == "step-00000007"
+    loaded = checkpoints.load(folder)
+    assert loaded.progress == Progress(7)
+    assert torch.equal(loaded.theta["model.w"], torch.full((3,), 7.0))
+    assert set(loaded.constants) == {"mean"}
+    assert set(loaded.optimizer) == {"model.w/exp_avg"}
+
+
+def test_found_by_every_path(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, state(1, best_step=1), keep=3)
+    last = checkpoints.save(tmp_path, state(2, best_step=1), keep=3)
+    folder = tmp_path / "checkpoints"
+    assert checkpoints.find(tmp_path) == checkpoints.find(folder / "latest") == checkpoints.find(last) == last
+    assert checkpoints.find(folder / "best").name == "step-00000001"
+    assert (folder / "best").read_text() == "step-00000001\n"
+
+
+def test_the_last_k_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step in range(1, 7):
+        checkpoints.save(tmp_path, state(step, best_step=1), keep=2)
+    kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000001", "step-00000005", "step-00000006"]
+
+
+@pytest.mark.parametrize("name", ["theta", "optimizer", "constants"])
+def test_a_damaged_file_is_one_clear_error(name: str, tmp_path: Path) -> None:
+    folder = checkpoints.save(tmp_path, state(3), keep=3)
+    path = folder / f"{name}.safetensors"
+    path.write_bytes(path.read_bytes()[:-2])
+    with pytest.raises(InputError, match=rf"{name}.safetensors is damaged") as caught:
+        checkpoints.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"format": 99}', '{"format": 1, "sha256": 3}', "\x00"]
+)
+def test_a_bad_state_file_is_one_clear_error(text: str, tmp_path: Path) -> None:
+    folder = checkpoints.save(tmp_path, state(3), keep=3)
+    (folder / "state.json").write_text(text)
+    with pytest.raises(InputError):
+        checkpoints.load(tmp_path)
+
+
+def test_latest_cannot_point_outside(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path / "a", state(3), keep=3)
+    checkpoints.save(tmp_path / "b", state(3), keep=3)
+    (tmp_path / "a" / "checkpoints" / "latest").write_text("../../b/checkpoints/step-00000003\n")
+    with pytest.raises(InputError, match="not a checkpoint beside it"):
+        checkpoints.load(tmp_path / "a")
+
+
+def test_an_unfinished_write_is_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints.save(tmp_path, state(1), keep=3)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoints.save(tmp_path, state(2), keep=3)
+    assert checkpoints.load(tmp_path).progress.step == 1
+
+
+def trained(**run: object) -> Path:
+    return distmeta.train(Job.parse(tree("maml", run=run))).run
+
+
+def test_a_second_run_into_a_folder_is_refused(workplace: Path) -> None:
+    run = trained(name="mine")
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    with pytest.raises(InputError, match=r"run.name: the run folder runs/mine exists already"):
+        trained(name="mine")
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+
+
+def test_another_jobs_checkpoint_is_refused(workplace: Path) -> None:
+    run = trained(name="mine")
+    stored = Job.load(run / "job.yaml")
+    for change, message in [
+        ({"outer": {"lr": 0.5}}, "outer.lr: got 0.5, but the run to resume has 0.01"),
+        ({"model": {"hidden": [8]}}, r"model.hidden: got \[8\], but the run to resume has \[16, 16\]"),
+        ({"algorithm": {"inner_steps": 5}}, "algorithm.inner_steps: got 5"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            distmeta.train(stored.replace(**change), resume=run)
+    with pytest.raises(InputError, match="seed: got 1, but"):
+        distmeta.train(Job.parse(stored.tree() | {"seed": 1}), resume=run)
+
+
+def test_what_a_resume_may_change(workplace: Path) -> None:
+    run = trained(name="mine")
+    job = Job.parse(tree("maml", run={"steps": 9, "cpus_per_worker": 0.5}, output="elsewhere"))
+    summary = distmeta.train(job, resume=run)
+    assert (summary.run, summary.step) == (run, 9)
+    assert Job.load(run / "job.yaml").run.steps == 9
+
+
+def test_resume_auto(workplace: Path) -> None:
+    with pytest.raises(InputError, match=r"--resume auto: run.name is not set"):
+        distmeta.train(Job.parse(tree("maml")), resume="auto")
+    job = Job.parse(tree("maml", run={"name": "mine"}))
+    first = distmeta.train(job, resume="auto")
+    again = distmeta.train(job, resume="auto")
+    assert (first.step, again) == (6, first)
+    longer = distmeta.train(job.replace(run={"steps": 8}), resume="auto")
+    assert longer.step == 8
+
+
+def test_half_written_lines_and_later_steps_are_cut_back(workplace: Path) -> None:
+    run = trained(name="mine", steps=4)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss_after": 1.0}\n{"step": 6, "lo')
+    distmeta.train(Job.load(run / "job.yaml", ["run.steps=6"]), resume=run)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_patience_stops_and_best_is_kept(workplace: Path) -> None:
+    job = tree(
+        "maml",
+        outer={"optimizer": "sgd", "lr": 1e-30},
+        run={"steps": 50, "eval_every": 1, "eval_tasks": 5, "patience": 3},
+    )
+    summary = distmeta.train(Job.parse(job))
+    assert (summary.step, summary.best_step) == (4, 1)
+    assert checkpoints.load(summary.run / "checkpoints" / "best").progress.step == 1
+
+
+def test_progress_waits_for_its_evaluation(workplace: Path) -> None:
+    """Interrupted between a step and its evaluation, a run evaluates first when it goes on."""
+    job = tree("maml", run={"steps": 8, "eval_every": 4, "eval_tasks": 5, "checkpoint_every": 4, "keep": 9})
+    whole = distmeta.train(Job.parse(job)).run
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    stored = checkpoints.load(whole / "checkpoints" / "step-00000004")
+    record = {k: v for k, v in rows[3].items() if not k.startswith("val_")}
+    pending = replace(stored, progress=replace(stored.progress, pending=record, best=None, best_step=None))
+    run = workplace / "interrupted"
+    checkpoints.save(run, pending, keep=3)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    distmeta.train(Job.parse(stored.job), resume=run)
+    again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in again] == list(range(1, 9))
+    assert again[3] == rows[3]
+    assert again[7]["val_loss_after"] == rows[7]["val_loss_after"]
