@@ -88,7 +88,7 @@ def omniglot(given: argparse.Namespace) -> dict[str, Any]:
     cells = [
         [
             str(row["seed"]),
-            report.percent(row["unadapted"]),
+            report.percent(row["untrained"]),
             report.percent(row["distmeta"]),
             report.percent(row["peer"]),
             report.percent(row["difference"]),
@@ -129,7 +129,7 @@ def one_seed(given: argparse.Namespace, seed: int) -> dict[str, Any]:
     ours, theirs = tested(theta), tested(other)
     figures = {"distmeta": report.interval(ours), "peer": report.interval(theirs)}
     figures |= {
-        "unadapted": report.interval(tested(problem.init())),
+        "untrained": report.interval(tested(problem.init())),
         "difference": report.interval(ours - theirs),
     }
     apart = abs(figures["distmeta"]["mean"] - figures["peer"]["mean"])

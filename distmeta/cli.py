@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -48,7 +49,13 @@ def train(
         loaded = Job.load(_run_folder(resume) / "job.yaml", texts)
     else:
         loaded = Job.load(job, texts)
-    summary = driver.train(loaded, resume, Terminal())
+    try:
+        summary = driver.train(loaded, resume, Terminal())
+    except driver.InterruptedRun as stop:  # here: typer would swallow it
+        _note(f"interrupted: the state after step {stop.step} is saved; go on with:")
+        _note(f"  distmeta train --resume {stop.folder}")
+        more = {"run": stop.folder, "step": stop.step}
+        _fail(f"interrupted after step {stop.step}", as_json, 130, more, quiet=True)
     if as_json:
         _print_json({"run": str(summary.run), "step": summary.step, "loss": summary.loss})
         return
@@ -149,18 +156,12 @@ def main() -> NoReturn:
     """Runs a command; exit codes: 0 done, 1 failed, 2 the input is wrong, 130 interrupted."""
     as_json = "--json" in sys.argv[1:]
     try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt as stop:
-        folder, step = getattr(stop, "folder", None), getattr(stop, "step", None)
-        if folder is None:
-            _fail("interrupted", as_json, 130)
-        _note(
-            f"interrupted: the state after step {step} is saved; go on with: distmeta train --resume {folder}"
-        )
-        _fail(f"interrupted at step {step}", as_json, 130, {"run": folder, "step": step}, quiet=True)
+        code = app(standalone_mode=False)
     except Exception as error:
         _handle(error, as_json)
-    sys.exit(0)
+    if code == 130:  # typer's answer to a Ctrl-C that no run was there to catch
+        _fail("interrupted", as_json, 130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _handle(error: Exception, as_json: bool) -> NoReturn:
@@ -169,7 +170,8 @@ def _handle(error: Exception, as_json: bool) -> NoReturn:
     if isinstance(error, typer.Abort):
         _fail("interrupted", as_json, 130)
     if hasattr(error, "format_message"):  # click's usage errors, whose module depends on typer's version
-        _fail(error.format_message(), as_json, 2)  # pyright: ignore[reportAttributeAccessIssue]
+        message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+        _fail(message, as_json, 2, quiet=not message)  # no message: the help was printed instead
     from distmeta.core import InputError, NumericsError
 
     if isinstance(error, InputError):
@@ -207,7 +209,16 @@ def _print_store(built: dict[str, Any], as_json: bool) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, default=str), flush=True)
+    print(json.dumps(_plain(value), default=str), flush=True)
+
+
+def _plain(value: Any) -> Any:
+    """The value with null for what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _note(text: str) -> None:

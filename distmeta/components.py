@@ -62,7 +62,7 @@ def check_options(
         if key not in fields and not open_ended:
             known = [name for name in fields if name not in filled]
             raise InputError(
-                f"{section}.{key}: unknown key of {section} type {_name(part)}; {nearest(key, known or ['type'])}"
+                f"{section}.{key}: unknown key of {section} type {_name(part)}; {nearest(str(key), known or ['type'])}"
             )
     schema = create_model(
         _name(part),
@@ -100,8 +100,17 @@ def describe(error: ValidationError, prefix: str = "") -> str:
     elif first["type"] == "value_error":
         text = f"{field}: {cause}"
     else:
-        text = f"{field}: got {first['input']!r}, expected {_expected(first['msg'])}"
+        text = f"{field}: got {_shown(first['input'])}, expected {_expected(first['msg'])}"
     return text + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
+
+
+def _shown(value: Any) -> str:
+    """What the user gave, not longer than a line."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python prints no integer of more than 4,300 digits
+        return "a very large number"
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def _expected(message: str) -> str:

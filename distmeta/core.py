@@ -28,6 +28,10 @@ SPLITS = ("train", "val", "test")
 class InputError(ValueError):
     """A mistake of the user's: `field: got …, expected …`. The command line prints it and exits with 2."""
 
+    def __str__(self) -> str:
+        """One line, whatever the input that it quotes."""
+        return " ".join(super().__str__().splitlines())
+
 
 class NumericsError(ArithmeticError):
     """A job that asked to stop at a non-finite meta-gradient (`run.on_nonfinite: stop`) met one."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,10 @@ def load(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Learner:
     stored = checkpoints.load(checkpoint)
     job, steps = _evaluation_job(stored.job, overrides)
     problem = build(job, {name: value.numpy() for name, value in stored.constants.items()})
+    if steps and problem.algorithm.inner_steps == 0:
+        raise InputError(
+            f"algorithm.inner_steps: got {steps}, but {job.algorithm.type} has no inner loop: leave it out"
+        )
     server = ParameterServer(problem.init(), job.outer)
     server.load(stored.theta, stored.optimizer, stored.outer)
     theta = {name: value.to(problem.device) for name, value in server.theta().items()}
@@ -120,23 +125,18 @@ class Learner:
         Any integers serve as labels; outputs stand in their sorted order.
 
         Raises:
-            InputError: x of another shape than the model's, as many labels as there are not, more classes than
-                the model has outputs.
+            InputError: x of another shape than the model's, y that is not one label or target an example, more
+                classes than the model has outputs.
         """
-        problem = self.problem
-        x = _inputs(x, problem)
-        y = torch.as_tensor(np.asarray(y)).to(problem.device)
-        if len(y) != len(x):
-            raise InputError(f"y: got {len(y)} labels, expected one for each of the {len(x)} examples")
-        classes = None
+        x = _inputs(x, self.problem)
+        y = _targets(y, len(x), self.problem)
+        classes, algorithm = None, self.problem.algorithm
         if not y.is_floating_point():
             classes, y = torch.unique(y, return_inverse=True)
-        else:
-            y = y.to(x.dtype)
+            algorithm = _with_ways(self.problem, len(classes))
+        steps = self.steps if steps is None else steps
         with self._ready():
-            state = detached(
-                unroll(problem.algorithm, self.theta, Batch(x, y), steps or self.steps, detach=True)
-            )
+            state = detached(unroll(algorithm, self.theta, Batch(x, y), steps, detach=True))
         return Adapted(self, state, classes)
 
     @contextmanager
@@ -169,11 +169,33 @@ class Adapted:
 
 
 def _inputs(x: Any, problem: Problem) -> torch.Tensor:
-    tensor = torch.as_tensor(np.asarray(x, np.float32)).to(problem.device)
+    tensor = _tensor("x", x).to(problem.device, torch.float32)
     shape = tuple(problem.family.in_shape)
     if tuple(tensor.shape[1:]) != shape:
         raise InputError(f"x: got examples of shape {tuple(tensor.shape[1:])}, expected {shape}")
     return tensor
+
+
+def _targets(y: Any, examples: int, problem: Problem) -> torch.Tensor:
+    """Integer labels [N], int64, or targets [N, D], float32."""
+    tensor = _tensor("y", y).to(problem.device)
+    shape, outputs = tuple(tensor.shape), problem.family.out_features
+    if tensor.is_floating_point() and shape != (examples, outputs):
+        raise InputError(
+            f"y: got numbers of shape {shape}, expected integer labels of shape {(examples,)} "
+            f"or targets of shape {(examples, outputs)}"
+        )
+    if not tensor.is_floating_point() and shape != (examples,):
+        raise InputError(f"y: got labels of shape {shape}, expected one for each of the {examples} examples")
+    return tensor.to(torch.float32 if tensor.is_floating_point() else torch.int64)
+
+
+def _tensor(field: str, value: Any) -> torch.Tensor:
+    """A tensor of its own: what is given may be read-only, or part of a graph."""
+    try:
+        return value.detach() if isinstance(value, torch.Tensor) else torch.tensor(np.asarray(value))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{field}: got {type(value).__name__} ({error}), expected an array of numbers") from None
 
 
 def _evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Job, int | None]:
@@ -181,15 +203,15 @@ def _evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[
 
     `algorithm.inner_steps` is not part of the job here: theta may hold a rate for every trained step.
     """
-    asked = override({}, overrides)
     kept = [text for text in overrides if not text.startswith("algorithm.inner_steps=")]
+    job = Job.parse({**tree, "run": {**tree["run"], "workers": 0}}, kept)
+    asked = override({}, overrides)
     for key in ("ways", "shots", "queries"):
         fixed = tree["tasks"].get(f"eval_{key}")
         if key in asked.get("tasks", {}) and f"eval_{key}" not in asked["tasks"] and fixed is not None:
             raise InputError(
                 f"tasks.{key}: this run evaluates with tasks.eval_{key}={fixed}: override that instead"
             )
-    job = Job.parse({**tree, "run": {**tree["run"], "workers": 0}}, kept)
     steps = asked.get("algorithm", {}).get("inner_steps")
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
         raise InputError(f"algorithm.inner_steps: got {steps!r}, expected an integer of at least 0")
@@ -207,9 +229,7 @@ def _fixed_episodes(learner: Learner, path: str | Path, predictions: str | Path 
     adapts = problem.algorithm.inner_steps > 0
     for fixed in read_episodes(str(path), tuple(problem.family.in_shape), _preparation(learner)):
         ways = len(fixed.labels)
-        scorer: Callable[..., Any] = lambda outputs, batch, ways=ways: classification_score(
-            outputs, batch, ways
-        )
+        scorer = partial(classification_score, ways=ways)
         episode = Episode(_stacked(fixed.support, problem.device), _stacked(fixed.query, problem.device))
         algorithm = _with_score(problem.algorithm, scorer)
         with learner._ready():
@@ -238,6 +258,20 @@ def _fixed_episodes(learner: Learner, path: str | Path, predictions: str | Path 
     means: dict[str, float | None] = {"loss_before": None}
     means |= {name: float(np.mean(column)) for name, column in joined.items() if column.ndim == 1}
     return _evaluation(joined, means)
+
+
+def _with_ways(problem: Problem, ways: int) -> Any:
+    """The algorithm for a task of so many classes: the head's other outputs are masked, as in fixed episodes."""
+    from distmeta.tasks.fewshot import classification_score
+
+    if hasattr(problem.family, "scorer"):
+        return _with_score(problem.algorithm, partial(classification_score, ways=ways))
+    if ways > problem.family.out_features:
+        raise InputError(
+            f"y: got {ways} classes, expected at most {problem.family.out_features} (the model's outputs), "
+            "or targets as floats"
+        )
+    return problem.algorithm
 
 
 def _with_score(algorithm: Any, score: Callable[..., Any]) -> Any:

@@ -22,7 +22,9 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class Component(Section):
@@ -239,7 +241,10 @@ class Job(Section):
         """Checks a plain tree, as YAML gives it."""
         if not isinstance(tree, dict):
             raise InputError(f"got {type(tree).__name__}, expected a mapping with the keys of a job")
-        tree = override(tree, overrides)
+        try:
+            tree = override(tree, overrides)
+        except RecursionError:
+            raise InputError("got keys nested without end, expected a tree (an alias within itself?)") from None
         _refuse_unknown(tree, Job, "")
         try:
             return Job.model_validate(tree)
@@ -252,7 +257,7 @@ class Job(Section):
 
     def dump(self) -> str:
         """The job as YAML."""
-        return yaml.safe_dump(self.tree(), sort_keys=False, allow_unicode=True)
+        return yaml.dump(self.tree(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
     def replace(self, **sections: Mapping[str, Any]) -> Job:
         """A copy with some keys of some sections changed, checked again."""
@@ -286,7 +291,8 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise InputError(f"{source}: {where}not YAML: {getattr(error, 'problem', None) or error}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        # what PyYAML raises on a value that its tag or form does not fit: `!!int ""`, `!!bool maybe`, 2001-99-99
         raise InputError(f"{source}: not YAML: {error}") from None
 
 
@@ -305,11 +311,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would take for numbers."""
+
+
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
 
 
 def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:

@@ -61,7 +61,8 @@ def run_one_task(job: Job) -> Iterator[str]:
     if len(zero) == len(layout.names):
         raise InputError("gradient: zero everywhere: the query loss does not depend on theta")
     yield "pure: two runs gave the same bits" + (f"; no gradient reaches {', '.join(zero)}" if zero else "")
-    yield f"execution {problem.execution.mode}; {seconds[1] * 1e3 / algorithm.group_size:.1f} ms a task (first call {seconds[0] * 1e3:.0f} ms)"
+    first, second = (1e3 * s / algorithm.group_size for s in seconds)
+    yield f"execution {problem.execution.mode}; {second:.1f} ms a task (first call {first:.0f} ms)"
     yield f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
     metrics = {name: float(value.mean()) for name, value in result.metrics.items()}
     yield "metrics: " + ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))

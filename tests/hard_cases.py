@@ -184,3 +184,19 @@ class Lethal(Poisoned):
         values = np.stack([task_generator(i).random((4, 5, 1)) for i in ids]).astype(np.float32)
         x_s, y_s, x_q, y_q = torch.from_numpy(values).unbind(1)
         return Episode(Batch(x_s, y_s), Batch(x_q, y_q))
+
+
+class Slow(Lethal):
+    """A family that takes `seconds` for every draw but the first."""
+
+    def __init__(self, seconds: float):
+        super().__init__("/nonexistent")
+        self.seconds, self.draws = seconds, 0
+
+    def draw(self, split: str, ids: Any) -> Episode:
+        import time
+
+        self.draws += 1
+        if self.draws > 1:  # the first is the driver's own look at the job
+            time.sleep(self.seconds)
+        return super().draw(split, ids)

@@ -234,7 +234,7 @@ def _before_after(curves: Mapping[str, np.ndarray], adapts: bool) -> dict[str, n
 
 
 def mean_metrics(results: list[ShardResult]) -> dict[str, float | None]:
-    """Means over the finite tasks, by fsum in task order; `loss_before` is null where nothing is predicted unadapted."""
+    """Means over the finite tasks, by fsum in task order; `loss_before` is null where there is no unadapted one."""
     record: dict[str, float | None] = {"loss_before": None, "loss_after": None}
     for name in results[0].metrics:
         values = np.concatenate([result.metrics[name] for result in results])

@@ -64,7 +64,8 @@ def starting_point(job: Job, resume: str | Path | None) -> Start:
         folder = Path(job.output) / job.run.name
         if folder.exists() and any(folder.iterdir()):
             raise InputError(
-                f"run.name: the run folder {folder} exists already: resume it with --resume auto, or choose another name"
+                f"run.name: the run folder {folder} exists already: resume it with --resume auto, or take "
+                "another name"
             )
     return Start(folder, job, None)
 

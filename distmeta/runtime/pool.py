@@ -162,8 +162,8 @@ class RayPool:
         if pending:
             have = {key: ray.cluster_resources().get(key, 0) for key in ("CPU", "GPU")}
             raise InputError(
-                f"run.workers: got {run.workers} of {run.cpus_per_worker:g} CPU and {run.gpus_per_worker:g} GPU each, but "
-                f"only {len(done)} were ready after run.start_timeout = {run.start_timeout:g} s; the cluster has "
+                f"run.workers: got {run.workers} of {run.cpus_per_worker:g} CPU and {run.gpus_per_worker:g} GPU each, "
+                f"but only {len(done)} were ready after run.start_timeout = {run.start_timeout:g} s; the cluster has "
                 f"{have['CPU']:g} CPU and {have['GPU']:g} GPU"
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,7 @@ def shard_slices(tasks: int, shards: int, group_size: int) -> list[slice]:
     """Cuts a step's tasks into fixed shards of whole groups, as even as can be."""
     groups = tasks // group_size
     edges = [math.floor(groups * s / shards) * group_size for s in range(shards + 1)]
-    return [slice(a, b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def _device(job: Job) -> torch.device:

@@ -1,0 +1,81 @@
+"""Ctrl-C and SIGTERM in real processes: saved, exit 130, and resumed as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import REPOSITORY, tree
+
+import distmeta
+from distmeta.job import Job
+from distmeta.runtime import checkpoint as checkpoints
+
+
+def start(job: dict[str, Any], *words: str) -> subprocess.Popen[str]:
+    """`distmeta train` in a process group of its own, as a shell starts it."""
+    Path("job.yaml").write_text(yaml.safe_dump(job))
+    return subprocess.Popen(
+        [sys.executable, "-m", "distmeta.cli", "train", "job.yaml", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY / "tests")},
+    )
+
+
+def wait_for(path: Path, lines: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_text().count("\n") < lines:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run did not get going"
+        time.sleep(0.05)
+
+
+def bits(run: Path) -> bytes:
+    theta = checkpoints.load(run).theta
+    return b"".join(theta[name].numpy().tobytes() for name in sorted(theta))
+
+
+@pytest.mark.parametrize(
+    ("workers", "number"), [(0, signal.SIGTERM), (2, signal.SIGINT)], ids=["in-process", "ray"]
+)
+def test_saved_and_resumed(workers: int, number: signal.Signals, workplace: Path) -> None:
+    job = tree("maml", run={"steps": 100_000, "name": "long", "workers": workers})
+    process = start(job)
+    run = workplace / "runs" / "long"
+    wait_for(run / "metrics.jsonl", 5, process)
+    os.killpg(process.pid, number)  # the whole group, as a terminal does: Ray's processes must not mind
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "distmeta train --resume runs/long" in err
+    assert "Traceback" not in err + out
+    step = checkpoints.load(run).progress.step
+    assert step == len((run / "metrics.jsonl").read_text().splitlines()) >= 5
+    distmeta.train(Job.load(run / "job.yaml", [f"run.steps={step + 3}", "run.workers=0"]), resume=run)
+    alone = distmeta.train(Job.parse(tree("maml", run={"steps": step + 3}))).run
+    assert bits(run) == bits(alone)
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, step + 4))
+
+
+def test_a_second_signal_exits_at_once(workplace: Path) -> None:
+    job = tree("maml", tasks={"type": "hard_cases:Slow", "seconds": 60.0}, run={"name": "slow"})
+    process = start(job)
+    wait_for(workplace / "runs" / "slow" / "checkpoints" / "latest", 1, process)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None, "the first signal waits for the shard in flight"
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == 130
