@@ -195,7 +195,9 @@ def _tensor(field: str, value: Any) -> torch.Tensor:
     try:
         return value.detach() if isinstance(value, torch.Tensor) else torch.tensor(np.asarray(value))
     except (TypeError, ValueError) as error:
-        raise InputError(f"{field}: got {type(value).__name__} ({error}), expected an array of numbers") from None
+        raise InputError(
+            f"{field}: got {type(value).__name__} ({error}), expected an array of numbers"
+        ) from None
 
 
 def _evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Job, int | None]:
@@ -204,7 +206,8 @@ def _evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[
     `algorithm.inner_steps` is not part of the job here: theta may hold a rate for every trained step.
     """
     kept = [text for text in overrides if not text.startswith("algorithm.inner_steps=")]
-    job = Job.parse({**tree, "run": {**tree["run"], "workers": 0}}, kept)
+    gpus = tree["run"]["gpus_per_worker"] if torch.cuda.is_available() else 0  # trained there, evaluated here
+    job = Job.parse({**tree, "run": {**tree["run"], "workers": 0, "gpus_per_worker": gpus}}, kept)
     asked = override({}, overrides)
     for key in ("ways", "shots", "queries"):
         fixed = tree["tasks"].get(f"eval_{key}")

@@ -27,9 +27,9 @@ def traits(module: nn.Module, x: Tensor) -> Traits:
     """
     before = {name: value.clone() for name, value in module.named_buffers()}
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        state = torch.get_rng_state()
+        state = _generators(x)
         module(x)
-        draws = not torch.equal(state, torch.get_rng_state())
+        draws = any(not torch.equal(a, b) for a, b in zip(state, _generators(x), strict=True))
     changed = [name for name, value in module.named_buffers() if not _same(value, before.get(name))]
     with torch.no_grad():
         for name, value in module.named_buffers():
@@ -44,6 +44,12 @@ def traits(module: nn.Module, x: Tensor) -> Traits:
     return Traits(draws, any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()))
 
 
+def _generators(x: Tensor) -> list[Tensor]:
+    """The states of the global generators that a model on x's device may draw from."""
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(x.device)] if x.is_cuda else states
+
+
 def _same(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.shape == b.shape and torch.equal(a, b)
 
@@ -52,7 +58,7 @@ def choose_execution(
     asked: str,
     chunk: int | None,
     found: Traits,
-    device: torch.device,
+    on_gpu: bool,
     algorithm: Algorithm,
     score: Score,
     theta: Theta,
@@ -78,7 +84,7 @@ def choose_execution(
                 "task: use compute.execution=loop"
             )
         return loop
-    if asked == "auto" and found.convolves and device.type == "cpu":
+    if asked == "auto" and found.convolves and not on_gpu:
         return loop
     try:
         ids = torch.zeros(2 * algorithm.group_size, dtype=torch.int64).numpy()

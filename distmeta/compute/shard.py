@@ -40,100 +40,119 @@ class ShardSum(NamedTuple):
 def shard_gradient(
     algorithm: Algorithm, score: Score, theta: Theta, episodes: Episode, ids: np.ndarray, execution: Execution
 ) -> ShardSum:
-    """Σ over the shard's tasks of ∇_θ meta_loss, and their metrics.
+    """Σ over the shard's finite tasks of ∇_θ meta_loss, and their metrics.
 
-    Where a sum is not finite, the shard is computed again group by group, and groups with a non-finite gradient
-    are left out. A group's loss counts once for each of its tasks, so that sum/tasks is the mean over groups.
+    A group whose gradient is not finite is left out. A group's loss counts once for each of its tasks, so that
+    sum / tasks is the mean over groups.
     """
-    total = partial(_group_total, algorithm, score)
-    groups = list(_groups(algorithm.group_size, episodes, ids, execution))
-    gradient: Theta | None = None
-    metrics: list[Metrics] = []
-    for chunk in groups:
-        part, rows = _differentiate(total, theta, chunk)
-        gradient = part if gradient is None else {n: gradient[n] + part[n] for n in part}
-        metrics.append(rows)
-    assert gradient is not None, "a shard has at least one group"
-    if _finite(gradient):
-        return ShardSum(gradient, len(ids), (), _columns(metrics))
-    return _group_by_group(total, theta, episodes, ids, algorithm.group_size, execution)
-
-
-def _group_by_group(
-    total: Callable, theta: Theta, episodes: Episode, ids: np.ndarray, size: int, execution: Execution
-) -> ShardSum:
+    size = algorithm.group_size
     gradient = {name: torch.zeros_like(value) for name, value in theta.items()}
-    metrics, dropped = [], []
-    for g, chunk in enumerate(_groups(size, episodes, ids, execution._replace(chunk=1))):
-        part, rows = _differentiate(total, theta, chunk)
-        if _finite(part):
-            gradient = {n: gradient[n] + part[n] for n in part}
-        else:
-            dropped += range(g * size, (g + 1) * size)
-            rows = {name: torch.full_like(value, torch.nan) for name, value in rows.items()}
+    metrics: list[Metrics] = []
+    dropped: list[int] = []
+    for chunk in _chunks(size, episodes, ids, execution):
+        parts, rows = _differentiate(algorithm, score, theta, chunk)
+        finite = _finite_groups(parts)
+        if not bool(finite.all()):
+            bad = torch.nonzero(~finite).flatten().tolist()
+            dropped += [chunk.start + g * size + i for g in bad for i in range(size)]
+            parts = {name: torch.where(_column(finite, value), value, 0) for name, value in parts.items()}
+            kept = finite.repeat_interleave(size)
+            rows = {name: torch.where(kept, value, torch.nan) for name, value in rows.items()}
+        gradient = {name: gradient[name] + parts[name].sum(0) * size for name in theta}
         metrics.append(rows)
     return ShardSum(gradient, len(ids) - len(dropped), tuple(dropped), _columns(metrics))
 
 
 class _Chunk(NamedTuple):
     episodes: Episode
-    """Leaves [groups, G, ...] under vmap, [G, ...] in the loop."""
+    """Leaves [groups, G, ...]; one group in the loop."""
+    start: int
+    """Position in the shard of the first task."""
     vmapped: bool
     seed: int
 
 
-def _groups(size: int, episodes: Episode, ids: np.ndarray, execution: Execution) -> Iterator[_Chunk]:
-    """Cuts the task axis into what is differentiated at once: a group, or a chunk of groups."""
+def _chunks(size: int, episodes: Episode, ids: np.ndarray, execution: Execution) -> Iterator[_Chunk]:
+    """Cuts the task axis into what is computed at once: a group, or a chunk of groups."""
     count = len(ids) // size
     width = execution.chunk if execution.mode == "vmap" else 1
     for first in range(0, count, width):
         groups = min(width, count - first)
         rows = slice(first * size, (first + groups) * size)
-        part = tree_map(lambda leaf, rows=rows: leaf[rows], episodes)
+        part = tree_map(
+            lambda leaf, rows=rows, n=groups: leaf[rows].reshape(n, size, *leaf.shape[1:]), episodes
+        )
         seed = int(ids[first * size]) & (2**63 - 1)
-        if execution.mode == "vmap":
-            part = tree_map(lambda leaf, n=groups: leaf.reshape(n, size, *leaf.shape[1:]), part)
-        yield _Chunk(part, execution.mode == "vmap", seed)
+        yield _Chunk(part, first * size, execution.mode == "vmap", seed)
 
 
-def _differentiate(total: Callable, theta: Theta, chunk: _Chunk) -> tuple[Theta, Metrics]:
-    """Gradient of one chunk's summed losses; metrics [groups, G]."""
+def _differentiate(
+    algorithm: Algorithm, score: Score, theta: Theta, chunk: _Chunk
+) -> tuple[Theta, Metrics]:
+    """Each group's gradient [groups, ...], and the metrics of its tasks [groups · G].
 
-    def summed(theta: Theta) -> tuple[Tensor, Metrics]:
-        if not chunk.vmapped:
-            return total(theta, chunk.episodes)
-        losses, metrics = torch.func.vmap(total, in_dims=(None, 0))(theta, chunk.episodes)
-        return losses.sum(), metrics
-
+    Under vmap it is the gradient that is vectorised, not the loss: the second derivatives of batch and layer norm
+    are wrong in the gradient of a vectorised loss (torch 2.13), and right in vectorised gradients.
+    """
+    loss = partial(_group_loss, algorithm, score)
+    before = partial(_group_before, algorithm, score)
     with seeded_draws(None if chunk.vmapped else chunk.seed):
-        gradient, metrics = torch.func.grad(summed, has_aux=True)(theta)
+        if chunk.vmapped:
+            over = torch.func.vmap
+            gradient, metrics = over(torch.func.grad(loss, has_aux=True), (None, 0))(theta, chunk.episodes)
+            with torch.no_grad():
+                metrics |= over(before, (None, 0))(theta, chunk.episodes)
+        else:
+            group = tree_map(lambda leaf: leaf[0], chunk.episodes)
+            gradient, metrics = _reverse(loss, theta, group)
+            gradient = {name: value[None] for name, value in gradient.items()}
+            with torch.no_grad():
+                metrics |= before(theta, group)
     return gradient, {name: value.detach().reshape(-1) for name, value in metrics.items()}
 
 
-def _group_total(algorithm: Algorithm, score: Score, theta: Theta, group: Episode) -> tuple[Tensor, Metrics]:
-    """G times the meta-loss of one group, and its metrics, [G] each: `*_after`, and `*_before` where there is one."""
-    single = algorithm.group_size == 1
-    episode = tree_map(lambda leaf: leaf[0], group) if single else group
+def _reverse(loss: Callable, theta: Theta, group: Episode) -> tuple[Theta, Metrics]:
+    """The gradient of one group's loss by plain autograd: a transform of torch.func costs more on a CPU."""
+    leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
+    value, metrics = loss(leaves, group)
+    parts = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    zeros = {name: torch.zeros_like(leaf) for name, leaf in theta.items()}
+    return {
+        name: zeros[name] if part is None else part for name, part in zip(theta, parts, strict=True)
+    }, metrics
+
+
+def _group_loss(algorithm: Algorithm, score: Score, theta: Theta, group: Episode) -> tuple[Tensor, Metrics]:
+    """The meta-loss of one group, leaves [G, ...], and its metrics `*_after`, [G] each."""
+    episode = tree_map(lambda leaf: leaf[0], group) if algorithm.group_size == 1 else group
     meta_loss = getattr(algorithm, "meta_loss", None) or partial(query_loss, algorithm)
     loss, after = meta_loss(theta, episode, unroll, score)
-    metrics = {f"{name}_after": value.detach().reshape(-1) for name, value in after.items()}
-    if algorithm.inner_steps > 0:
-        before = [
-            _unadapted(algorithm, score, theta, tree_map(lambda leaf, g=g: leaf[g], group))
-            for g in range(algorithm.group_size)
-        ]
-        for name in before[0]:
-            metrics[f"{name}_before"] = torch.stack([m[name] for m in before]).reshape(-1)
-    return loss * algorithm.group_size, metrics
+    return loss, {f"{name}_after": value.detach().reshape(-1) for name, value in after.items()}
 
 
-def _unadapted(algorithm: Algorithm, score: Score, theta: Theta, episode: Episode) -> Metrics:
-    """The metrics of the prediction before any inner step."""
-    theta = detached(theta)
-    target = support_at(episode.support, 0) if isinstance(episode.support, PerStep) else episode.query
-    state = algorithm.begin(theta, support_at(episode.support, 0))
-    loss, metrics = score(algorithm.predict(theta, state, target.x), target)
-    return detached({"loss": loss, **metrics})
+def _group_before(algorithm: Algorithm, score: Score, theta: Theta, group: Episode) -> Metrics:
+    """The metrics `*_before` of the prediction before any inner step, [G] each; none where there is no inner loop."""
+    if algorithm.inner_steps == 0:
+        return {}
+    rows = []
+    for g in range(algorithm.group_size):
+        episode = tree_map(lambda leaf, g=g: leaf[g], group)
+        support = support_at(episode.support, 0)
+        target = support if isinstance(episode.support, PerStep) else episode.query
+        state = algorithm.begin(theta, support)
+        loss, metrics = score(algorithm.predict(theta, state, target.x), target)
+        rows.append({"loss": loss, **metrics})
+    return {f"{name}_before": torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _finite_groups(parts: Theta) -> Tensor:
+    """Which groups have a finite gradient, bool [groups]."""
+    return torch.stack([torch.isfinite(value).flatten(1).all(1) for value in parts.values()]).all(0)
+
+
+def _column(mask: Tensor, value: Tensor) -> Tensor:
+    """A mask over the first axis, ready to broadcast against a value."""
+    return mask.view(-1, *[1] * (value.dim() - 1))
 
 
 class Scores(NamedTuple):
@@ -172,13 +191,13 @@ def score_tasks(
     columns: list[Metrics] = []
     kept = []
     with torch.no_grad():
-        for chunk in _groups(1, episodes, ids, execution):
+        for chunk in _chunks(1, episodes, ids, execution):
             with seeded_draws(None if chunk.vmapped else chunk.seed):
                 if chunk.vmapped:
                     one = tree_map(lambda leaf: leaf[:, 0], chunk.episodes)
                     metrics, predicted = torch.func.vmap(curve)(one)
                 else:
-                    metrics, predicted = curve(tree_map(lambda leaf: leaf[0], chunk.episodes))
+                    metrics, predicted = curve(tree_map(lambda leaf: leaf[0, 0], chunk.episodes))
                     metrics, predicted = tree_map(lambda leaf: leaf[None], (metrics, predicted))
             columns.append(metrics)
             kept.append(predicted if outputs else None)
@@ -188,10 +207,6 @@ def score_tasks(
 
 def _columns(parts: list[Metrics]) -> dict[str, np.ndarray]:
     return {name: torch.cat([part[name] for part in parts]).double().cpu().numpy() for name in parts[0]}
-
-
-def _finite(gradient: Theta) -> bool:
-    return all(bool(torch.isfinite(value).all()) for value in gradient.values())
 
 
 class seeded_draws:  # noqa: N801 - a context manager reads as a verb

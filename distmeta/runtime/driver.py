@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from distmeta.compute.flat import tree_sum
+from distmeta.compute.numerics import numerics
 from distmeta.core import NumericsError
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
@@ -253,11 +255,14 @@ def primary(metrics: Mapping[str, Any], prefix: str = "") -> tuple[str, int]:
 
 
 def _prepare(start: Start) -> tuple[Problem, ParameterServer, Progress]:
+    """The problem as the driver sees it (beside workers it needs no GPU), the parameter server, where it stands."""
+    device = torch.device("cpu") if start.job.run.workers else None
     if start.checkpoint is None:
-        problem = resolve(build(start.job))
+        with numerics(start.job.compute.threads, start.job.compute.deterministic):
+            problem = resolve(build(start.job, device=device))
         return problem, ParameterServer(problem.init(), problem.job.outer), Progress(0)
     constants = {name: value.numpy() for name, value in start.checkpoint.constants.items()}
-    problem = build(start.job, constants)
+    problem = build(start.job, constants, device)
     server = ParameterServer(problem.init(), problem.job.outer)
     server.load(start.checkpoint.theta, start.checkpoint.optimizer, start.checkpoint.outer)
     return problem, server, start.checkpoint.progress

@@ -50,14 +50,17 @@ class Problem:
         return self.algorithm.inner_steps if asked is None or self.algorithm.inner_steps == 0 else asked
 
 
-def build(job: Job, constants: dict[str, np.ndarray] | None = None) -> Problem:
+def build(
+    job: Job, constants: dict[str, np.ndarray] | None = None, device: torch.device | None = None
+) -> Problem:
     """Makes the job's task family, model and algorithm.
 
     Args:
+        device: where tasks are computed; None: this process's GPU where the job asks for GPUs, else the CPU.
         constants: the model's frozen parameters and buffers as the driver has them; a worker need not have the
             file that `model.init_from` names.
     """
-    device = _device(job)
+    device = device or _device(job)
     family = construct(job.tasks.part, job.tasks.options, {})
     shape = {"in_shape": tuple(family.in_shape), "out_features": family.out_features}
     model = Functional(
@@ -98,7 +101,7 @@ def resolve(problem: Problem) -> Problem:
         job.compute.execution,
         job.compute.chunk,
         found,
-        problem.device,
+        job.run.gpus_per_worker > 0,
         algorithm,
         problem.score("train"),
         theta,
