@@ -244,9 +244,7 @@ class Job(Section):
         try:
             tree = override(tree, overrides)
         except RecursionError:
-            raise InputError(
-                "got keys nested without end, expected a tree (an alias within itself?)"
-            ) from None
+            raise InputError("got keys nested without end, expected a tree (an alias in itself?)") from None
         _refuse_unknown(tree, Job, "")
         try:
             return Job.model_validate(tree)

@@ -7,22 +7,32 @@ folder is the truth; the store is a copy of it.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import os
 import re
-import tempfile
 import threading
 import time
-import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
+
+from distmeta.mlflow_store import (
+    Request,
+    create_run,
+    describe,
+    find_run,
+    flatten,
+    import_mlflow,
+    is_final,
+    is_refusal,
+    name_of,
+    open_client,
+    quiet_thread,
+    reason,
+    redact,
+)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Say = Callable[[str], None]
@@ -32,7 +42,7 @@ OPEN_SECONDS = 20.0  # how long a start waits for the store's first answer: a ne
 CLOSE_SECONDS = 10.0  # how long an end waits for what is queued
 LONGEST_BACKOFF = 15.0
 FILE_TRIES = 5  # for a file that a store which does answer cannot take
-MAX_METRICS, MAX_PARAMS, MAX_VALUE, MAX_NAME = 1000, 100, 6000, 250  # MLflow's limits on one call
+MAX_METRICS = 1000  # MLflow's limit on one call
 
 
 class Tracker(Protocol):
@@ -64,45 +74,6 @@ class Step(NamedTuple):
     values: dict[str, float | int | None]
 
 
-@dataclass(frozen=True)
-class Request:
-    """The run that a tracker is to open: a new one, or `run_id` continued."""
-
-    uri: str
-    run_id: str | None
-    run_name: str
-    experiment: str
-    experiment_id: str | None  # MLFLOW_EXPERIMENT_ID, which wins over the name
-    artifacts: str | None  # where a new experiment keeps its artifacts; None: the server decides
-    params: dict[str, str]
-    tags: dict[str, str]
-
-
-def redact(text: str) -> str:
-    """`text` without user:password in its addresses, and without credentials in their query strings."""
-    text = re.sub(r"://\S*@", "://", text)
-    secret = r"(?i)([?&](?:user|password|passwd|pwd|token|secret|[\w-]*key)=)[^&\s'\")]*"
-    return re.sub(secret, r"\1***", text)
-
-
-def name_of(text: str) -> str:
-    """The nearest name that MLflow takes for a metric or a parameter."""
-    return re.sub(r"[^\w./: -]", "_", text, flags=re.ASCII)[:MAX_NAME]
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted names and texts: {"run": {"steps": 3}} -> {"run.steps": "3"}. Lists and constants as in JSON."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{name}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, default=str)
-            flat[name_of(name)] = text[:MAX_VALUE]
-    return flat
-
-
 def points(step: Step, seen: Mapping[str, int]) -> list[tuple[str, float]]:
     """The numbers of one step that were not sent before: those past the last step that their own name has.
 
@@ -121,25 +92,6 @@ def first_batch(steps: deque[Step]) -> list[Step]:
             break
         batch.append(steps[i])
     return batch
-
-
-def reason(error: BaseException) -> str:
-    """One short line without credentials."""
-    return redact(" ".join(str(error).split()))[:300] or type(error).__name__
-
-
-def is_final(error: BaseException) -> bool:
-    """Whether asking again is useless: the address, the account or the experiment is wrong."""
-    status = getattr(error, "get_http_status_code", lambda: 0)()
-    if status:
-        return 400 <= status < 500 and status not in (408, 409, 429, 499)
-    wrong = (ImportError, PermissionError, FileNotFoundError, NotADirectoryError, ValueError)
-    return isinstance(error, wrong)
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether the store understood a batch and will never take it, so that it must not hold up the others."""
-    return getattr(error, "error_code", "") in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")
 
 
 def open_tracker(
@@ -176,22 +128,6 @@ def open_tracker(
     tracker = MlflowTracker(request, say)
     tracker.wait_for_answer()
     return tracker
-
-
-def import_mlflow() -> str:
-    """Import MLflow, quietly, and return the store's address. It takes seconds, and touches the warnings'
-    filters, which are the process's: so in the caller's thread, before anything runs."""
-    # MLflow reads these at each call, and there is no other way to tell it. Its defaults hold one call for
-    # minutes before an outage shows, and print on the stdout that --json needs. What a user has set stays.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # SQLAlchemy's deprecations, raised by MLflow's own tables
-        import mlflow.store.tracking.sqlalchemy_store
-        import mlflow.tracking
-
-        return mlflow.tracking.get_tracking_uri()
 
 
 class NoTracker:
@@ -357,98 +293,3 @@ class MlflowTracker:
             self._lost += 1
             self._say(f"tracking: {path} was not sent ({reason(error)})")
         self._tries = 0
-
-
-def open_client(uri: str) -> Any:
-    """A client. Its first use makes the database's tables: one process at a time, or they end half made."""
-    from mlflow.tracking import MlflowClient
-
-    if not uri.startswith("sqlite"):
-        return MlflowClient(tracking_uri=uri)
-    import fcntl
-
-    lock = f"distmeta-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock"
-    with open(Path(tempfile.gettempdir()) / lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        return MlflowClient(tracking_uri=uri)
-
-
-def find_run(client: Any, run_id: str | None) -> Any | None:
-    """The run, unless it was deleted or is in another store."""
-    run = None if run_id is None else or_missing(lambda: client.get_run(run_id))
-    return None if run is None or run.info.lifecycle_stage == "deleted" else run
-
-
-def create_run(client: Any, request: Request) -> Any:
-    """A new run in the experiment that the environment or the job names."""
-    origin = {} if request.run_id is None else {"distmeta.resumed_from": request.run_id}
-    experiment = find_experiment(client, request)
-    return client.create_run(experiment, run_name=request.run_name, tags=origin)
-
-
-def find_experiment(client: Any, request: Request) -> str:
-    """The experiment's id. It is created where it is missing; another process may be doing so too."""
-    from distmeta.core import InputError
-
-    if request.experiment_id is not None:
-        field, got = "MLFLOW_EXPERIMENT_ID", request.experiment_id
-        found = or_missing(lambda: client.get_experiment(got))
-    else:
-        field, got = "MLFLOW_EXPERIMENT_NAME", request.experiment
-        found = client.get_experiment_by_name(got)
-        if found is None:
-            try:
-                return client.create_experiment(got, artifact_location=request.artifacts)
-            except Exception as error:
-                if getattr(error, "error_code", "") != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            found = client.get_experiment_by_name(got)
-    if found is None or found.lifecycle_stage == "deleted":
-        what = "is deleted in" if found is not None else "is not in"
-        raise InputError(f"{field}: got {got!r}, which {what} {redact(request.uri)}; expected an active one")
-    return found.experiment_id
-
-
-def or_missing(get: Callable[[], Any]) -> Any | None:
-    """What `get` finds; None where the store says that it has no such thing."""
-    try:
-        return get()
-    except Exception as error:
-        if getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            return None
-        raise
-
-
-def describe(client: Any, run: Any, request: Request) -> None:
-    """Mark the run RUNNING, with the tags and the parameters it lacks. A parameter cannot change in MLflow:
-    what a resume changed becomes a tag `distmeta.resumed.<parameter>`."""
-    from mlflow.entities import Param, RunTag
-
-    had = run.data.params
-    changed = {f"distmeta.resumed.{k}": v for k, v in request.params.items() if k in had and had[k] != v}
-    params = [Param(k, v) for k, v in request.params.items() if k not in had]
-    tags = [RunTag(k, v[:MAX_VALUE]) for k, v in {**request.tags, **changed}.items()]
-    for i in range(0, max(len(params), len(tags)), MAX_PARAMS):
-        some = slice(i, i + MAX_PARAMS)
-        client.log_batch(run.info.run_id, params=params[some], tags=tags[some], synchronous=True)
-    if run.info.status != "RUNNING":
-        client.update_run(run.info.run_id, status="RUNNING")
-
-
-@contextmanager
-def quiet_thread() -> Iterator[None]:
-    """Drop what MLflow and urllib3 log in this thread, and in no other: outages are said by us, once."""
-    ident = threading.get_ident()
-
-    def other_threads(record: logging.LogRecord) -> bool:
-        return record.thread != ident
-
-    places = [logging.getLogger("urllib3.connectionpool"), logging.getLogger("alembic.runtime.migration")]
-    places += [handler for name in ("mlflow", "alembic") for handler in logging.getLogger(name).handlers]
-    for place in places:
-        place.addFilter(other_threads)
-    try:
-        yield
-    finally:
-        for place in places:
-            place.removeFilter(other_threads)

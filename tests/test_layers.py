@@ -14,6 +14,7 @@ PACKAGE = REPOSITORY / "distmeta"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"core", "seeding"},
+    {"mlflow_store"},  # what tracking needs of MLflow's own
     {"algorithms", "tasks", "models", "compute", "tracking"},
     {"components"},
     {"job"},
@@ -23,8 +24,8 @@ LAYERS = [
     {"cli"},
 ]
 """From low to high; a module or package imports what is below it, and itself."""
-LARGE = {"tracking.py"}
-"""Files of more than 350 lines that are to be cut in two."""
+LONGEST = 350
+"""Lines of a file."""
 
 
 def parts_imported(path: Path) -> set[str]:
@@ -66,7 +67,7 @@ def test_imports_run_one_way(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_file_is_long(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert (lines > 350) == (name_of(path) in LARGE), f"{name_of(path)} has {lines} lines"
+    assert lines <= LONGEST, f"{name_of(path)} has {lines} lines: what two things is it?"
 
 
 def test_the_trainer_is_algorithm_blind() -> None:

@@ -86,9 +86,7 @@ def _chunks(size: int, episodes: Episode, ids: np.ndarray, execution: Execution)
         yield _Chunk(part, first * size, execution.mode == "vmap", seed)
 
 
-def _differentiate(
-    algorithm: Algorithm, score: Score, theta: Theta, chunk: _Chunk
-) -> tuple[Theta, Metrics]:
+def _differentiate(algorithm: Algorithm, score: Score, theta: Theta, chunk: _Chunk) -> tuple[Theta, Metrics]:
     """Each group's gradient [groups, ...], and the metrics of its tasks [groups · G].
 
     Under vmap it is the gradient that is vectorised, not the loss: the second derivatives of batch and layer norm

@@ -83,7 +83,9 @@ def _norm(norm: str, width: int) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm2d(width, track_running_stats=False)
     if norm == "group":
-        groups = math.gcd(8, max(width // 4, 1))  # of 4 channels or more: one channel of one pixel has no variance
+        groups = math.gcd(
+            8, max(width // 4, 1)
+        )  # of 4 channels or more: one channel of one pixel has no variance
         return nn.GroupNorm(groups, width)
     if norm == "layer":
         return nn.GroupNorm(1, width)

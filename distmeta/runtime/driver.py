@@ -100,6 +100,7 @@ def train(
         pool = open_pool(problem, server.layout, reporter.say)
         stack.callback(pool.close)
         tracker = _open_tracker(problem.job, start.folder, progress, reporter)
+        stack.callback(tracker.close, "FAILED")  # unless the loop got to say how it ended
         folder = RunFolder(start.folder, problem.job, progress.step)
         stack.callback(folder.close)
         check = stack.enter_context(interruptions())

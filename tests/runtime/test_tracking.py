@@ -14,7 +14,8 @@ import pytest
 
 from distmeta import tracking
 from distmeta.core import InputError
-from distmeta.tracking import Step, first_batch, flatten, open_tracker, points, redact
+from distmeta.mlflow_store import flatten, import_mlflow, redact
+from distmeta.tracking import Step, first_batch, open_tracker, points
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def start(said, run_id=None, experiment="few-shot", **params):
 
 
 def client():
-    tracking.import_mlflow()  # here too, for the warnings of its first import are errors
+    import_mlflow()  # here too, for the warnings of its first import are errors
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(tracking_uri=f"sqlite:///{Path('mlflow.db').absolute()}")

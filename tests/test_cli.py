@@ -1,0 +1,283 @@
+"""The commands: exit codes, what goes to stdout and what to stderr, and that bad input leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import yaml
+from conftest import tree
+from PIL import Image
+
+from distmeta import cli
+from distmeta.runtime import driver
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    def json(self) -> dict[str, Any]:
+        """The one line of stdout, which is strict JSON."""
+        assert self.out.count("\n") == 1, self.out
+
+        def refuse(name: str) -> None:
+            raise AssertionError(f"{name} is not JSON")
+
+        return json.loads(self.out, parse_constant=refuse)
+
+
+@pytest.fixture
+def distmeta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workplace: Path) -> Any:
+    """Runs the command line in this process, in an empty folder."""
+
+    def command(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["distmeta", *map(str, arguments)])
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert isinstance(stop.value.code, int)
+        return Outcome(stop.value.code, *capsys.readouterr())
+
+    return command
+
+
+def job_file(name: str = "job.yaml", **changes: Any) -> Path:
+    path = Path(name)
+    path.write_text(yaml.safe_dump(tree(**changes)))
+    return path
+
+
+def one_line_error(outcome: Outcome, code: int = 2) -> str:
+    assert outcome.code == code
+    assert outcome.out == ""
+    assert outcome.err.startswith("error: ")
+    assert len(outcome.err.splitlines()) == 1
+    return outcome.err.removeprefix("error: ").strip()
+
+
+def test_train_prints_the_run_folder(distmeta: Any) -> None:
+    outcome = distmeta("train", job_file(), "run.steps=3", "run.eval_every=3", "run.eval_tasks=4")
+    assert outcome.code == 0
+    run = Path(outcome.out.strip())
+    assert outcome.out == f"{run}\n"
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 3
+    assert f"run folder {run}" in outcome.err
+    assert "step 3 validation: loss" in outcome.err
+    assert "done: step 3, loss " in outcome.err
+    assert f"next: distmeta evaluate {run}/checkpoints/best" in outcome.err
+
+
+def test_train_with_json_and_resume(distmeta: Any) -> None:
+    outcome = distmeta("train", job_file(), "--json", "run.name=mine", "run.steps=2")
+    assert outcome.code == 0
+    answer = outcome.json()
+    assert (list(answer), answer["run"], answer["step"]) == (["run", "step", "loss"], "runs/mine", 2)
+    rows = [json.loads(line) for line in Path("runs/mine/metrics.jsonl").read_text().splitlines()]
+    assert answer["loss"] == rows[-1]["loss_after"]
+    assert "step 2/2" in outcome.err
+    longer = distmeta("train", "--resume", "runs/mine", "run.steps=4", "--json").json()
+    assert (longer["run"], longer["step"]) == ("runs/mine", 4)
+    again = distmeta("train", "job.yaml", "run.name=mine", "run.steps=4", "--resume", "auto", "--json")
+    assert again.json() == longer
+    refused = distmeta("train", "job.yaml", "run.name=mine", "--json")
+    assert refused.code == 2
+    assert "exists already" in refused.json()["error"]
+    assert "nothing to do" in distmeta("train", "--resume", "runs/mine").err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train"], "JOB: missing, expected a job file"),
+        (["train", "--resume", "auto"], "JOB: missing, expected a job file"),
+        (["train", "--resume", "nowhere"], "nowhere: got no checkpoint"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["train", "job.yaml", "run.stepz=3"], "job.yaml: run.stepz: unknown key; did you mean 'steps'?"),
+        (["train", "job.yaml", "run.steps=x"], "job.yaml: run.steps: got 'x', expected integer"),
+        (["train", "job.yaml", "steps"], "job.yaml: override: got 'steps', expected key=value"),
+        (["train", "job.yaml", "model.freeze=x*"], "model.freeze: got 'x*', which matches no parameter"),
+        (["train", "job.yaml", "outer.rates={x: 1.0}"], "outer.rates: 'x' matches nothing of theta"),
+        (["train", "job.yaml", "run.gpus_per_worker=1"], "run.gpus_per_worker: got 1, but torch sees no GPU"),
+        (["train", "job.yaml", "--resume", "auto"], "--resume auto: run.name is not set"),
+        (["train", "job.yaml", "--fast"], "No such option: --fast"),
+        (["evaluate"], "Missing argument 'RUN_OR_CHECKPOINT'"),
+        (["evaluate", "nowhere"], "nowhere: got no checkpoint"),
+        (["check"], "Missing argument 'JOB"),
+        (["check", "run.steps=3"], "JOB: missing, expected at least one job file"),
+        (["check", "other.yaml", "job.yaml"], "other.yaml: cannot be read"),
+        (
+            ["data", "images", "--source", "nowhere", "--out", "o.arrow"],
+            "--source: got 'nowhere', expected a",
+        ),
+        (["trian"], "No such command 'trian'"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    distmeta: Any, arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    job_file()
+    assert expected in one_line_error(distmeta(*arguments))
+    answer = distmeta(*arguments, "--json")
+    assert answer.code == 2
+    assert expected in answer.json()["error"]
+    assert answer.err == ""
+    assert os.listdir() == ["job.yaml"]
+
+
+def test_a_failure_of_ours_is_exit_code_1(distmeta: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("a broken\nmachine")
+
+    monkeypatch.setattr(driver, "train", fail)
+    outcome = distmeta("train", job_file())
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "Traceback" in outcome.err  # whoever mends it needs the place
+    assert outcome.err.endswith("error: RuntimeError: a broken machine\n")
+    answer = distmeta("train", "job.yaml", "--json")
+    assert (answer.code, answer.json()) == (1, {"error": "RuntimeError: a broken machine"})
+
+
+def test_a_stop_for_numbers_is_exit_code_1_without_traceback(distmeta: Any) -> None:
+    job_file(tasks={"type": "hard_cases:AllBad"}, run={"on_nonfinite": "stop"})
+    outcome = distmeta("train", "job.yaml", "--json", "compute.execution=loop")
+    assert outcome.code == 1
+    assert outcome.json()["error"].startswith(
+        "NumericsError: step 1: non-finite meta-gradient of tasks [0, 1"
+    )
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_an_interruption_is_exit_code_130(
+    distmeta: Any, monkeypatch: pytest.MonkeyPatch, saved: bool
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise driver.InterruptedRun("runs/mine", 7) if saved else KeyboardInterrupt
+
+    monkeypatch.setattr(driver, "train", stop)
+    outcome = distmeta("train", job_file())
+    assert (outcome.code, outcome.out) == (130, "")
+    answer = distmeta("train", "job.yaml", "--json")
+    assert answer.code == 130
+    if saved:
+        assert "the state after step 7 is saved" in outcome.err
+        assert "distmeta train --resume runs/mine" in outcome.err
+        assert answer.json() == {"error": "interrupted after step 7", "run": "runs/mine", "step": 7}
+    else:
+        assert outcome.err == "error: interrupted\n"
+        assert answer.json() == {"error": "interrupted"}
+
+
+def test_evaluate(distmeta: Any) -> None:
+    digits = {"type": "digits", "ways": 3, "queries": 3}
+    job_file(algorithm={"type": "maml", "inner_steps": 1}, tasks=digits, run={"eval_tasks": 4})
+    run = distmeta("train", "job.yaml", "run.steps=1").out.strip()
+    outcome = distmeta("evaluate", run)
+    assert outcome.code == 0
+    assert "4 unseen tasks" in outcome.out
+    assert "accuracy" in outcome.out
+    answer = distmeta("evaluate", run, "tasks.shots=2", "--json", "--predictions", "p.parquet").json()
+    figures = ["loss_before", "loss_after", "accuracy_before", "accuracy_after"]
+    assert list(answer) == ["tasks", *figures, "ci95", "curve"]
+    assert answer["tasks"] == 4
+    assert Path("p.parquet").exists()
+    assert 0 <= answer["accuracy_after"] <= 1
+    assert distmeta("evaluate", f"{run}/checkpoints/latest", "tasks.shots=2", "--json").json() == answer
+    assert distmeta("evaluate", run, "run.eval_tasks=1", "--json").json()["ci95"] is None
+    assert "tasks.way: unknown key" in one_line_error(distmeta("evaluate", run, "tasks.way=5"))
+    assert "--episodes" in one_line_error(distmeta("evaluate", run, "--episodes", "nowhere.parquet"))
+
+
+def test_numbers_that_json_has_not_are_null(distmeta: Any) -> None:
+    job_file(algorithm={"type": "maml", "inner_lr": 1e30, "inner_steps": 3}, run={"eval_tasks": 2})
+    trained = distmeta("train", "job.yaml", "run.steps=1", "compute.execution=loop", "--json").json()
+    assert trained["loss"] is None
+    answer = distmeta("evaluate", trained["run"], "--json").json()
+    assert answer["loss_after"] is None
+    assert answer["curve"]["loss"][-1] is None
+    assert answer["loss_before"] > 0
+
+
+def test_check(distmeta: Any) -> None:
+    one, two = job_file("one.yaml"), job_file("two.yaml", algorithm="reptile")
+    outcome = distmeta("check", one, two, "run.steps=9")
+    assert (outcome.code, outcome.out, outcome.err) == (0, "one.yaml: ok\ntwo.yaml: ok\n", "")
+    assert distmeta("check", one, two, "--json").json() == {"jobs": 2}
+    assert "one.yaml: run.stps: unknown key" in one_line_error(distmeta("check", one, "run.stps=9"))
+    assert sorted(os.listdir()) == ["one.yaml", "two.yaml"]
+
+
+def test_check_runs_one_task(distmeta: Any) -> None:
+    outcome = distmeta("check", job_file(), "--run-one-task")
+    assert (outcome.code, outcome.out) == (0, "")
+    for part in ("episode: [1, 5, 1] float32", "theta: 6 tensors, 321 numbers", "pure:", "execution vmap"):
+        assert part in outcome.err
+    assert "metrics: loss_after" in outcome.err
+    answer = distmeta("check", "job.yaml", "--run-one-task", "--json")
+    assert (answer.code, answer.json()) == (0, {"jobs": 1})
+    refused = distmeta("check", "job.yaml", "--run-one-task", "model={type: 'hard_cases:RunningNorm'}")
+    assert "changes its buffer" in one_line_error(refused)
+
+
+def test_data_images(distmeta: Any) -> None:
+    random = np.random.default_rng(0)
+    for label in ("cat", "dog", "owl"):
+        Path("pictures", label).mkdir(parents=True)
+        for k in range(4):
+            pixels = random.integers(0, 256, (6, 5, 3), np.uint8)
+            Image.fromarray(pixels).save(f"pictures/{label}/{k}.png")
+    outcome = distmeta("data", "images", "--source", "pictures", "--out", "o.arrow", "--size", "4")
+    assert (outcome.code, outcome.out) == (0, "o.arrow: 3 classes, 12 examples\n")
+    Path("o.arrow").unlink()
+    answer = distmeta(
+        "data", "images", "--source", "pictures", "--out", "o.arrow", "--channels", "1", "--json"
+    )
+    assert answer.json() == {"path": "o.arrow", "classes": 3, "examples": 12}
+    refused = distmeta("data", "images", "--source", "pictures", "--out", "b.arrow", "--channels", "2")
+    assert "preparation.channels: got 2, expected 1 or 3" in one_line_error(refused)
+    assert sorted(os.listdir()) == ["o.arrow", "pictures"]
+
+
+def test_no_command_shows_the_help_alone(distmeta: Any) -> None:
+    outcome = distmeta()
+    assert outcome.code == 2
+    assert "Commands" in outcome.out + outcome.err
+    assert "error" not in outcome.err
+
+
+def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+    program = (
+        "import sys; from distmeta import cli; sys.argv = ['distmeta', *sys.argv[1:]]\n"
+        "try: cli.main()\n"
+        "except SystemExit as stop: print(stop.code, {'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules))"
+    )
+    for arguments in (["--help"], ["train", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=True,
+        )
+        assert "Usage: distmeta" in done.stdout
+        assert done.stdout.splitlines()[-1] == "0 set()"
+
+
+def test_the_installed_module_runs(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "distmeta.cli", "check", "nowhere.yaml", "--json"],
+        capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ), check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["error"].startswith("nowhere.yaml: cannot be read")
+    assert done.stderr == ""

@@ -1,0 +1,279 @@
+"""Models as pure functions of their parameters, and what a user's own model may bring."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tree
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import distmeta
+from distmeta.core import InputError
+from distmeta.job import Job
+from distmeta.models.conv4 import Conv4
+from distmeta.models.functional import Functional
+from distmeta.models.mlp import MLP
+from distmeta.runtime import checkpoint as checkpoints
+from distmeta.runtime.problem import build, resolve
+
+
+class Branching(nn.Linear):
+    """A model whose control flow depends on its data, which vmap cannot run."""
+
+    def __init__(self, in_shape: tuple[int, ...], out_features: int):
+        super().__init__(in_shape[0], out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.detach().sum().item() > 0 else super().forward(2 * x)
+
+
+class Masked(nn.Linear):
+    """A model with a constant buffer, and a parameter that it does not train."""
+
+    def __init__(self, in_shape: tuple[int, ...], out_features: int):
+        super().__init__(in_shape[0], out_features)
+        self.register_buffer("mask", torch.tensor([3.0]))
+        self.scale = nn.Parameter(torch.tensor([2.0]), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.mask * self.scale
+
+
+def functional(module: Any = None, seed: int = 0, **options: Any) -> Functional:
+    build = module or (lambda: MLP((3,), 2, hidden=[4]))
+    return Functional(build, torch.Generator().manual_seed(seed), **options)
+
+
+def job(**changes: Any) -> Job:
+    return Job.parse(tree(**changes))
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "layer", "none"])
+@pytest.mark.parametrize("pool", ["max", "stride"])
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 8, 8), (1, 1, 5)])
+def test_conv4_shapes(norm: Any, pool: Any, shape: tuple[int, ...]) -> None:
+    model = Conv4(shape, 5, width=8, norm=norm, pool=pool)
+    x = torch.randn(6, *shape)
+    assert model(x).shape == (6, 5)
+    assert model.features(x).shape == (6, model.head.in_features)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert [c.out_channels for c in convolutions] == [8] * 4
+    assert all((c.bias is not None) == (norm == "none") for c in convolutions)
+    assert {c.stride for c in convolutions} == {(1, 1) if pool == "max" else (2, 2)}
+    assert not list(model.buffers())
+
+
+def test_conv4_features_are_the_papers() -> None:
+    assert Conv4((1, 28, 28), 5).head.in_features == 64
+    assert Conv4((3, 84, 84), 5, width=32).head.in_features == 32 * 5 * 5
+    assert Conv4((3, 84, 84), 5, width=32, pool="stride").head.in_features == 32
+
+
+def test_batch_norm_has_no_running_statistics() -> None:
+    model = Conv4((1, 8, 8), 3, width=4)
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 4
+    assert not any(m.track_running_stats for m in norms)
+    x = torch.randn(5, 1, 8, 8)
+    assert torch.equal(model.train()(x), model.eval()(x))
+
+
+def test_conv4_wants_images() -> None:
+    with pytest.raises(
+        InputError, match=r"model.type: got conv4 for inputs of shape \(1,\), expected images"
+    ):
+        build(job(model={"type": "conv4"}))
+
+
+@pytest.mark.parametrize(("hidden", "count"), [([], 1), ([7], 2), ([5, 6], 3)])
+def test_mlp(hidden: list[int], count: int) -> None:
+    model = MLP((2, 3), 4, hidden=hidden, activation="tanh")
+    assert model(torch.randn(9, 2, 3)).shape == (9, 4)
+    linear = [m for m in model if isinstance(m, nn.Linear)]
+    assert [m.in_features for m in linear] == [6, *hidden]
+    assert len(linear) == count
+    assert not isinstance(model[-1], nn.Tanh)
+
+
+def test_mlp_starts_as_in_the_papers_code() -> None:
+    model = MLP((1,), 1, hidden=[200], init="normal")
+    weights = torch.cat([p.detach().flatten() for n, p in model.named_parameters() if n.endswith("weight")])
+    assert float(weights.abs().max()) <= 0.02
+    assert 0.007 < float(weights.std()) < 0.01
+    assert all(not p.detach().any() for n, p in model.named_parameters() if n.endswith("bias"))
+
+
+@pytest.mark.parametrize("module", [None, lambda: Conv4((1, 8, 8), 3, width=4), lambda: Masked((3,), 2)])
+def test_functional_is_the_module(module: Any) -> None:
+    model = functional(module)
+    shape = (1, 8, 8) if isinstance(model.module, Conv4) else (3,)
+    x, phi = torch.randn(4, *shape), model.init()
+    assert all(name.startswith("model.") for name in phi)
+    assert torch.equal(model(phi, x), model.module(x))
+    other = {name: value + 1 for name, value in phi.items()}
+    assert not torch.equal(model(other, x), model.module(x))  # phi counts, not the module's own
+    phi["model." + next(iter(dict(model.module.named_parameters())))].add_(1)
+    assert torch.equal(model(model.init(), x), model.module(x))  # init gives copies
+
+
+def test_functional_depends_on_its_generator_alone() -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first, other = functional(seed=3).init(), functional(seed=4).init()
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    again = functional(seed=3).init()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["model.1.weight"], other["model.1.weight"])
+
+
+def test_freeze() -> None:
+    model = functional(freeze="1.*")
+    theta, x = model.init(), torch.randn(5, 3)
+    assert set(theta) == {"model.3.weight", "model.3.bias"}
+    assert set(model.constants) == {"1.weight", "1.bias"}
+    assert torch.equal(model(theta, x), model.module(x))
+    model.constants["1.weight"] = torch.zeros(4, 3)
+    assert not torch.equal(model(theta, x), model.module(x))  # used, from the constants
+
+
+def test_what_a_model_does_not_train_is_constant() -> None:
+    model = functional(lambda: Masked((3,), 2))
+    assert set(model.init()) == {"model.weight", "model.bias"}
+    assert set(model.constants) == {"mask", "scale"}
+
+
+def test_a_glob_that_matches_nothing() -> None:
+    with pytest.raises(
+        InputError, match=r"model.freeze: got '1.wieght', which matches no parameter; did you"
+    ):
+        functional(freeze="1.wieght")
+
+
+def test_a_frozen_part_stays_through_training(workplace: Path) -> None:
+    run = distmeta.train(job(model={"type": "mlp", "hidden": [8], "freeze": "1.*"})).run
+    stored = checkpoints.load(run)
+    start = checkpoints.load(run / "checkpoints" / "step-00000000")
+    assert set(stored.theta) == {"model.3.weight", "model.3.bias"}
+    assert torch.equal(stored.constants["1.weight"], start.constants["1.weight"])
+    assert not torch.equal(stored.theta["model.3.weight"], start.theta["model.3.weight"])
+
+
+def test_init_from(tmp_path: Path) -> None:
+    path = str(tmp_path / "start.safetensors")
+    source = functional(seed=5).init()
+    save_file(source, path)  # as a checkpoint's theta is
+    loaded = functional(seed=6, init_from=path)
+    assert all(torch.equal(loaded.init()[name], value) for name, value in source.items())
+    save_file({"1.weight": torch.ones(4, 3)}, path)  # as torch's own; some are enough
+    partly = functional(seed=6, init_from=path, freeze="1.weight")
+    assert partly.constants["1.weight"].eq(1).all()
+    assert torch.equal(partly.init()["model.3.weight"], functional(seed=6).init()["model.3.weight"])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "expected"),
+    [
+        ({"1.weight": torch.ones(2, 3)}, r"tensor '1.weight' has shape \[2, 3\], expected \[4, 3\]"),
+        ({"1.wieght": torch.ones(4, 3)}, r"tensor '1.wieght' is not in the model; did you mean '1.weight'\?"),
+        (None, "expected an existing safetensors file"),
+        (b"not safetensors", "is not a readable safetensors file"),
+        (b"", "is not a readable safetensors file"),
+    ],
+)
+def test_init_from_something_else(tensors: Any, expected: str, tmp_path: Path) -> None:
+    path = tmp_path / "start.safetensors"
+    if isinstance(tensors, bytes):
+        path.write_bytes(tensors)
+    elif tensors is not None:
+        save_file(tensors, path)
+    with pytest.raises(InputError, match=rf"model.init_from: .*{expected}"):
+        functional(init_from=str(path))
+
+
+def test_a_part_that_is_no_module() -> None:
+    with pytest.raises(InputError, match=r"model.type: got dict, expected a torch.nn.Module"):
+        functional(dict)
+
+
+def test_running_statistics_are_refused_with_a_remedy(workplace: Path) -> None:
+    with pytest.raises(InputError, match=r"RunningNorm changes its buffer '1.running_mean'.*use group norm"):
+        distmeta.train(job(model={"type": "hard_cases:RunningNorm"}))
+    assert not list(workplace.iterdir())
+
+
+def test_dropout_runs_in_the_loop_and_repeats_to_the_bit(workplace: Path) -> None:
+    small = job(model={"type": "hard_cases:Dropout"}, run={"steps": 3, "eval_every": 3, "eval_tasks": 4})
+    problem = resolve(build(small))
+    assert problem.execution.mode == problem.job.compute.execution == "loop"
+    first, second = (checkpoints.load(distmeta.train(small).run).theta for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    with pytest.raises(
+        InputError, match=r"compute.execution: got vmap for a model that draws random numbers"
+    ):
+        resolve(build(small.replace(compute={"execution": "vmap"})))
+
+
+def test_attention_trains_under_second_derivatives(workplace: Path) -> None:
+    small = job(
+        model={"type": "hard_cases:Attention"},
+        run={"steps": 3, "tasks_per_step": 4, "shards": 2},
+        compute={"execution": "loop"},
+    )
+    summary = distmeta.train(small)
+    stored = checkpoints.load(summary.run)
+    start = checkpoints.load(summary.run / "checkpoints" / "step-00000000")
+    assert summary.loss is not None
+    assert np.isfinite(summary.loss)
+    assert all(not torch.equal(stored.theta[name], start.theta[name]) for name in stored.theta)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode"),
+    [
+        ({}, "vmap"),
+        ({"model": {"type": "hard_cases:Attention"}}, "vmap"),
+        ({"model": {"type": "test_models:Branching"}}, "loop"),
+        (
+            {
+                "model": {"type": "conv4", "width": 4, "pool": "stride"},
+                "tasks": {"type": "digits", "queries": 2},
+            },
+            "loop",
+        ),
+        ({"compute": {"execution": "loop"}}, "loop"),
+        ({"compute": {"execution": "vmap", "chunk": 2}}, "vmap"),
+    ],
+)
+def test_execution_is_settled_by_a_fixed_rule(changes: dict[str, Any], mode: str) -> None:
+    from distmeta.compute.numerics import numerics
+
+    with numerics(1, False):
+        problem = resolve(build(job(**changes)))
+    assert problem.execution.mode == problem.job.compute.execution == mode
+    if mode == "vmap" and "compute" in changes:
+        assert problem.execution.chunk == 2
+
+
+def test_vmap_that_cannot_be_is_refused() -> None:
+    small = job(model={"type": "test_models:Branching"}, compute={"execution": "vmap"})
+    with pytest.raises(
+        InputError, match=r"compute.execution: got vmap, which this model .* cannot run under"
+    ):
+        resolve(build(small))
+    convolutional = job(
+        model={"type": "conv4", "width": 4},
+        tasks={"type": "digits", "queries": 2},
+        compute={"execution": "vmap"},
+    )
+    assert resolve(build(convolutional)).execution.mode == "vmap"
+
+
+def test_a_resolved_job_stays_as_it_is() -> None:
+    problem = resolve(build(job()))
+    assert resolve(build(problem.job)).job == problem.job
