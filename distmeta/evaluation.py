@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,12 +17,13 @@ from distmeta.compute.numerics import numerics
 from distmeta.compute.shard import Execution, score_tasks
 from distmeta.compute.unroll import detached, unroll
 from distmeta.core import Batch, Episode, InputError, State, Theta
-from distmeta.job import Job, override
+from distmeta.job import Job
+from distmeta.jobfile import override
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint
 from distmeta.runtime.driver import evaluate_tasks, mean_metrics, primary
 from distmeta.runtime.pool import open_pool
-from distmeta.runtime.problem import Problem, build
+from distmeta.runtime.problem import Problem, build, with_score
 from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.worker import evaluating
 
@@ -234,7 +235,7 @@ def _fixed_episodes(learner: Learner, path: str | Path, predictions: str | Path 
         ways = len(fixed.labels)
         scorer = partial(classification_score, ways=ways)
         episode = Episode(_stacked(fixed.support, problem.device), _stacked(fixed.query, problem.device))
-        algorithm = _with_score(problem.algorithm, scorer)
+        algorithm = with_score(problem.algorithm, scorer)
         with learner._ready():
             scores = score_tasks(
                 algorithm,
@@ -268,23 +269,13 @@ def _with_ways(problem: Problem, ways: int) -> Any:
     from distmeta.tasks.fewshot import classification_score
 
     if hasattr(problem.family, "scorer"):
-        return _with_score(problem.algorithm, partial(classification_score, ways=ways))
+        return with_score(problem.algorithm, partial(classification_score, ways=ways))
     if ways > problem.family.out_features:
         raise InputError(
             f"y: got {ways} classes, expected at most {problem.family.out_features} (the model's outputs), "
             "or targets as floats"
         )
     return problem.algorithm
-
-
-def _with_score(algorithm: Any, score: Callable[..., Any]) -> Any:
-    """The algorithm with another support loss, where it has one: an episode's ways may differ from training's."""
-    import copy
-
-    other = copy.copy(algorithm)
-    if hasattr(other, "score"):
-        other.score = score
-    return other
 
 
 def _preparation(learner: Learner) -> Any:

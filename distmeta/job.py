@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from distmeta.algorithms import ALGORITHMS
 from distmeta.components import check_options, describe, locate
 from distmeta.core import InputError, nearest
+from distmeta.jobfile import dump_yaml, override, parse_yaml
 from distmeta.models import MODELS
 from distmeta.tasks import TASKS
 
@@ -34,6 +34,8 @@ class Component(Section):
     section: ClassVar[str]
     table: ClassVar[Mapping[str, str]]
     given: ClassVar[tuple[str, ...]] = ()
+    """Arguments that distmeta fills in."""
+    given_for_good: ClassVar[bool] = False
 
     type: str
 
@@ -46,6 +48,9 @@ class Component(Section):
             )
         own = {key: value for key, value in data.items() if key in cls.model_fields}
         options = {key: value for key, value in data.items() if key not in cls.model_fields}
+        for key in cls.given:
+            if key in options and cls.given_for_good:
+                raise InputError(f"{cls.section}.{key}: distmeta gives this argument, a job cannot")
         part = locate(f"{cls.section}.type", data["type"], cls.table)
         return own | check_options(cls.section, part, options, cls.given)
 
@@ -77,6 +82,7 @@ class AlgorithmSection(Component):
     section = "algorithm"
     table = ALGORITHMS
     given = ("model", "score")
+    given_for_good = True
 
 
 class Schedule(Section):
@@ -257,7 +263,7 @@ class Job(Section):
 
     def dump(self) -> str:
         """The job as YAML."""
-        return yaml.dump(self.tree(), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+        return dump_yaml(self.tree())
 
     def replace(self, **sections: Mapping[str, Any]) -> Job:
         """A copy with some keys of some sections changed, checked again."""
@@ -265,62 +271,6 @@ class Job(Section):
         for section, changes in sections.items():
             tree[section] = tree[section] | dict(changes)
         return Job.parse(tree)
-
-
-def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The tree with `a.b=value` applied, values read as YAML."""
-    result = _copy(tree)
-    for text in overrides:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise InputError(f"override: got {text!r}, expected key=value, such as run.workers=4")
-        *parents, last = key.split(".")
-        node = result
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise InputError(f"override {key}: {parent!r} is not a section")
-        node[last] = parse_yaml(value, f"override {key}")
-    return result
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        raise InputError(f"{source}: {where}not YAML: {getattr(error, 'problem', None) or error}") from None
-    except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        # what PyYAML raises on a value that its tag or form does not fit: `!!int ""`, `!!bool maybe`, 2001-99-99
-        raise InputError(f"{source}: not YAML: {error}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with 1.2's numbers (`1e-3` is one) and with duplicate keys refused."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key is not None and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is there twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the strings that `_Loader` would take for numbers."""
-
-
-for _side in (_Loader, _Dumper):
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
 
 
 def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
@@ -341,9 +291,3 @@ def _plain_name(field: str, name: str) -> str:
             f"{field}: got {name!r}, expected letters, digits, '.', '_' and '-' (it names a folder)"
         )
     return name
-
-
-def _copy(tree: Any) -> Any:
-    if isinstance(tree, Mapping):
-        return {key: _copy(value) for key, value in tree.items()}
-    return [_copy(value) for value in tree] if isinstance(tree, list) else tree

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from distmeta.core import SPLITS, InputError
-from distmeta.job import Job, parse_yaml
+from distmeta.job import Job
+from distmeta.jobfile import parse_yaml
 from distmeta.runtime.problem import build
 
 JOBS = sorted((REPOSITORY / "jobs").glob("*.yaml"))

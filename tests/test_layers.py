@@ -16,7 +16,7 @@ LAYERS = [
     {"core", "seeding"},
     {"mlflow_store"},  # what tracking needs of MLflow's own
     {"algorithms", "tasks", "models", "compute", "tracking"},
-    {"components"},
+    {"components", "jobfile"},
     {"job"},
     {"runtime"},
     {"evaluation", "onetask", "sweep", "submit"},

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ POLL_SECONDS = 0.2
 """How often a waiting driver looks whether it was interrupted."""
 GET_SECONDS = 60.0
 """Longest wait for a result that is said to be ready."""
+CONNECT_SECONDS = 5.0
+"""Longest wait for a cluster's head to answer at all."""
 
 
 class Pool(Protocol):
@@ -67,6 +70,7 @@ class RayPool:
         import ray
 
         self._ray, self._run, self._say = ray, problem.job.run, say
+        say(f"starting {self._run.workers} Ray worker{'s' * (self._run.workers > 1)} …")
         self._owns_ray = _connect(ray, problem.job.run.address, self._needs())
         try:
             constants = constants_of(problem.model)
@@ -176,18 +180,38 @@ def _connect(ray: Any, address: str | None, needs: tuple[int, float]) -> bool:
     """Joins the cluster that is named or running, else starts a local one; whether this call started Ray here."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns about its own default
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what matters is raised, and said in one line
     if ray.is_initialized():
         return False
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"run.address: cannot reach a Ray cluster at {address!r}: {str(error).splitlines()[0]}"
-            ) from None
-    else:
+    if not address or address == "local":
         cpus = max(os.cpu_count() or 1, needs[0])
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        return True
+    _check_reachable(address)
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"run.address: cannot join the Ray cluster at {address!r} ({str(error).splitlines()[0]}): is it running, "
+            "and are RAY_AUTH_MODE and RAY_AUTH_TOKEN the cluster's?"
+        ) from None
     return True
+
+
+def _check_reachable(address: str) -> None:
+    """Tries HOST:PORT for a few seconds: Ray itself tries for minutes.
+
+    Raises:
+        InputError: nothing listens there.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return  # auto, or another of Ray's own names
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"run.address: nothing answers at {address!r} ({error}), expected a Ray cluster's head"
+        ) from None

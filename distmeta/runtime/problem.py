@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -35,6 +36,10 @@ class Problem:
         """The family's loss and metrics; evaluation may have other ways than training."""
         scorer = getattr(self.family, "scorer", None)
         return self.family.score if scorer is None else scorer(split)
+
+    def adapting(self, split: str) -> Algorithm:
+        """The algorithm, its support loss scored as the split is."""
+        return self.algorithm if split == "train" else with_score(self.algorithm, self.score(split))
 
     def init(self) -> Theta:
         """theta at step 0."""
@@ -79,6 +84,14 @@ def build(
             f"{job.algorithm.type} compares {algorithm.group_size} tasks at a time"
         )
     return Problem(job, family, model, algorithm, device, _resolved_execution(job))
+
+
+def with_score(algorithm: Algorithm, score: Score) -> Algorithm:
+    """The algorithm with another support loss, where it has one: evaluation may have fewer ways than training."""
+    other = copy.copy(algorithm)
+    if hasattr(other, "score"):
+        setattr(other, "score", score)  # noqa: B010 - not part of the protocol
+    return other
 
 
 def resolve(problem: Problem) -> Problem:

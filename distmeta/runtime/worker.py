@@ -148,7 +148,7 @@ class Worker:
         started = time.perf_counter()
         with evaluating(problem.model.module):
             scores = score_tasks(
-                problem.algorithm,
+                problem.adapting(shard.split),
                 problem.score(shard.split),
                 self._theta,
                 episodes,

@@ -51,7 +51,9 @@ def parts(
     return problem, theta, episodes, ids
 
 
-def gradient(name: str | dict[str, Any], execution: Execution, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def gradient(
+    name: str | dict[str, Any], execution: Execution, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     problem, theta, episodes, ids = parts(name, dtype=dtype)
     result = shard_gradient(problem.algorithm, problem.score("train"), theta, episodes, ids, execution)
     return torch.cat([result.gradient[key].flatten() for key in theta])

@@ -1,0 +1,80 @@
+"""A cluster that is already there: `ray start --head --block` under a pid that we hold, joined by address."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import HOME, tree
+
+import distmeta
+from distmeta.job import Job
+from distmeta.runtime import checkpoint as checkpoints
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--include-dashboard=false"]
+    log = (HOME / "head.log").open("w")
+    process = subprocess.Popen(
+        [Path(sys.executable).with_name("ray"), *words, "--node-ip-address=127.0.0.1", f"--temp-dir={HOME}/head"],
+        stdout=log, stderr=log, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while "Ray runtime started" not in (HOME / "head.log").read_text():
+        assert process.poll() is None, (HOME / "head.log").read_text()
+        assert time.monotonic() < deadline, "the head node did not start"
+        time.sleep(0.1)
+    yield f"127.0.0.1:{port}"
+    process.send_signal(signal.SIGTERM)
+    process.wait(60)
+    log.close()
+
+
+def train(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "distmeta.cli", "train", "job.yaml", "--json", *words],
+        capture_output=True, text=True, timeout=120, env=os.environ | environment,
+    )  # fmt: skip
+
+
+def test_joined_by_address_and_by_environment(head: str, workplace: Path) -> None:
+    (workplace / "job.yaml").write_text(yaml.safe_dump(tree("maml", run={"workers": 2})))
+    alone = distmeta.train(Job.load("job.yaml", ["run.workers=0"])).run
+    expected = checkpoints.load(alone).theta
+    for words, environment in (([f"run.address={head}"], {}), ([], {"RAY_ADDRESS": head})):
+        done = train(*words, **environment)
+        assert done.returncode == 0, done.stderr
+        theta = checkpoints.load(json.loads(done.stdout)["run"]).theta
+        assert all(theta[name].equal(expected[name]) for name in expected)
+
+
+def test_a_wrong_token_is_one_line(head: str, workplace: Path) -> None:
+    (workplace / "job.yaml").write_text(yaml.safe_dump(tree("maml", run={"workers": 2})))
+    done = train(f"run.address={head}", RAY_AUTH_TOKEN="0" * 32)
+    assert done.returncode == 2
+    assert "are RAY_AUTH_MODE and RAY_AUTH_TOKEN the cluster's?" in json.loads(done.stdout)["error"]
+    assert not (workplace / "runs").exists()
+    assert os.environ["RAY_AUTH_TOKEN"] not in done.stdout + done.stderr
+
+
+def test_nothing_at_an_address_is_one_line(workplace: Path) -> None:
+    (workplace / "job.yaml").write_text(yaml.safe_dump(tree("maml", run={"workers": 2})))
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        done = train(f"run.address=127.0.0.1:{closed.getsockname()[1]}")
+    assert done.returncode == 2
+    assert "nothing answers at" in json.loads(done.stdout)["error"]
+    assert not (workplace / "runs").exists()
