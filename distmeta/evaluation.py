@@ -99,7 +99,8 @@ def load(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Learner:
     """
     stored = checkpoints.load(checkpoint)
     job, steps = _evaluation_job(stored.job, overrides)
-    problem = build(job, {name: value.numpy() for name, value in stored.constants.items()})
+    constants = {name: value.numpy() for name, value in stored.constants.items()}
+    problem = build(job, constants, examples=stored.examples)
     if steps and problem.algorithm.inner_steps == 0:
         raise InputError(
             f"algorithm.inner_steps: got {steps}, but {job.algorithm.type} has no inner loop: leave it out"
@@ -281,7 +282,7 @@ def _with_ways(problem: Problem, ways: int) -> Any:
 def _preparation(learner: Learner) -> Any:
     from distmeta.tasks.images import Preparation
 
-    stored = learner.checkpoint.preparation
+    stored = (learner.checkpoint.examples or {}).get("preparation")
     return None if stored is None else Preparation.from_dict(stored)
 
 

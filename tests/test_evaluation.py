@@ -63,7 +63,7 @@ def learner(run: Path) -> Learner:
 
 
 def preparation(run: Path) -> Preparation:
-    stored = learner(run).checkpoint.preparation
+    stored = learner(run).checkpoint.examples["preparation"]
     assert stored is not None
     return Preparation.from_dict(stored)
 
@@ -412,3 +412,23 @@ def test_loading_leaves_the_generators_alone(run: Path) -> None:
 def test_the_evaluation_is_plain_data(run: Path) -> None:
     result = distmeta.evaluate(run, ["run.eval_tasks=2"])
     assert json.loads(json.dumps([result.figures, result.ci95, result.curve]))[0] == result.figures
+
+
+def test_a_checkpoint_works_without_its_tasks_data(workplace: Path) -> None:
+    """A learner trained from a store adapts where the store is not; only drawing its tasks needs it."""
+    from distmeta.tasks.images import Preparation
+    from distmeta.tasks.store import write_store
+
+    images = np.random.default_rng(0).integers(0, 255, (60, 1, 8, 8), dtype=np.uint8)
+    classes = [f"c{i}" for i in range(10)]
+    write_store("small.arrow", images, classes, [""] * 10, [6] * 10, Preparation(size=8))
+    tasks = {
+        "type": "arrow", "path": "small.arrow", "ways": 2, "shots": 1, "queries": 2, "test": 3, "val": 3,
+    }  # fmt: skip
+    run = distmeta.train(Job.parse(tree("maml", tasks=tasks, run={"steps": 2}))).run
+    x = images[[0, 6]] / np.float32(255)
+    here = distmeta.load(run).adapt(x, [4, 7])(x)
+    (workplace / "small.arrow").unlink()
+    assert torch.equal(distmeta.load(run).adapt(x, [4, 7])(x), here)
+    with pytest.raises(InputError, match=r"tasks\.path"):
+        distmeta.evaluate(run)

@@ -50,8 +50,8 @@ class Checkpoint:
     optimizer: dict[str, torch.Tensor]
     outer: dict[str, Any]
     progress: Progress
-    preparation: dict[str, Any] | None = None
-    """How images become inputs, where the tasks are images."""
+    examples: dict[str, Any] | None = None
+    """What the tasks' examples are (`runtime.problem.examples_of`), for use without their data."""
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
@@ -96,7 +96,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "format": FORMAT,
         "progress": asdict(checkpoint.progress),
         "outer": checkpoint.outer,
-        "preparation": checkpoint.preparation,
+        "examples": checkpoint.examples,
         "sha256": files,
         "job": checkpoint.job,
     }
@@ -150,7 +150,7 @@ def load(path: str | Path) -> Checkpoint:
             load_file(folder / "optimizer.safetensors"),
             state["outer"],
             Progress(**state["progress"]),
-            state["preparation"],
+            state["examples"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, InputError):

@@ -22,7 +22,7 @@ from distmeta.runtime.checkpoint import Checkpoint, Progress
 from distmeta.runtime.folder import RunFolder, Start, starting_point
 from distmeta.runtime.interrupt import InterruptedRun, StopRequested, interruptions
 from distmeta.runtime.pool import Pool, open_pool
-from distmeta.runtime.problem import Problem, build, resolve
+from distmeta.runtime.problem import Problem, build, examples_of, resolve
 from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.worker import ShardResult, shards_of
 from distmeta.tracking import Tracker, open_tracker
@@ -286,7 +286,6 @@ def _save(run: _Run) -> Path:
     run.progress = replace(run.progress, tracking_id=run.tracker.run_id or run.progress.tracking_id)
     run.folder.sync()
     tensors, outer = run.server.state()
-    preparation = getattr(run.problem.family, "preparation", None)
     state = Checkpoint(
         run.problem.job.tree(),
         run.server.theta(),
@@ -294,7 +293,7 @@ def _save(run: _Run) -> Path:
         tensors,
         outer,
         run.progress,
-        None if preparation is None else preparation.to_dict(),
+        examples_of(run.problem.family),
     )
     return checkpoints.save(run.folder.path, state, run.problem.job.run.keep)
 

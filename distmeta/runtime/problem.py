@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,10 +16,11 @@ from distmeta.components import construct
 from distmeta.compute.episodes import episodes_of
 from distmeta.compute.probe import choose_execution, traits
 from distmeta.compute.shard import Execution
-from distmeta.core import Algorithm, InputError, Score, TaskFamily, Theta
+from distmeta.core import Algorithm, Episode, InputError, Metrics, Score, TaskFamily, Theta
 from distmeta.job import Job
 from distmeta.models.functional import Functional
 from distmeta.seeding import task_ids, torch_generator
+from distmeta.tasks.fewshot import classification_score
 
 
 @dataclass(frozen=True)
@@ -56,17 +58,26 @@ class Problem:
 
 
 def build(
-    job: Job, constants: dict[str, np.ndarray] | None = None, device: torch.device | None = None
+    job: Job,
+    constants: dict[str, np.ndarray] | None = None,
+    device: torch.device | None = None,
+    examples: Mapping[str, Any] | None = None,
 ) -> Problem:
     """Makes the job's task family, model and algorithm.
 
     Args:
+        examples: what `examples_of` gave: stands in for the tasks where they cannot be made here (no store).
         device: where tasks are computed; None: this process's GPU where the job asks for GPUs, else the CPU.
         constants: the model's frozen parameters and buffers as the driver has them; a worker need not have the
             file that `model.init_from` names.
     """
     device = device or _device(job)
-    family = construct(job.tasks.part, job.tasks.options, {})
+    try:
+        family = construct(job.tasks.part, job.tasks.options, {})
+    except InputError as error:
+        if examples is None:
+            raise
+        family = AbsentTasks(examples, str(error))
     shape = {"in_shape": tuple(family.in_shape), "out_features": family.out_features}
     model = Functional(
         lambda: construct(job.model.part, job.model.options, shape),
@@ -84,6 +95,36 @@ def build(
             f"{job.algorithm.type} compares {algorithm.group_size} tasks at a time"
         )
     return Problem(job, family, model, algorithm, device, _resolved_execution(job))
+
+
+class AbsentTasks:
+    """Stands in for few-shot classes whose data are not here: enough to adapt and predict, and for fixed episodes."""
+
+    def __init__(self, examples: Mapping[str, Any], reason: str):
+        self.in_shape = tuple(examples["in_shape"])
+        self.out_features = int(examples["out_features"])
+        self.reason = reason
+
+    def draw(self, split: str, ids: Any) -> Episode:
+        raise InputError(self.reason)
+
+    def score(self, outputs: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Metrics]:
+        return classification_score(outputs, batch, self.out_features)
+
+    def scorer(self, split: str) -> Score:
+        return self.score
+
+
+def examples_of(family: TaskFamily) -> dict[str, Any] | None:
+    """Shapes, outputs and image preparation of few-shot classes, as plain data; None for other families."""
+    if not hasattr(family, "scorer"):
+        return None
+    preparation = getattr(family, "preparation", None)
+    return {
+        "in_shape": list(family.in_shape),
+        "out_features": family.out_features,
+        "preparation": None if preparation is None else preparation.to_dict(),
+    }
 
 
 def with_score(algorithm: Algorithm, score: Score) -> Algorithm:
