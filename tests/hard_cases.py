@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distmeta.core import Batch, Episode, Metrics, Model, Score, Theta, Unroll
+from distmeta.core import Batch, Episode, InputError, Metrics, Model, Score, Theta, Unroll
 from distmeta.seeding import task_generator
 
 
@@ -199,4 +199,15 @@ class Slow(Lethal):
         self.draws += 1
         if self.draws > 1:  # the first is the driver's own look at the job
             time.sleep(self.seconds)
+        return super().draw(split, ids)
+
+
+class Vanishing(Lethal):
+    """A family whose data go away once a flag file says so."""
+
+    def draw(self, split: str, ids: Any) -> Episode:
+        import os
+
+        if os.path.exists(self.flag):
+            raise InputError("tasks.path: the store is gone")
         return super().draw(split, ids)

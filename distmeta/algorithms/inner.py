@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from distmeta.core import InputError, Model, Score, Theta
+from distmeta.core import Model, Score, Theta
 
 
 def support_gradient(model: Model, score: Score, phi: Theta, support: Any) -> Theta:
@@ -16,16 +16,12 @@ def support_gradient(model: Model, score: Score, phi: Theta, support: Any) -> Th
 
 
 def minibatch(support: Any, k: int, size: int | None) -> Any:
-    """Rows k·size … (k+1)·size − 1 of the support set, going round at its end; the whole set when `size` is None.
+    """Rows k·size … (k+1)·size − 1 of the support set, going round at its end; the whole set when it is no larger.
 
     Task families lay support rows out shot by shot, so `ways` neighbouring rows hold one example a class.
     """
-    if size is None:
-        return support
     count = tree_leaves(support)[0].shape[0]
-    if size > count:
-        raise InputError(
-            f"algorithm.inner_batch: got {size}, expected at most the support set's {count} examples"
-        )
+    if size is None or size >= count:
+        return support
     rows = [(k * size + i) % count for i in range(size)]
     return tree_map(lambda leaf: leaf[rows], support)

@@ -26,8 +26,8 @@ class Reptile:
     Args:
         inner_lr: α.
         inner_steps: K. With K = 1 this is the gradient of the average loss, α∇L: joint training (§3).
-        inner_batch: support examples that one inner step sees; null: all. The paper's analysis (§5) rests on
-            steps that see different minibatches.
+        inner_batch: support examples that one inner step sees; null, or where there are no more: all. The paper's
+            analysis (§5) rests on steps that see different minibatches.
     """
 
     group_size = 1

@@ -180,7 +180,6 @@ def _connect(ray: Any, address: str | None, needs: tuple[int, float]) -> bool:
     """Joins the cluster that is named or running, else starts a local one; whether this call started Ray here."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns about its own default
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")  # what matters is raised, and said in one line
     if ray.is_initialized():
         return False
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}

@@ -121,11 +121,11 @@ def test_a_shard_that_kills_every_worker_stops_the_run_with_a_checkpoint(
 
 
 def test_what_the_computation_raises_is_raised_here(workplace: Path, cluster: None) -> None:
-    job = tree({"type": "reptile", "inner_batch": 4}, tasks={"type": "sinusoid", "shots": 5, "queries": 5})
-    run = trained(job, workers=1)
-    assert run.exists()
-    with pytest.raises(distmeta.core.InputError, match=r"algorithm.inner_batch: got 9, expected at most"):
-        trained(tree({"type": "reptile", "inner_batch": 9}), workers=1)
+    tasks = {"type": "hard_cases:Vanishing", "flag": str(workplace / "gone")}
+    job = Job.parse(tree("maml", tasks=tasks, run={"workers": 1, "name": "gone"}))
+    with pytest.raises(distmeta.core.InputError, match=r"^tasks.path: the store is gone$"):
+        distmeta.train(job, reporter=Flag(workplace / "gone"))
+    assert checkpoints.load(workplace / "runs" / "gone").progress.step == 0
 
 
 def test_too_few_resources_say_so(workplace: Path, cluster: None) -> None:

@@ -1,0 +1,64 @@
+"""Every shipped job runs: two steps and an evaluation of it; at full length by hand (`pytest -m slow`)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+import distmeta
+from distmeta.job import Job
+
+JOBS = sorted((REPOSITORY / "jobs").glob("*.yaml"))
+OMNIGLOT = Path(os.environ.get("DISTMETA_OMNIGLOT", REPOSITORY.parent / "shared" / "data" / "omniglot"))
+
+
+@pytest.fixture(scope="session")
+def omniglot(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The task store of the real data, built once."""
+    if not OMNIGLOT.is_dir():
+        pytest.skip(f"no Omniglot data in {OMNIGLOT} (set DISTMETA_OMNIGLOT)")
+    from distmeta.tasks.build import build_omniglot
+
+    path = tmp_path_factory.mktemp("data") / "omniglot.arrow"
+    built = build_omniglot(str(OMNIGLOT), str(path))
+    assert (built["classes"], built["examples"]) == (242, 4840)
+    return path
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
+def test_two_steps(path: Path, workplace: Path, request: pytest.FixtureRequest) -> None:
+    small = [
+        "run.steps=2",
+        "run.workers=0",
+        "run.eval_tasks=4",
+        "run.eval_inner_steps=2",
+        "tracking.type=none",
+    ]
+    if "omniglot" in path.stem:
+        small.append(f"tasks.path={request.getfixturevalue('omniglot')}")
+        small += ["run.tasks_per_step=2", "run.shards=1", "model.width=16"]
+    job = Job.load(path, small)
+    assert job.name == path.stem
+    run = distmeta.train(job).run
+    figures = distmeta.evaluate(run).figures
+    assert figures["loss_before"] is not None
+    assert figures["loss_after"] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("split", "neighbour"), [("[7, 8, 9]", 0.791)])
+def test_digits_maml_beats_the_nearest_neighbour(split: str, neighbour: float, workplace: Path) -> None:
+    """0.784 ± 0.007 is 1-nearest-neighbour on pixels, measured on the same tasks (benchmarks/accuracy.py)."""
+    job = Job.load(
+        REPOSITORY / "jobs" / "digits-maml.yaml", ["tracking.type=none", f"tasks.test_digits={split}"]
+    )
+    evaluation = distmeta.evaluate(distmeta.train(job).run)
+    accuracy, interval = evaluation.figures["accuracy_after"], evaluation.ci95
+    assert evaluation.tasks == 600
+    assert accuracy is not None
+    assert interval is not None
+    assert accuracy - interval > neighbour
+    assert accuracy > (evaluation.figures["accuracy_before"] or 0) + 0.5
