@@ -38,6 +38,7 @@ def train(
     from distmeta.core import InputError
     from distmeta.job import Job
     from distmeta.runtime import driver
+    from distmeta.runtime.folder import run_folder
     from distmeta.terminal import Terminal
 
     texts = list(overrides or [])
@@ -46,7 +47,7 @@ def train(
     if job is None:
         if resume is None or resume == "auto":
             raise InputError("JOB: missing, expected a job file (only --resume RUN goes without)")
-        loaded = Job.load(_run_folder(resume) / "job.yaml", texts)
+        loaded = Job.load(run_folder(resume) / "job.yaml", texts)
     else:
         loaded = Job.load(job, texts)
     try:
@@ -192,13 +193,6 @@ def _fail(
     elif not quiet:
         _note(f"error: {message}")
     sys.exit(code)
-
-
-def _run_folder(path: str) -> Path:
-    """The run folder that a run or one of its checkpoints belongs to."""
-    from distmeta.runtime.checkpoint import find
-
-    return find(path).parent.parent
 
 
 def _print_store(built: dict[str, Any], as_json: bool) -> None:

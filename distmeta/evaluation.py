@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from distmeta.compute.flat import Layout
 from distmeta.compute.numerics import numerics
 from distmeta.compute.shard import Execution, score_tasks
 from distmeta.compute.unroll import detached, unroll
@@ -24,7 +25,7 @@ from distmeta.runtime.checkpoint import Checkpoint
 from distmeta.runtime.driver import evaluate_tasks, mean_metrics, primary
 from distmeta.runtime.pool import open_pool
 from distmeta.runtime.problem import Problem, build, with_score
-from distmeta.runtime.server import ParameterServer
+from distmeta.runtime.server import check_theta
 from distmeta.runtime.worker import evaluating
 
 
@@ -67,7 +68,7 @@ def evaluate(
     if episodes is not None:
         return _fixed_episodes(learner, episodes, predictions)
     problem = learner.problem
-    layout = ParameterServer(learner.theta, problem.job.outer).layout
+    layout = Layout.of(learner.theta)
     pool = open_pool(problem, layout, lambda text: None)
     try:
         results = evaluate_tasks(
@@ -88,7 +89,7 @@ def evaluate(
             pair for r in results if r.predictions is not None for pair in zip(*r.predictions, strict=True)
         ]
         _write_predictions(predictions, list(range(len(rows))), rows)
-    return _evaluation(columns, mean_metrics(results))
+    return _evaluation(columns, mean_metrics(results, every=True))
 
 
 def load(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Learner:
@@ -105,9 +106,8 @@ def load(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Learner:
         raise InputError(
             f"algorithm.inner_steps: got {steps}, but {job.algorithm.type} has no inner loop: leave it out"
         )
-    server = ParameterServer(problem.init(), job.outer)
-    server.load(stored.theta, stored.optimizer, stored.outer)
-    theta = {name: value.to(problem.device) for name, value in server.theta().items()}
+    check_theta(stored.theta, problem.init())
+    theta = {name: stored.theta[name].to(problem.device) for name in problem.init()}
     return Learner(problem, theta, problem.eval_steps if steps is None else steps, stored)
 
 
@@ -171,7 +171,7 @@ class Adapted:
 
 
 def _inputs(x: Any, problem: Problem) -> torch.Tensor:
-    tensor = _tensor("x", x).to(problem.device, torch.float32)
+    tensor = _tensor("x", x).to(problem.device, problem.input_dtype)
     shape = tuple(problem.family.in_shape)
     if tuple(tensor.shape[1:]) != shape:
         raise InputError(f"x: got examples of shape {tuple(tensor.shape[1:])}, expected {shape}")
@@ -207,16 +207,15 @@ def _evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[
 
     `algorithm.inner_steps` is not part of the job here: theta may hold a rate for every trained step.
     """
+    asked = override({}, overrides)
     kept = [text for text in overrides if not text.startswith("algorithm.inner_steps=")]
+    for key in ("ways", "shots", "queries"):
+        if (
+            f"eval_{key}" in tree["tasks"]
+        ):  # evaluation's own: the head keeps the ways that it was trained with
+            kept = [text.replace(f"tasks.{key}=", f"tasks.eval_{key}=", 1) for text in kept]
     gpus = tree["run"]["gpus_per_worker"] if torch.cuda.is_available() else 0  # trained there, evaluated here
     job = Job.parse({**tree, "run": {**tree["run"], "workers": 0, "gpus_per_worker": gpus}}, kept)
-    asked = override({}, overrides)
-    for key in ("ways", "shots", "queries"):
-        fixed = tree["tasks"].get(f"eval_{key}")
-        if key in asked.get("tasks", {}) and f"eval_{key}" not in asked["tasks"] and fixed is not None:
-            raise InputError(
-                f"tasks.{key}: this run evaluates with tasks.eval_{key}={fixed}: override that instead"
-            )
     steps = asked.get("algorithm", {}).get("inner_steps")
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
         raise InputError(f"algorithm.inner_steps: got {steps!r}, expected an integer of at least 0")
@@ -309,6 +308,12 @@ def _evaluation(columns: Mapping[str, np.ndarray], means: dict[str, float | None
     return Evaluation(len(values), {name: means[name] for name in order}, spread, main, curve)
 
 
+def _column(parts: Sequence[np.ndarray]) -> Any:
+    """One number a row, or a list where a target has several."""
+    values = np.concatenate([part.reshape(len(part), -1) for part in parts])
+    return values[:, 0] if values.shape[1] == 1 else values.tolist()
+
+
 def _write_predictions(
     path: str | Path, numbers: Sequence[int], rows: Sequence[tuple[np.ndarray, np.ndarray]]
 ) -> None:
@@ -321,8 +326,8 @@ def _write_predictions(
         {
             "episode": np.repeat(np.asarray(numbers, np.int64), sizes),
             "row": np.concatenate([np.arange(size) for size in sizes]),
-            "label": np.concatenate([label.reshape(len(label), -1)[:, 0] for label, _ in rows]),
-            "prediction": np.concatenate([p.reshape(len(p), -1)[:, 0] for _, p in rows]),
+            "label": _column([label for label, _ in rows]),
+            "prediction": _column([predicted for _, predicted in rows]),
         }
     )
     pq.write_table(table, path)

@@ -211,3 +211,50 @@ class Vanishing(Lethal):
         if os.path.exists(self.flag):
             raise InputError("tasks.path: the store is gone")
         return super().draw(split, ids)
+
+
+class OnlyHere(Lethal):
+    """A family that only the driver's process can make, as where a node lacks the data."""
+
+    def __init__(self, pid: int):
+        import os
+
+        super().__init__("/nonexistent")
+        if os.getpid() != pid:
+            raise InputError("tasks.path: not on this node")
+
+
+class Huge(Lethal):
+    """Tasks with finite gradients whose sum overflows float32."""
+
+    def __init__(self):
+        super().__init__("/nonexistent")
+
+    def score(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        return outputs.mean() * 1e38, {}
+
+
+class Tokens(nn.Module):
+    """A model on integers."""
+
+    def __init__(self, in_shape: tuple[int, ...], out_features: int):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(10, 8), nn.Linear(8, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.embed(x).mean(1))
+
+
+class Sums:
+    """Regress the sum of three digits, given as tokens."""
+
+    in_shape = (3,)
+    out_features = 1
+
+    def draw(self, split: str, ids: Any) -> Episode:
+        digits = torch.from_numpy(np.stack([task_generator(i).integers(0, 10, (2, 6, 3)) for i in ids]))
+        totals = digits.sum(-1, keepdim=True).float() / 27
+        return Episode(Batch(digits[:, 0], totals[:, 0]), Batch(digits[:, 1], totals[:, 1]))
+
+    def score(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        return (outputs - batch.y).square().mean(), {}

@@ -185,9 +185,9 @@ def test_a_regression(waves: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["tasks.ways=6"], "checkpoint: its theta has other names or shapes"),
+        (["tasks.ways=6"], r"tasks.eval_ways: got 6, expected at most 5 .* raise tasks.ways"),
         (["model.hidden=[3]"], "checkpoint: its theta has other names or shapes"),
-        (["tasks.shots=1000"], r"tasks.shots \+ tasks.queries: got 1005"),
+        (["tasks.shots=1000"], r"tasks.eval_shots \+ tasks.eval_queries: got 1005"),
         (["tasks.shtos=2"], "tasks.shtos: unknown key"),
         (["tasks=3"], "tasks.type: missing"),
         (["algorithm=3"], "algorithm.type: missing"),
@@ -201,13 +201,28 @@ def test_impossible_overrides(run: Path, overrides: list[str], expected: str) ->
         distmeta.evaluate(run, overrides)
 
 
-def test_eval_shots_stand_before_shots(tmp_path: Path) -> None:
+def test_shots_of_an_evaluation_are_its_own(tmp_path: Path) -> None:
     tasks = {**DIGITS, "eval_shots": 3}
     job = tree(MAML, tasks=tasks, run={"steps": 1, "eval_tasks": 2}, output=str(tmp_path))
     run = distmeta.train(Job.parse(job)).run
-    with pytest.raises(InputError, match=r"tasks.shots: this run evaluates with tasks.eval_shots=3"):
-        distmeta.evaluate(run, ["tasks.shots=5"])
-    assert distmeta.evaluate(run, ["tasks.eval_shots=5"]).tasks == 2
+    five = distmeta.evaluate(run, ["tasks.shots=5"]).figures
+    assert five == distmeta.evaluate(run, ["tasks.eval_shots=5"]).figures
+    assert five != distmeta.evaluate(run).figures
+
+
+def test_predictions_stay_within_the_ways_that_are_scored(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    evaluation = distmeta.evaluate(run, ["tasks.ways=3"], predictions=path)
+    table = pq.read_table(path).to_pydict()
+    assert set(table["prediction"]) <= {0, 1, 2}
+    hits = np.mean([a == b for a, b in zip(table["label"], table["prediction"], strict=True)])
+    assert hits == pytest.approx(evaluation.figures["accuracy_after"])
+
+
+def test_a_diverged_task_is_not_left_out_of_the_figures(waves: Path) -> None:
+    evaluation = distmeta.evaluate(waves, ["algorithm.inner_lr=1.0e+30"])
+    assert evaluation.figures["loss_after"] is None
+    assert evaluation.figures["loss_before"] is not None
 
 
 def test_an_algorithm_without_inner_loop(tmp_path: Path) -> None:

@@ -277,3 +277,27 @@ def test_vmap_that_cannot_be_is_refused() -> None:
 def test_a_resolved_job_stays_as_it_is() -> None:
     problem = resolve(build(job()))
     assert resolve(build(problem.job)).job == problem.job
+
+
+def test_models_on_integers(workplace: Path) -> None:
+    """Tokens reach the model as integers, in training, in evaluation and in deployment."""
+    job = tree(
+        "maml", model={"type": "hard_cases:Tokens"}, tasks={"type": "hard_cases:Sums"}, run={"eval_tasks": 5}
+    )
+    run = distmeta.train(Job.parse(job)).run
+    assert distmeta.evaluate(run).figures["loss_after"] is not None
+    adapted = distmeta.load(run).adapt([[1, 2, 3], [4, 5, 6]], [[0.2], [0.5]])
+    assert adapted([[7, 8, 9]]).shape == (1, 1)
+
+
+@pytest.mark.parametrize("width", [1, 9, 17, 34, 64])
+def test_group_norm_takes_any_width(width: int) -> None:
+    assert Conv4((1, 8, 8), 5, width=width, norm="group")(torch.rand(3, 1, 8, 8)).shape == (3, 5)
+
+
+def test_dropout_where_tasks_are_collected_is_refused(workplace: Path) -> None:
+    job = tree("maml", model={"type": "hard_cases:Dropout"}, tasks={"type": "hard_cases:Bandit"})
+    with pytest.raises(
+        InputError, match=r"model.type: hard_cases:Dropout has dropout, and the tasks are collected"
+    ):
+        distmeta.train(Job.parse(job))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +19,24 @@ class Traits(NamedTuple):
     """It has convolutions."""
 
 
-def traits(module: nn.Module, x: Tensor) -> Traits:
-    """Runs the module once on x [N, ...].
+def traits(module: nn.Module, x: Any) -> Traits:
+    """Runs the module once on inputs x [N, ...], as the task family gives them.
+
+    An algorithm may call its model on something else; one that x does not fit is judged by its layers.
 
     Raises:
         InputError: it changes its buffers, so that one task would leak into the next.
     """
+    convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules())
     before = {name: value.clone() for name, value in module.named_buffers()}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
         state = _generators(x)
-        module(x)
+        try:
+            module(x)
+        except Exception:  # whatever a user's model raises on inputs that are not its own
+            return Traits(has_dropout(module), convolves)
         draws = any(not torch.equal(a, b) for a, b in zip(state, _generators(x), strict=True))
-    changed = [name for name, value in module.named_buffers() if not _same(value, before.get(name))]
-    with torch.no_grad():
+        changed = [name for name, value in module.named_buffers() if not _same(value, before.get(name))]
         for name, value in module.named_buffers():
             if name in before:
                 value.copy_(before[name])
@@ -41,7 +46,11 @@ def traits(module: nn.Module, x: Tensor) -> Traits:
             "would leak into each other: build its norms with track_running_stats=False (statistics of the batch at "
             "hand), use group norm, or call .eval() on them in the model's __init__ (fixed statistics)"
         )
-    return Traits(draws, any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()))
+    return Traits(draws, convolves)
+
+
+def has_dropout(module: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
 
 
 def _generators(x: Tensor) -> list[Tensor]:

@@ -94,7 +94,7 @@ def _differentiate(algorithm: Algorithm, score: Score, theta: Theta, chunk: _Chu
     """
     loss = partial(_group_loss, algorithm, score)
     before = partial(_group_before, algorithm, score)
-    with seeded_draws(None if chunk.vmapped else chunk.seed):
+    with seeded_draws(None if chunk.vmapped else chunk.seed, theta):
         if chunk.vmapped:
             over = torch.func.vmap
             gradient, metrics = over(torch.func.grad(loss, has_aux=True), (None, 0))(theta, chunk.episodes)
@@ -190,7 +190,7 @@ def score_tasks(
     kept = []
     with torch.no_grad():
         for chunk in _chunks(1, episodes, ids, execution):
-            with seeded_draws(None if chunk.vmapped else chunk.seed):
+            with seeded_draws(None if chunk.vmapped else chunk.seed, theta):
                 if chunk.vmapped:
                     one = tree_map(lambda leaf: leaf[:, 0], chunk.episodes)
                     metrics, predicted = torch.func.vmap(curve)(one)
@@ -210,9 +210,12 @@ def _columns(parts: list[Metrics]) -> dict[str, np.ndarray]:
 class seeded_draws:  # noqa: N801 - a context manager reads as a verb
     """Dropout and other draws from torch's global generator start from `seed`; the generator is put back after."""
 
-    def __init__(self, seed: int | None):
+    def __init__(self, seed: int | None, theta: Theta):
         self.seed = seed
-        self.fork = torch.random.fork_rng(devices=range(torch.cuda.device_count()), enabled=seed is not None)
+        gpus = {
+            value.device for value in theta.values() if value.is_cuda
+        }  # a job on the CPU leaves CUDA alone
+        self.fork = torch.random.fork_rng(devices=list(gpus), enabled=seed is not None)
 
     def __enter__(self) -> None:
         self.fork.__enter__()

@@ -82,10 +82,8 @@ class Conv4(nn.Module):
 def _norm(norm: str, width: int) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm2d(width, track_running_stats=False)
-    if norm == "group":
-        groups = math.gcd(
-            8, max(width // 4, 1)
-        )  # of 4 channels or more: one channel of one pixel has no variance
+    if norm == "group":  # groups of 4 channels or more: one channel of one pixel has no variance
+        groups = next(g for g in (8, 4, 2, 1) if width % g == 0 and (width >= 4 * g or g == 1))
         return nn.GroupNorm(groups, width)
     if norm == "layer":
         return nn.GroupNorm(1, width)

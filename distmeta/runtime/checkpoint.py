@@ -58,13 +58,15 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Writes RUN/checkpoints/step-…, then points `latest` at it, then deletes all but the last `keep` and the best."""
     folder = run / "checkpoints"
     final = folder / f"step-{checkpoint.progress.step:08d}"
-    if not final.exists():
-        part = folder / f".writing-{final.name}-{os.getpid()}"
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        _write(part, checkpoint)
-        os.rename(part, final)
-        _sync(folder)
+    part, old = (folder / f".{word}-{final.name}-{os.getpid()}" for word in ("writing", "old"))
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    _write(part, checkpoint)
+    if final.exists():  # saved before its evaluation, or before an interruption
+        os.rename(final, old)
+    os.rename(part, final)
+    _sync(folder)
+    shutil.rmtree(old, ignore_errors=True)
     point(run, "latest", final.name)
     if checkpoint.progress.best_step == checkpoint.progress.step:
         point(run, "best", final.name)
@@ -82,6 +84,20 @@ def point(run: Path, name: str, target: str) -> None:
         os.fsync(file.fileno())
     os.replace(part, path)
     _sync(path.parent)
+
+
+def rewind(run: Path, step: int, best_step: int | None) -> None:
+    """Drops the checkpoints after a step that a run goes on from; `latest` and `best` then point at what is left."""
+    folder = run / "checkpoints"
+    for path in sorted(folder.glob("step-*")):
+        if path.name > f"step-{step:08d}":
+            shutil.rmtree(path)
+    if (folder / f"step-{step:08d}").exists():
+        point(run, "latest", f"step-{step:08d}")
+    if best_step is not None and (folder / f"step-{best_step:08d}").exists():
+        point(run, "best", f"step-{best_step:08d}")
+    else:
+        (folder / "best").unlink(missing_ok=True)
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:

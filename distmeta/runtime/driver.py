@@ -17,6 +17,7 @@ from distmeta.compute.flat import tree_sum
 from distmeta.compute.numerics import numerics
 from distmeta.core import NumericsError
 from distmeta.job import Job
+from distmeta.job import Run as RunSection
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint, Progress
 from distmeta.runtime.folder import RunFolder, Start, starting_point
@@ -93,7 +94,7 @@ def train(
     reporter = reporter or Silent()
     start = starting_point(job if isinstance(job, Job) else Job.load(job), resume)
     problem, server, progress = _prepare(start)
-    if progress.step >= problem.job.run.steps and progress.pending is None:
+    if _finished(progress, problem.job.run):
         reporter.say(f"{start.folder} is at step {progress.step} of {problem.job.run.steps}: nothing to do")
         return _summary(start.folder, progress)
     with ExitStack() as stack:
@@ -101,7 +102,7 @@ def train(
         stack.callback(pool.close)
         tracker = _open_tracker(problem.job, start.folder, progress, reporter)
         stack.callback(tracker.close, "FAILED")  # unless the loop got to say how it ended
-        folder = RunFolder(start.folder, problem.job, progress.step)
+        folder = RunFolder(start.folder, problem.job, start.checkpoint)
         stack.callback(folder.close)
         check = stack.enter_context(interruptions())
         reporter.begin(folder.path, problem.job, progress.step)
@@ -138,7 +139,7 @@ def _loop(run: _Run) -> None:
     A step's record waits in the progress until its evaluation is done: an interruption in between loses neither.
     """
     job = run.problem.job.run
-    while run.progress.step < job.steps or run.progress.pending is not None:
+    while not _finished(run.progress, job):
         if run.progress.pending is None:
             record = _step(run)
             loss = run.progress.loss if record["loss_after"] is None else record["loss_after"]
@@ -153,9 +154,14 @@ def _loop(run: _Run) -> None:
         improved = run.progress.best_step == step
         if improved or (job.checkpoint_every and step % job.checkpoint_every == 0):
             _save(run)
-        if job.patience is not None and run.progress.stale >= job.patience:
-            run.reporter.say(f"validation stood still for {run.progress.stale} evaluations: stopped")
-            return
+    if run.progress.step < job.steps:
+        run.reporter.say(f"validation stood still for {run.progress.stale} evaluations: stopped")
+
+
+def _finished(progress: Progress, job: RunSection) -> bool:
+    """All steps done, or validation stood still for `run.patience` evaluations; and nothing left to evaluate."""
+    patient = job.patience is None or progress.stale < job.patience
+    return progress.pending is None and (progress.step >= job.steps or not patient)
 
 
 def _step(run: _Run) -> dict[str, Any]:
@@ -169,18 +175,20 @@ def _step(run: _Run) -> dict[str, Any]:
     mapped = time.perf_counter()
     tasks = sum(result.tasks for result in results)
     dropped = [task for result in results for task in result.dropped]
+    total = tree_sum([r.gradient for r in results if r.gradient is not None])
+    gradient = total / np.float32(max(tasks, 1))
+    if not np.isfinite(gradient).all():  # finite gradients whose sum is not
+        tasks, dropped = 0, list(range(settings.tasks_per_step))
     if dropped and settings.on_nonfinite == "stop":
         raise NumericsError(
             f"step {step + 1}: non-finite meta-gradient of tasks {dropped} (run.on_nonfinite: stop)"
         )
-    total = tree_sum([r.gradient for r in results if r.gradient is not None])
-    gradient = total / np.float32(max(tasks, 1))
+    record: dict[str, Any] = {"step": step + 1} | mean_metrics(results)
     added = time.perf_counter()
     rate = run.server.rate()
-    size = run.server.step(gradient) if tasks else run.server.skip()
+    size = run.server.step(gradient) if tasks else run.server.skip()  # from here on nothing may fail
     stepped = time.perf_counter()
     busy = sum(r.seconds_draw + r.seconds_compute for r in results) / run.pool.size
-    record: dict[str, Any] = {"step": step + 1} | mean_metrics(results)
     record |= {"grad_norm": size, "outer_lr": rate, "tasks": tasks, "tasks_dropped": len(dropped)}
     if dropped:
         record["dropped"] = dropped
@@ -200,7 +208,7 @@ def _validate(run: _Run) -> dict[str, float | None]:
     results = evaluate_tasks(
         run.problem, run.pool, run.server.flat(), "val", run.problem.job.run.eval_tasks, run.check
     )
-    record = {f"val_{name}": value for name, value in mean_metrics(results).items()}
+    record = {f"val_{name}": value for name, value in mean_metrics(results, every=True).items()}
     name, sign = primary(record, "val_")
     value, best = record[name], run.progress.best
     better = value is not None and (best is None or sign * value > sign * best)
@@ -236,14 +244,18 @@ def _before_after(curves: Mapping[str, np.ndarray], adapts: bool) -> dict[str, n
     return columns
 
 
-def mean_metrics(results: list[ShardResult]) -> dict[str, float | None]:
-    """Means over the finite tasks, by fsum in task order; `loss_before` is null where there is no unadapted one."""
+def mean_metrics(results: list[ShardResult], every: bool = False) -> dict[str, float | None]:
+    """Means by fsum in task order: over the finite tasks in training, over `every` task in evaluation.
+
+    Null where there is none: `loss_before` without an unadapted prediction, an evaluation in which a task diverged.
+    """
     record: dict[str, float | None] = {"loss_before": None, "loss_after": None}
     for name in results[0].metrics:
         values = np.concatenate([result.metrics[name] for result in results])
         if values.ndim == 1:
             finite = [float(value) for value in values if math.isfinite(value)]
-            record[name] = math.fsum(finite) / len(finite) if finite else None
+            whole = finite and not (every and len(finite) < len(values))
+            record[name] = math.fsum(finite) / len(finite) if whole else None
     return record
 
 

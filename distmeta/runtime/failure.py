@@ -49,5 +49,9 @@ def after_loss(loss: Loss, max_failures: int) -> Replace | Stop:
             f"shard {loss.shard} (tasks {loss.tasks.start} to {loss.tasks.stop - 1}) lost {loss.failures} workers, "
             f"the last by: {loss.reason}; run.max_shard_failures is {max_failures}"
         )
-    delay = 0.0 if loss.in_a_row <= 1 else min(BACKOFF_FIRST * 2 ** (loss.in_a_row - 2), BACKOFF_LAST)
-    return Replace(delay)
+    return Replace(backoff(loss.in_a_row))
+
+
+def backoff(in_a_row: int) -> float:
+    """Seconds before the next start, after so many losses in a row."""
+    return 0.0 if in_a_row <= 1 else min(BACKOFF_FIRST * 2 ** (in_a_row - 2), BACKOFF_LAST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from distmeta.core import InputError
 from distmeta.job import Job
@@ -26,6 +27,10 @@ MAY_CHANGE = {
     "output": None,
 }  # fmt: skip
 """What a resume may change: steps, workers, placement, tracking, output. The rest would be another job."""
+
+
+SETTLED = ("run.shards", "outer.schedule.steps", "compute.execution", "compute.chunk")
+"""What a job may leave open and the run settled at its start."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,9 @@ def starting_point(job: Job, resume: str | Path | None) -> Start:
             return Start(folder, job, None)
         resume = folder
     if resume is not None:
-        where = checkpoints.find(resume)
-        checkpoint = checkpoints.load(where)
-        return Start(where.parent.parent, _resumed_job(checkpoint.job, job), checkpoint)
+        folder = run_folder(resume)
+        checkpoint = checkpoints.load(resume)
+        return Start(folder, _resumed_job(checkpoint.job, job), checkpoint)
     if job.run.name is None:
         folder = Path(job.output) / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     else:
@@ -68,6 +73,22 @@ def starting_point(job: Job, resume: str | Path | None) -> Start:
                 "another name"
             )
     return Start(folder, job, None)
+
+
+def run_folder(path: str | Path) -> Path:
+    """The run folder that a run, or one of its checkpoints, belongs to.
+
+    Raises:
+        InputError: no checkpoint, or one outside a run folder.
+    """
+    where = checkpoints.find(path)
+    if where.parent.name != "checkpoints":
+        where = where.resolve()  # named from within its own folder
+    if where.parent.name != "checkpoints":
+        raise InputError(
+            f"--resume: {path} is a checkpoint outside a run folder: it can be evaluated, not resumed"
+        )
+    return where.parent.parent
 
 
 def _resumed_job(stored: Mapping[str, Any], job: Job) -> Job:
@@ -94,7 +115,7 @@ def _refuse_changes(prefix: str, stored: Any, asked: Any, free: set[str]) -> Non
     for key in {**stored, **asked}:
         old, new = stored.get(key), asked.get(key)
         name = f"{prefix}.{key}".lstrip(".")
-        if key in free or new == old or new is None or new == "auto":
+        if key in free or new == old or (name in SETTLED and new in (None, "auto")):
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             _refuse_changes(name, old, new, set())
@@ -108,15 +129,24 @@ def _refuse_changes(prefix: str, stored: Any, asked: Any, free: set[str]) -> Non
 class RunFolder:
     """Owns metrics.jsonl: one line a completed step."""
 
-    def __init__(self, path: Path, job: Job, step: int):
-        """Creates the folder, or takes up an existing one at `step`: later lines are cut off."""
+    def __init__(self, path: Path, job: Job, checkpoint: Checkpoint | None):
+        """Creates the folder, or takes up an existing one after a checkpoint: what came later is dropped.
+
+        Raises:
+            InputError: another process is writing there.
+        """
         self.path = path
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(path)
+        if checkpoint is None and (path / "checkpoints" / "latest").exists():
+            raise InputError(f"run.name: the run folder {path} was started by another process meanwhile")
         part = path / f".writing-job-{os.getpid()}"
         part.write_text(job.dump(), encoding="utf-8")
         os.replace(part, path / "job.yaml")
-        metrics = path / "metrics.jsonl"
-        _cut_back(metrics, step)
+        metrics, progress = path / "metrics.jsonl", checkpoint and checkpoint.progress
+        if progress:
+            checkpoints.rewind(path, progress.step, progress.best_step)
+        _cut_back(metrics, progress.step - (progress.pending is not None) if progress else 0)
         self._metrics = metrics.open("a", encoding="utf-8")
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -130,6 +160,20 @@ class RunFolder:
 
     def close(self) -> None:
         self._metrics.close()
+        self._lock.close()
+
+
+def _locked(path: Path) -> IO[str]:
+    """A lock on the run folder for as long as the file is open; the kernel gives it back however a process ends."""
+    file = (path / ".lock").open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"run.name: the run folder {path} is in use by another process") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from distmeta.components import construct
 from distmeta.compute.episodes import episodes_of
-from distmeta.compute.probe import choose_execution, traits
+from distmeta.compute.probe import choose_execution, has_dropout, traits
 from distmeta.compute.shard import Execution
 from distmeta.core import Algorithm, Episode, InputError, Metrics, Score, TaskFamily, Theta
 from distmeta.job import Job
@@ -50,6 +51,14 @@ class Problem:
             if value.dtype != torch.float32:
                 raise InputError(f"algorithm: theta[{name!r}] is {value.dtype}, expected torch.float32")
         return theta
+
+    @cached_property
+    def input_dtype(self) -> torch.dtype:
+        """The dtype of the inputs that the task family draws: integers for tokens; float32 where it cannot tell."""
+        try:
+            return self.family.draw("test", task_ids(self.job.seed, "probe", 0, 1)).query.x.dtype
+        except (InputError, AttributeError):
+            return torch.float32
 
     @property
     def eval_steps(self) -> int:
@@ -146,11 +155,15 @@ def resolve(problem: Problem) -> Problem:
         )
     theta = {name: value.to(problem.device) for name, value in problem.init().items()}
     ids = task_ids(job.seed, "probe", 0, 2 * algorithm.group_size)
-    first = torch.zeros(2, *problem.family.in_shape, device=problem.device)
-    found = traits(problem.model.module, first)
+    if hasattr(problem.family, "collect") and has_dropout(problem.model.module):
+        raise InputError(
+            f"model.type: {job.model.type} has dropout, and the tasks are collected by all policies at once: "
+            "use a model without"
+        )
     episodes = episodes_of(
         problem.family, algorithm, theta, "train", ids, algorithm.inner_steps, problem.device
     )
+    found = traits(problem.model.module, episodes.query.x[0])
     execution = choose_execution(
         job.compute.execution,
         job.compute.chunk,

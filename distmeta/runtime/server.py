@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -86,12 +87,7 @@ class ParameterServer:
         Raises:
             InputError: theta has other names or shapes than this job's.
         """
-        if Layout.of({name: theta[name] for name in sorted(theta)}) != Layout.of(
-            {name: self._theta[name] for name in sorted(self._theta)}
-        ):
-            raise InputError(
-                "checkpoint: its theta has other names or shapes than this job's model and algorithm"
-            )
+        check_theta(theta, self._theta)
         with torch.no_grad():
             for name, parameter in self._theta.items():
                 parameter.copy_(theta[name])
@@ -105,6 +101,15 @@ class ParameterServer:
         for group, rate in zip(self._optimizer.param_groups, plain["rates"], strict=True):
             group["lr"] = rate
         self._scheduler.load_state_dict(plain["schedule"])
+
+
+def check_theta(theta: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    """Raises InputError where a checkpoint's theta has other names or shapes than the job's."""
+    shapes = [{name: tuple(value.shape) for name, value in tensors.items()} for tensors in (theta, expected)]
+    if shapes[0] != shapes[1]:
+        raise InputError(
+            "checkpoint: its theta has other names or shapes than this job's model and algorithm"
+        )
 
 
 def _optimizer(theta: dict[str, torch.nn.Parameter], outer: Outer) -> torch.optim.Optimizer:

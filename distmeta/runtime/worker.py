@@ -157,7 +157,7 @@ class Worker:
                 shard.inner_steps,
                 shard.outputs,
             )
-        predictions = _predictions(episodes.query, scores.outputs) if shard.outputs else None
+        predictions = _predictions(problem, episodes.query, scores.outputs) if shard.outputs else None
         tasks = shard.stop - shard.start
         return ShardResult(
             shard.index, None, tasks, (), scores.metrics, predictions, drawing, time.perf_counter() - started
@@ -176,12 +176,13 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
             m.training = training
 
 
-def _predictions(query: Any, outputs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and predictions: classes for integer labels, else the outputs themselves."""
+def _predictions(problem: Problem, query: Any, outputs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and predictions: classes for integer labels, of the ways that are scored; else the outputs themselves."""
     labels = getattr(query, "y", None)
     if labels is None:
         raise InputError("--predictions: this task family has no labels")
-    predicted = outputs if labels.is_floating_point() else outputs.argmax(-1)
+    ways = getattr(problem.family, "eval_ways", None)
+    predicted = outputs if labels.is_floating_point() else outputs[..., :ways].argmax(-1)
     return labels.cpu().numpy(), predicted.cpu().numpy()
 
 

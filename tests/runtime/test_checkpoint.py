@@ -177,3 +177,81 @@ def test_progress_waits_for_its_evaluation(workplace: Path) -> None:
     assert [row["step"] for row in again] == list(range(1, 9))
     assert again[3] == rows[3]
     assert again[7]["val_loss_after"] == rows[7]["val_loss_after"]
+
+
+def metric_steps(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_pending_evaluation_is_done_once(workplace: Path) -> None:
+    """However often the run is taken up again, and also where the evaluation was that of the last step."""
+    run = trained(name="mine", eval_every=6, eval_tasks=5)
+    stored = checkpoints.load(run)
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    record = {k: v for k, v in json.loads(rows[-1]).items() if not k.startswith("val_")}
+    progress = replace(stored.progress, pending=record, best=None, best_step=None)
+    checkpoints.save(run, replace(stored, progress=progress), keep=3)
+    job = Job.load(run / "job.yaml")
+    for _ in range(2):
+        assert distmeta.train(job, resume=run).step == 6
+        assert metric_steps(run) == [1, 2, 3, 4, 5, 6]
+        assert checkpoints.load(run).progress == replace(stored.progress, pending=None)
+
+
+def test_going_on_from_an_older_checkpoint_drops_the_later_ones(workplace: Path) -> None:
+    run = trained(name="mine", checkpoint_every=1, keep=3)
+    whole = checkpoints.load(run).theta
+    older = run / "checkpoints" / "step-00000004"
+    distmeta.train(Job.load(run / "job.yaml", ["run.steps=5"]), resume=older)
+    assert checkpoints.find(run).name == "step-00000005"
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))[-1] == "step-00000005"
+    assert metric_steps(run) == [1, 2, 3, 4, 5]
+    distmeta.train(Job.load(run / "job.yaml", ["run.steps=6"]), resume=run)
+    assert all(torch.equal(whole[name], value) for name, value in checkpoints.load(run).theta.items())
+
+
+def test_named_from_within_its_own_folder(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained(name="mine").resolve()
+    monkeypatch.chdir(run / "checkpoints")
+    summary = distmeta.train(Job.load(run / "job.yaml", ["run.steps=7"]), resume="latest")
+    assert summary.run.resolve() == run
+    assert checkpoints.load(run).progress.step == 7
+
+
+def test_a_checkpoint_outside_a_run_folder_is_not_resumed(workplace: Path) -> None:
+    import shutil
+
+    run = trained(name="mine")
+    shutil.copytree(checkpoints.find(run), workplace / "copied")
+    assert distmeta.evaluate(workplace / "copied").tasks == 600
+    with pytest.raises(InputError, match="outside a run folder: it can be evaluated, not resumed"):
+        distmeta.train(Job.load(run / "job.yaml"), resume=workplace / "copied")
+
+
+def test_a_run_folder_has_one_writer(workplace: Path) -> None:
+    run = trained(name="mine")
+    job = Job.load(run / "job.yaml", ["run.steps=9"])
+
+    class Second:
+        def begin(self, folder: Path, job: Job, step: int) -> None:
+            with pytest.raises(InputError, match="in use by another process"):
+                distmeta.train(job, resume=run)
+
+        def step(self, record: object) -> None: ...
+        def say(self, text: str) -> None: ...
+        def end(self) -> None: ...
+
+    assert distmeta.train(job, resume=run, reporter=Second()).step == 9
+    assert metric_steps(run) == list(range(1, 10))
+
+
+def test_a_resume_cannot_take_an_option_away(workplace: Path) -> None:
+    run = distmeta.train(Job.parse(tree("maml", outer={"clip_norm": 3.0}))).run
+    with pytest.raises(InputError, match=r"outer.clip_norm: got None, but the run to resume has 3.0"):
+        distmeta.train(Job.parse(tree("maml")), resume=run)
+
+
+def test_a_run_that_patience_stopped_stays_stopped(workplace: Path) -> None:
+    settings = {"steps": 50, "eval_every": 1, "eval_tasks": 5, "patience": 2, "name": "patient"}
+    job = Job.parse(tree("maml", outer={"optimizer": "sgd", "lr": 1e-30}, run=settings))
+    assert [distmeta.train(job, resume="auto").step for _ in range(3)] == [3, 3, 3]

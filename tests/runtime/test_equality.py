@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,20 @@ def test_a_step_with_no_finite_task_changes_nothing(workplace: Path) -> None:
     assert states[1].optimizer == {}
     assert lines(run)[0]["loss_after"] is None
     assert lines(run)[0]["grad_norm"] is None
+
+
+def test_finite_gradients_whose_sum_is_not_never_reach_theta(workplace: Path) -> None:
+    tasks = {"type": "hard_cases:Huge"}
+    run = trained(tree("maml", tasks=tasks, outer={"clip_norm": 1.0}, run={"steps": 2}))
+    assert [(row["tasks"], row["tasks_dropped"]) for row in lines(run)] == [(0, 8), (0, 8)]
+    assert all(np.isfinite(value.numpy()).all() for value in checkpoints.load(run).theta.values())
+
+
+def test_a_mistake_that_shows_on_workers_alone_is_one_line(workplace: Path, cluster: None) -> None:
+    tasks = {"type": "hard_cases:OnlyHere", "pid": os.getpid()}
+    with pytest.raises(distmeta.core.InputError, match=r"^tasks.path: not on this node$"):
+        trained(tree("maml", tasks=tasks), workers=1)
+    assert not (workplace / "runs").exists()
 
 
 def test_stop_at_a_non_finite_gradient(workplace: Path) -> None:
