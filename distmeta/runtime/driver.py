@@ -75,6 +75,8 @@ class _Run:
     reporter: Reporter
     check: Callable[[], None]
     progress: Progress
+    saved: tuple[Progress, Path] | None = None
+    """What the last checkpoint holds, and where it is."""
 
 
 def train(
@@ -296,6 +298,8 @@ def _open_tracker(job: Job, folder: Path, progress: Progress, reporter: Reporter
 def _save(run: _Run) -> Path:
     """Saves the last completed state; the tracker knows its run's id once its store has answered."""
     run.progress = replace(run.progress, tracking_id=run.tracker.run_id or run.progress.tracking_id)
+    if run.saved is not None and run.saved[0] == run.progress:
+        return run.saved[1]
     run.folder.sync()
     tensors, outer = run.server.state()
     state = Checkpoint(
@@ -307,7 +311,9 @@ def _save(run: _Run) -> Path:
         run.progress,
         examples_of(run.problem.family),
     )
-    return checkpoints.save(run.folder.path, state, run.problem.job.run.keep)
+    path = checkpoints.save(run.folder.path, state, run.problem.job.run.keep)
+    run.saved = (run.progress, path)
+    return path
 
 
 def _summary(folder: Path, progress: Progress) -> Summary:
