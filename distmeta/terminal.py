@@ -94,9 +94,9 @@ def evaluation_table(evaluation: Any) -> Table:
             table.add_column("score", justify="right")
         else:
             table.add_column("before" if k == 0 else f"{k} step" + "s" * (k > 1), justify="right")
+    table.add_column("± 95 %", justify="right")
     for name in names:
         cells = [f"{evaluation.curve[name][k]:.4f}" for k in shown]
-        if evaluation.main == f"{name}_after" and evaluation.ci95 is not None:
-            cells[-1] += f" ± {evaluation.ci95:.4f}"
-        table.add_row(name, *cells)
+        main = evaluation.main == f"{name}_after" and evaluation.ci95 is not None
+        table.add_row(name, *cells, f"{evaluation.ci95:.4f}" if main else "")
     return table
