@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 from distmeta.compute.episodes import episodes_of
 from distmeta.compute.flat import Layout
 from distmeta.compute.numerics import numerics
-from distmeta.compute.probe import first_tasks
 from distmeta.compute.shard import shard_gradient
 from distmeta.core import InputError
 from distmeta.job import Job
@@ -34,7 +33,7 @@ def run_one_task(job: Job) -> Iterator[str]:
         episodes = episodes_of(
             problem.family, algorithm, theta, "train", ids, algorithm.inner_steps, problem.device
         )
-        leaves = tree_leaves(first_tasks(episodes, algorithm.group_size))
+        leaves = tree_leaves(episodes)
         yield "episode: " + ", ".join(
             f"{list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}" for leaf in leaves
         )

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from distmeta.compute.shard import Execution, shard_gradient
 from distmeta.core import Algorithm, Episode, InputError, Score, Theta
@@ -109,8 +108,3 @@ def choose_execution(
             raise
         return loop
     return vmapped
-
-
-def first_tasks(episodes: Episode, count: int) -> Episode:
-    """The first tasks of stacked episodes."""
-    return tree_map(lambda leaf: leaf[:count], episodes)

@@ -24,7 +24,7 @@ class Conv4(nn.Module):
             statistics is *transductive*: a prediction depends on the other queries. `group`, `layer` and `none`
             are not.
         pool: `max` halves by 2×2 max pooling, as often as the image allows; `stride` by strided convolutions, and
-            averages the last map, as the MAML paper does on Omniglot (§5.2), at a third of the cost.
+            averages the last map, as the MAML paper does on Omniglot (§5.2), with fewer operations.
 
     Convolutions have no bias before a batch norm, which would cancel it: its gradient is pure noise.
 
