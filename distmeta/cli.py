@@ -145,12 +145,14 @@ def images(
     size: Annotated[int, typer.Option(help="Height and width of an image.")] = 28,
     ink: Annotated[str, typer.Option(help="dark: dark on light, inverted; light: kept.")] = "light",
     channels: Annotated[int, typer.Option(help="1 (grey) or 3 (colour).")] = 3,
+    domains: Annotated[bool, typer.Option("--domains", help="The first folder level is a domain.")] = False,
     as_json: Json = False,
 ) -> None:
     """Build a store from a tree of image files."""
     from distmeta.tasks.build import build_images
 
-    _print_store(build_images(source, out, size=size, ink=ink, channels=channels), as_json)  # pyright: ignore[reportArgumentType]
+    built = build_images(source, out, size=size, ink=ink, channels=channels, domains=domains)  # pyright: ignore[reportArgumentType]
+    _print_store(built, as_json)
 
 
 def main() -> NoReturn:

@@ -24,6 +24,9 @@ Metrics = dict[str, Tensor]
 
 SPLITS = ("train", "val", "test")
 
+PADDING = -1
+"""The class index of a row that only fills a batch up."""
+
 
 class InputError(ValueError):
     """A mistake of the user's: `field: got …, expected …`. The command line prints it and exits with 2."""
@@ -38,7 +41,10 @@ class NumericsError(ArithmeticError):
 
 
 class Batch(NamedTuple):
-    """Examples of one task: `x` [N, ...], `y` [N] class indices or [N, D] targets."""
+    """Examples of one task: `x` [N, ...], `y` [N] class indices or [N, D] targets.
+
+    Where tasks differ in size, class indices of `PADDING` mark rows that fill a smaller task up; they count nowhere.
+    """
 
     x: Tensor
     y: Tensor
@@ -68,7 +74,8 @@ def support_at(support: Any, k: int) -> Any:
 
 
 Score = Callable[[Any, Any], tuple[Tensor, Metrics]]
-"""(outputs, batch) -> (loss, metrics), both of one task."""
+"""(outputs, batch) -> (loss, metrics), both of one task. That of a classification has an attribute `ways`: the classes
+of the task at hand, which may be others in evaluation than in training (`ways_of`)."""
 
 Unroll = Callable[..., State]
 """unroll(algorithm, theta, support, steps=None, detach=False) -> the state after the inner loop."""
@@ -77,8 +84,26 @@ Unroll = Callable[..., State]
 class Model(Protocol):
     """A network as a pure function of its parameters (see `models.functional.Functional`)."""
 
+    head: tuple[str, ...]
+    """Keys of the last linear layer in theta; empty where there is none."""
+    adaptable: tuple[str, ...]
+    """The keys of phi: what an inner loop may move."""
+    module: torch.nn.Module
+
     def init(self, generator: torch.Generator) -> Theta:
         """The trainable parameters at the start, keys `model.<parameter>`."""
+        ...
+
+    def init_body(self) -> Theta:
+        """Those without the head's."""
+        ...
+
+    def begin(self, theta: Mapping[str, Tensor], support: Any = None, ways: int | None = None) -> Theta:
+        """phi before the first inner step, with a head for `ways` classes."""
+        ...
+
+    def features(self, phi: Mapping[str, Tensor], x: Any) -> Tensor:
+        """What enters the head, [N, F]; phi need not have the head."""
         ...
 
     def __call__(self, phi: Mapping[str, Tensor], x: Any) -> Any:
@@ -100,6 +125,9 @@ class Algorithm(Protocol):
     It returns a scalar whose gradient in `theta` is the meta-gradient, and metrics of which `loss` is the
     true query loss. With `group_size` 2 it is given the episodes of two tasks, stacked on the first axis, and
     its metrics hold one number a task, [2].
+
+    An optional sixth, `at(step) -> Algorithm`, gives the algorithm as it trains in outer step `step` (from 0), for
+    what changes on a schedule. Evaluation uses the algorithm itself.
     """
 
     group_size: int
@@ -152,6 +180,17 @@ def query_loss(
     state = unroll(algorithm, theta, episode.support)
     loss, metrics = score(algorithm.predict(theta, state, episode.query.x), episode.query)
     return loss, {"loss": loss, **metrics}
+
+
+def ways_of(score: Score) -> int | None:
+    """Classes of the task at hand; None for tasks without classes."""
+    return getattr(score, "ways", None)
+
+
+def one_hot(y: Tensor, ways: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Class indices [N] -> [N, ways], zero in the rows of padding; float unless told. Runs under vmap."""
+    classes = torch.arange(ways, device=y.device)
+    return (y[..., None] == classes).to(dtype or torch.get_default_dtype())
 
 
 def select(theta: Mapping[str, Tensor], prefix: str) -> Theta:

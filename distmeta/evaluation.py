@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from distmeta.compute.flat import Layout
 from distmeta.compute.numerics import numerics
 from distmeta.compute.shard import Execution, score_tasks
 from distmeta.compute.unroll import detached, unroll
-from distmeta.core import Batch, Episode, InputError, State, Theta
+from distmeta.core import Algorithm, Batch, Episode, InputError, State, Theta
 from distmeta.job import Job
 from distmeta.jobfile import override
 from distmeta.runtime import checkpoint as checkpoints
@@ -139,7 +138,7 @@ class Learner:
         steps = self.steps if steps is None else steps
         with self._ready():
             state = detached(unroll(algorithm, self.theta, Batch(x, y), steps, detach=True))
-        return Adapted(self, state, classes)
+        return Adapted(self, algorithm, state, classes)
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
@@ -153,6 +152,8 @@ class Adapted:
     """A meta-learner adapted to one task: call it with query inputs."""
 
     learner: Learner
+    algorithm: Algorithm
+    """The learner's, for this task's classes."""
     state: State
     classes: torch.Tensor | None
     """The task's labels, in the order of the outputs; None for regression."""
@@ -161,7 +162,7 @@ class Adapted:
         """Outputs for x [Q, *in_shape]: logits [Q, classes], or targets [Q, D]."""
         problem = self.learner.problem
         with self.learner._ready(), torch.no_grad():
-            outputs = problem.algorithm.predict(self.learner.theta, self.state, _inputs(x, problem))
+            outputs = self.algorithm.predict(self.learner.theta, self.state, _inputs(x, problem))
         return outputs if self.classes is None else outputs[..., : len(self.classes)]
 
     def predict(self, x: Any) -> torch.Tensor:
@@ -225,7 +226,7 @@ def _evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[
 def _fixed_episodes(learner: Learner, path: str | Path, predictions: str | Path | None) -> Evaluation:
     """Scores the episodes of a file one by one: each may have its own ways and shots."""
     from distmeta.tasks.episodes import read_episodes
-    from distmeta.tasks.fewshot import classification_score
+    from distmeta.tasks.fewshot import ClassificationScore
 
     problem = learner.problem
     columns: dict[str, list[np.ndarray]] = {}
@@ -233,7 +234,7 @@ def _fixed_episodes(learner: Learner, path: str | Path, predictions: str | Path 
     adapts = problem.algorithm.inner_steps > 0
     for fixed in read_episodes(str(path), tuple(problem.family.in_shape), _preparation(learner)):
         ways = len(fixed.labels)
-        scorer = partial(classification_score, ways=ways)
+        scorer = ClassificationScore(ways)
         episode = Episode(_stacked(fixed.support, problem.device), _stacked(fixed.query, problem.device))
         algorithm = with_score(problem.algorithm, scorer)
         with learner._ready():
@@ -266,10 +267,10 @@ def _fixed_episodes(learner: Learner, path: str | Path, predictions: str | Path 
 
 def _with_ways(problem: Problem, ways: int) -> Any:
     """The algorithm for a task of so many classes: the head's other outputs are masked, as in fixed episodes."""
-    from distmeta.tasks.fewshot import classification_score
+    from distmeta.tasks.fewshot import ClassificationScore
 
     if hasattr(problem.family, "scorer"):
-        return with_score(problem.algorithm, partial(classification_score, ways=ways))
+        return with_score(problem.algorithm, ClassificationScore(ways))
     if ways > problem.family.out_features:
         raise InputError(
             f"y: got {ways} classes, expected at most {problem.family.out_features} (the model's outputs), "

@@ -71,6 +71,9 @@ class ModelSection(Component):
     """Glob over parameter names: what it matches is not trained."""
     init_from: str | None = None
     """safetensors file of parameters and buffers to start from."""
+    head: Literal["linear", "shared", "prototype"] = "linear"
+    """How a task's last linear layer starts: theta's own, one row copied to every class, or the classes' prototypes;
+    the last two leave the number of ways free."""
 
 
 class TasksSection(Component):

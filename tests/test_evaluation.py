@@ -185,7 +185,7 @@ def test_a_regression(waves: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["tasks.ways=6"], r"tasks.eval_ways: got 6, expected at most 5 .* raise tasks.ways"),
+        (["tasks.ways=6"], r"ways: got 6, expected at most 5 .* model.head=shared or a metric method"),
         (["model.hidden=[3]"], "checkpoint: its theta has other names or shapes"),
         (["tasks.shots=1000"], r"tasks.eval_shots \+ tasks.eval_queries: got 1005"),
         (["tasks.shtos=2"], "tasks.shtos: unknown key"),

@@ -74,6 +74,16 @@ def test_conv4_features_are_the_papers() -> None:
     assert Conv4((3, 84, 84), 5, width=32, pool="stride").head.in_features == 32
 
 
+def test_conv4_can_keep_where_in_the_image_a_feature_is() -> None:
+    maps = Conv4((1, 28, 28), 5, width=[4, 6, 8, 10], pool="stride", halvings=3, average=False)
+    assert maps.head.in_features == 10 * 4 * 4
+    assert [m.out_channels for m in maps.modules() if isinstance(m, nn.Conv2d)] == [4, 6, 8, 10]
+    x = torch.rand(3, 1, 28, 28)
+    assert maps.features(x).shape == (3, 160)
+    assert Conv4((1, 28, 28), 5, width=8, halvings=3).features(x).shape == (3, 8 * 3 * 3)
+    assert Conv4((1, 28, 28), 5, width=8, average=True, halvings=0).features(x).shape == (3, 8)
+
+
 def test_batch_norm_has_no_running_statistics() -> None:
     model = Conv4((1, 8, 8), 3, width=4)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]

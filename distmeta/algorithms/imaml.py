@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.inner import support_gradient
+from distmeta.algorithms.inner import begin_phi, support_gradient
 from distmeta.core import Episode, Metrics, Model, Score, Theta, Unroll, query_loss
 
 
@@ -53,12 +53,13 @@ class IMAML:
         return self.model.init(generator)
 
     def begin(self, theta: Theta, support: Any) -> Theta:
-        return dict(theta)
+        return begin_phi(self.model, self.score, theta, support)
 
     def step(self, theta: Theta, phi: Theta, support: Any, k: int) -> Theta:
         gradient = support_gradient(self.model, self.score, phi, support)
+        start = self.begin(theta, support)
         return {
-            name: phi[name] - self.inner_lr * (gradient[name] + self.lam * (phi[name] - theta[name]))
+            name: phi[name] - self.inner_lr * (gradient[name] + self.lam * (phi[name] - start[name]))
             for name in phi
         }
 
@@ -81,13 +82,14 @@ class IMAML:
         )[1]
 
         def matvec(v: Theta) -> Theta:
-            hessian_v = hessian_product(v)[
-                0
-            ]  # the Hessian is symmetric; its graph is built once for all CG steps
+            (hessian_v,) = hessian_product(
+                v
+            )  # the Hessian is symmetric; its graph is built once for all CG steps
             return {name: (1 + self.cg_damping) * v[name] + hessian_v[name] / self.lam for name in v}
 
         v = conjugate_gradients(matvec, query_gradient, self.cg_steps)
-        products = [(theta[name] * v[name].detach()).sum() for name in theta]
+        start = self.begin(theta, episode.support)  # theta, but for a shared head
+        products = [(start[name] * v[name].detach()).sum() for name in v]
         return torch.stack(products).sum(), {name: value.detach() for name, value in metrics.items()}
 
 

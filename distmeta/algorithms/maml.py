@@ -1,4 +1,4 @@
-"""Model-agnostic meta-learning: Finn, Abbeel & Levine 2017, arXiv 1703.03400."""
+"""Model-agnostic meta-learning: Finn, Abbeel & Levine 2017, arXiv 1703.03400; ANIL; BOIL."""
 
 from __future__ import annotations
 
@@ -8,7 +8,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.inner import support_gradient
+from distmeta.algorithms.inner import (
+    BETAS,
+    Adapting,
+    Betas,
+    OptimizerName,
+    adapted_names,
+    begin_phi,
+    optimizer,
+    support_gradient,
+)
 from distmeta.core import Model, Score, Theta
 
 
@@ -17,13 +26,17 @@ class MAML:
 
         φ_0 = θ,   φ_{k+1} = φ_k − α ∇L_support(φ_k),   meta-gradient = ∇_θ L_query(φ_K)        (Algorithm 1)
 
-    The meta-gradient is exact: it goes through every inner step. `first_order: true` takes ∇L_support as a
-    constant (FOMAML, §5.2): the meta-gradient is then ∇L_query at φ_K.
+    The meta-gradient is exact: it goes through every inner step and the optimizer's state. `first_order: true` takes
+    ∇L_support as a constant (FOMAML, §5.2): the meta-gradient is then ∇L_query at φ_K.
 
     Args:
         inner_lr: α. The default is the paper's for 5-way Omniglot (appendix A.1).
         inner_steps: K.
         first_order: FOMAML.
+        adapt: which parameters the inner loop moves: `all`; `head`, the last linear layer alone (ANIL: Raghu et al.
+            2020, arXiv 1909.09157); `body`, all others (BOIL: Oh et al. 2021, arXiv 2008.08882); or a glob over names.
+        inner_optimizer: `sgd`, `momentum` or `adam`, as torch.optim's; their state starts anew in every task.
+        momentum, betas, eps: the optimizer's.
     """
 
     group_size = 1
@@ -35,21 +48,30 @@ class MAML:
         inner_lr: Annotated[float, Field(gt=0)] = 0.4,
         inner_steps: Annotated[int, Field(ge=1)] = 1,
         first_order: bool = False,
+        adapt: str = "all",
+        inner_optimizer: OptimizerName = "sgd",
+        momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9,
+        betas: Betas = BETAS,
+        eps: Annotated[float, Field(gt=0)] = 1e-8,
     ):
         self.model, self.score = model, score
         self.inner_lr, self.inner_steps, self.first_order = inner_lr, inner_steps, first_order
+        self.names = adapted_names(model, adapt)
+        self.options = (inner_optimizer, momentum, betas, eps)
 
     def init(self, generator: torch.Generator) -> Theta:
         return self.model.init(generator)
 
-    def begin(self, theta: Theta, support: Any) -> Theta:
-        return dict(theta)
+    def begin(self, theta: Theta, support: Any) -> Adapting:
+        return optimizer(*self.options).begin(begin_phi(self.model, self.score, theta, support), self.names)
 
-    def step(self, theta: Theta, phi: Theta, support: Any, k: int) -> Theta:
-        gradient = support_gradient(self.model, self.score, phi, support)
+    def step(self, theta: Theta, state: Adapting, support: Any, k: int) -> Adapting:
+        gradient = support_gradient(self.model, self.score, state.phi, support, self.names)
         if self.first_order:
             gradient = {name: g.detach() for name, g in gradient.items()}
-        return {name: phi[name] - self.inner_lr * gradient[name] for name in phi}
+        update, moments = optimizer(*self.options).update(gradient, state.moments, k)
+        phi = state.phi | {name: state.phi[name] - self.inner_lr * update[name] for name in update}
+        return Adapting(phi, moments)
 
-    def predict(self, theta: Theta, phi: Theta, x: Tensor) -> Tensor:
-        return self.model(phi, x)
+    def predict(self, theta: Theta, state: Adapting, x: Tensor) -> Tensor:
+        return self.model(state.phi, x)

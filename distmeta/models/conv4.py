@@ -12,19 +12,23 @@ from torch import Tensor, nn
 from distmeta.core import InputError
 
 Norm = Literal["batch", "group", "layer", "none"]
+Width = Annotated[int, Field(ge=1)]
 
 
 class Conv4(nn.Module):
     """x [N, C, H, W] -> [N, out_features]: four blocks of 3×3 convolution, norm, ReLU, halving; one linear layer.
 
     Args:
-        width: channels of each block; 64 for Omniglot, 32 for miniImageNet in the MAML paper.
+        width: channels of each block, or of the four; 64 for Omniglot, 32 for miniImageNet in the MAML paper.
         norm: `batch` uses the statistics of the batch at hand in training and evaluation alike, as MAML's code
             does: no running statistics exist, so none leak between tasks. Scoring a query set with its own
             statistics is *transductive*: a prediction depends on the other queries. `group`, `layer` and `none`
             are not.
         pool: `max` halves by 2×2 max pooling, as often as the image allows; `stride` by strided convolutions, and
             averages the last map, as the MAML paper does on Omniglot (§5.2), with fewer operations.
+        halvings: how many blocks halve, from the first on. With 3 the last map of a 28×28 image is 3×3, or 4×4 by
+            strides: features know where in the image they are.
+        average: the features are the average of the last map; else the map itself. Default: as `pool` says.
 
     Convolutions have no bias before a batch norm, which would cancel it: its gradient is pure noise.
 
@@ -36,44 +40,42 @@ class Conv4(nn.Module):
         self,
         in_shape: tuple[int, ...],
         out_features: int,
-        width: Annotated[int, Field(ge=1)] = 64,
+        width: Width | Annotated[list[Width], Field(min_length=4, max_length=4)] = 64,
         norm: Norm = "batch",
         pool: Literal["max", "stride"] = "max",
+        halvings: Annotated[int, Field(ge=0, le=4)] = 4,
+        average: bool | None = None,
     ):
         super().__init__()
         if len(in_shape) != 3:
             raise InputError(
                 f"model.type: got conv4 for inputs of shape {in_shape}, expected images (C, H, W)"
             )
-        channels, side = in_shape[0], min(in_shape[1:])
-        self.pool = pool
-        blocks, sides = [], list(in_shape[1:])
-        for k in range(4):
-            halves = pool == "max" and side >= 2  # a map of one pixel stays one
+        widths = [width] * 4 if isinstance(width, int) else width
+        channels, sides = in_shape[0], list(in_shape[1:])
+        self.average = pool == "stride" if average is None else average
+        blocks = []
+        for k, wide in enumerate(widths):
+            halves = k < halvings and (pool == "stride" or min(sides) >= 2)  # no pool makes one pixel fewer
+            stride = 2 if halves and pool == "stride" else 1
             blocks.append(
                 nn.Sequential(
-                    nn.Conv2d(
-                        channels if k == 0 else width,
-                        width,
-                        3,
-                        stride=2 if pool == "stride" else 1,
-                        padding=1,
-                        bias=norm == "none",
-                    ),
-                    _norm(norm, width),
+                    nn.Conv2d(channels, wide, 3, stride=stride, padding=1, bias=norm == "none"),
+                    _norm(norm, wide),
                     nn.ReLU(),
-                    nn.MaxPool2d(2) if halves else nn.Identity(),
+                    nn.MaxPool2d(2) if halves and pool == "max" else nn.Identity(),
                 )
             )
+            channels = wide
             if halves:
-                side, sides = side // 2, [s // 2 for s in sides]
+                sides = [side // 2 if pool == "max" else (side + 1) // 2 for side in sides]
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(width * math.prod(sides) if pool == "max" else width, out_features)
+        self.head = nn.Linear(channels * (1 if self.average else math.prod(sides)), out_features)
 
     def features(self, x_NCHW: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, features]."""
         maps = self.blocks(x_NCHW)
-        return maps.flatten(1) if self.pool == "max" else maps.mean((2, 3))
+        return maps.mean((2, 3)) if self.average else maps.flatten(1)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         return self.head(self.features(x_NCHW))

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from distmeta.core import InputError, Theta, nearest, select
+from distmeta.core import InputError, Theta, nearest, one_hot, select
 
 PREFIX = "model."
+
+HeadInit = Literal["linear", "shared", "prototype"]
 
 
 class Functional:
@@ -20,11 +23,21 @@ class Functional:
     Trainable parameters are `phi`'s; frozen ones and buffers are *constants*: they are not in theta, are sent to
     a worker once, and are saved beside theta in a checkpoint.
 
+    The module's *head* is its submodule `head` where that is a linear layer, else its last linear layer with
+    `out_features` outputs; what enters it are the *features*. A module without one is an embedding: its outputs are
+    its features.
+
     Args:
         build: makes the module.
         generator: seeds the module's own initialisation.
         freeze: glob over parameter names; what it matches is frozen.
         init_from: safetensors file of (some of) the module's parameters and buffers.
+        head: how a task's head starts (`begin`). `linear`: as theta has it, with a fixed number of ways. `shared`:
+            theta holds one row, copied to each of the task's classes (UnicornMAML: Ye & Chao 2022, arXiv 2106.16245,
+            §6).
+            `prototype`: from the support set, w_c = 2 p_c and b_c = −‖p_c‖² with p_c the mean of the features of
+            class c (ProtoMAML: Triantafillou et al. 2020, arXiv 1903.03096, §3); theta holds none.
+        out_features: outputs that the tasks ask for; by it the head is found.
     """
 
     def __init__(
@@ -33,6 +46,8 @@ class Functional:
         generator: torch.Generator,
         freeze: str | None = None,
         init_from: str | None = None,
+        head: HeadInit = "linear",
+        out_features: int | None = None,
     ):
         seed = int(torch.randint(2**62, (), generator=generator))
         with torch.random.fork_rng(devices=[]):
@@ -49,19 +64,77 @@ class Functional:
             raise InputError(
                 f"model.freeze: got {freeze!r}, which matches no parameter; {nearest(freeze, list(parameters))}"
             )
+        self.head_init: HeadInit = head
+        self.head = _find_head(self.module, out_features)
+        """Keys of the head in theta: (weight,) or (weight, bias); empty where there is none."""
+        if head != "linear" and (not self.head or {n.removeprefix(PREFIX) for n in self.head} & frozen):
+            raise InputError(
+                f"model.head: got {head}, but {type(self.module).__name__} has no trainable linear head"
+            )
         self._initial = {n: p.detach().clone() for n, p in parameters.items() if n not in frozen}
         self.constants: dict[str, Tensor] = {n: parameters[n].detach() for n in sorted(frozen)}
         self.constants |= {n: b.detach() for n, b in self.module.named_buffers()}
 
+    @property
+    def adaptable(self) -> tuple[str, ...]:
+        """The keys of phi: what an inner loop may move."""
+        return tuple(PREFIX + name for name in self._initial)
+
     def init(self, generator: torch.Generator | None = None) -> Theta:
         """The trainable parameters at the start. The module drew them itself; `generator` is not used."""
-        return {PREFIX + name: value.clone() for name, value in self._initial.items()}
+        theta = {PREFIX + name: value.clone() for name, value in self._initial.items()}
+        if self.head_init == "shared":
+            return theta | {name: theta[name][:1] for name in self.head}
+        return self._body(theta) if self.head_init == "prototype" else theta
+
+    def init_body(self) -> Theta:
+        """`init` without the head: for methods that work on the features."""
+        if self.head_init != "linear":
+            raise InputError(
+                f"model.head: got {self.head_init} for a method without a linear head: leave it out"
+            )
+        return self._body(self.init())
+
+    def begin(self, theta: Mapping[str, Tensor], support: Any = None, ways: int | None = None) -> Theta:
+        """phi before the first inner step: theta's `model.*`, with a head for this task's number of ways.
+
+        Raises:
+            InputError: a `shared` or `prototype` head for tasks without classes.
+        """
+        phi = select(theta, PREFIX)
+        if self.head_init == "linear":
+            return phi
+        if ways is None:
+            raise InputError(f"model.head: got {self.head_init} for tasks without classes, expected linear")
+        if self.head_init == "shared":
+            return phi | {name: theta[name].expand(ways, *theta[name].shape[1:]) for name in self.head}
+        features_NF = self.features(phi, support.x)
+        classes_NW = one_hot(support.y, ways, features_NF.dtype)
+        prototypes_WF = classes_NW.T @ features_NF / classes_NW.sum(0).clamp(min=1)[:, None]
+        rows = (2 * prototypes_WF, -prototypes_WF.square().sum(1))
+        return phi | dict(zip(self.head, rows, strict=False))
 
     def __call__(self, phi: Mapping[str, Tensor], x: Tensor) -> Tensor:
         values = dict(self.constants)
         for name, value in select(phi, PREFIX).items():
             values[name.removeprefix(PREFIX)] = value
         return torch.func.functional_call(self.module, values, (x,))
+
+    def features(self, phi: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """What enters the head, [N, F]; phi need not have the head's entries."""
+        if not self.head:
+            return self(phi, x).flatten(1)
+        entered: list[Tensor] = []
+        head = self.module.get_submodule(self.head[0].removeprefix(PREFIX).rpartition(".")[0])
+        hook = head.register_forward_pre_hook(lambda _, inputs: entered.append(inputs[0]))
+        try:
+            self(phi, x)
+        finally:
+            hook.remove()
+        return entered[-1]
+
+    def _body(self, theta: Theta) -> Theta:
+        return {name: value for name, value in theta.items() if name not in self.head}
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Functional:
         """Moves the constants (and the module's own copies); floating-point ones change their dtype."""
@@ -73,6 +146,17 @@ class Functional:
         self.constants = {name: move(value) for name, value in self.constants.items()}
         self._initial = {name: move(value) for name, value in self._initial.items()}
         return self
+
+
+def _find_head(module: nn.Module, out_features: int | None) -> tuple[str, ...]:
+    """Keys of the head's weight and bias."""
+    linear = {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+    fitting = [name for name, m in linear.items() if m.out_features == out_features]
+    name = "head" if "head" in linear else fitting[-1] if fitting else None
+    if name is None:
+        return ()
+    keys = ("weight", "bias") if linear[name].bias is not None else ("weight",)
+    return tuple(f"{PREFIX}{name}.{key}" if name else PREFIX + key for key in keys)
 
 
 def _load(module: nn.Module, path: str) -> None:

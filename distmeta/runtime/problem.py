@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from distmeta.components import construct
-from distmeta.compute.episodes import episodes_of
+from distmeta.compute.episodes import episodes_of, to_device
 from distmeta.compute.probe import choose_execution, has_dropout, traits
-from distmeta.compute.shard import Execution
-from distmeta.core import Algorithm, Episode, InputError, Metrics, Score, TaskFamily, Theta
+from distmeta.compute.shard import Execution, score_tasks
+from distmeta.core import Algorithm, Episode, InputError, Score, TaskFamily, Theta
 from distmeta.job import Job
 from distmeta.models.functional import Functional
 from distmeta.seeding import task_ids, torch_generator
-from distmeta.tasks.fewshot import classification_score
+from distmeta.tasks.fewshot import ClassificationScore
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,11 @@ class Problem:
     def adapting(self, split: str) -> Algorithm:
         """The algorithm, its support loss scored as the split is."""
         return self.algorithm if split == "train" else with_score(self.algorithm, self.score(split))
+
+    def training_at(self, step: int) -> Algorithm:
+        """The algorithm as it trains in an outer step."""
+        at = getattr(self.algorithm, "at", None)
+        return self.algorithm if at is None else at(step)
 
     def init(self) -> Theta:
         """theta at step 0."""
@@ -93,6 +98,8 @@ def build(
         torch_generator(job.seed, "model"),
         freeze=job.model.freeze,
         init_from=job.model.init_from if constants is None else None,
+        head=job.model.head,
+        out_features=family.out_features,
     )
     if constants is not None:
         model.constants = {name: torch.from_numpy(np.array(value)) for name, value in constants.items()}
@@ -113,12 +120,10 @@ class AbsentTasks:
         self.in_shape = tuple(examples["in_shape"])
         self.out_features = int(examples["out_features"])
         self.reason = reason
+        self.score = ClassificationScore(self.out_features)
 
     def draw(self, split: str, ids: Any) -> Episode:
         raise InputError(self.reason)
-
-    def score(self, outputs: torch.Tensor, batch: Any) -> tuple[torch.Tensor, Metrics]:
-        return classification_score(outputs, batch, self.out_features)
 
     def scorer(self, split: str) -> Score:
         return self.score
@@ -163,6 +168,7 @@ def resolve(problem: Problem) -> Problem:
     episodes = episodes_of(
         problem.family, algorithm, theta, "train", ids, algorithm.inner_steps, problem.device
     )
+    _check_evaluation(problem, theta)
     found = traits(problem.model.module, episodes.query.x[0])
     execution = choose_execution(
         job.compute.execution,
@@ -182,6 +188,19 @@ def resolve(problem: Problem) -> Problem:
         outer={"schedule": schedule},
     )
     return Problem(resolved, problem.family, problem.model, algorithm, problem.device, execution)
+
+
+def _check_evaluation(problem: Problem, theta: Theta) -> None:
+    """Scores one validation task, unadapted: classes that are not there, or more ways than the head has, are found out
+    now and not at the first evaluation.
+    """
+    if problem.job.run.eval_every == 0 or not hasattr(problem.family, "scorer"):
+        return
+    ids = task_ids(problem.job.seed, "probe", 0, 1)
+    episodes = to_device(problem.family.draw("val", ids), problem.device)
+    score_tasks(
+        problem.adapting("val"), problem.score("val"), theta, episodes, ids, Execution("loop", 1), steps=0
+    )
 
 
 def _resolved_execution(job: Job) -> Execution:

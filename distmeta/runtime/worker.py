@@ -127,7 +127,12 @@ class Worker:
         episodes, ids, drawing = self._episodes(shard)
         started = time.perf_counter()
         result = shard_gradient(
-            problem.algorithm, problem.score("train"), self._theta, episodes, ids, problem.execution
+            problem.training_at(shard.step),
+            problem.score("train"),
+            self._theta,
+            episodes,
+            ids,
+            problem.execution,
         )
         gradient = self._layout.flatten({name: value.cpu() for name, value in result.gradient.items()})
         dropped = tuple(shard.start + i for i in result.dropped)

@@ -4,5 +4,6 @@ TASKS = {
     "sinusoid": "distmeta.tasks.regression:Sinusoid",
     "linear": "distmeta.tasks.regression:Linear",
     "digits": "distmeta.tasks.digits:digits",
+    "copy": "distmeta.tasks.copying:Copy",
     "arrow": "distmeta.tasks.arrow:arrow",
 }

@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from distmeta.core import InputError
 from distmeta.tasks.images import Ink, Preparation, prepare
-from distmeta.tasks.store import write_store
+from distmeta.tasks.store import Domains, write_store
 
 Drawings = dict[tuple[str, str], dict[str, bytes]]
 """(group, class) -> file name -> the file's bytes."""
@@ -69,20 +69,45 @@ def build_omniglot(
         full = all(_present(folder, name) for release in _FULL for name in release.sets)
         releases = _FULL if which == "full" or (which == "auto" and full) else _SMALL
         drawings = _read_releases(folder, releases, source)
-    return _write(out, drawings, preparation)
+    return _write(out, {"": drawings}, preparation)
 
 
 def build_images(
-    source: str, out: str, size: int = 28, ink: Ink = "dark", channels: Literal[1, 3] = 1
+    source: str,
+    out: str,
+    size: int = 28,
+    ink: Ink = "dark",
+    channels: Literal[1, 3] = 1,
+    domains: bool = False,
 ) -> dict[str, Any]:
     """Builds a store of a tree CLASS/*.png or GROUP/CLASS/*.png (or jpg), all in sorted order.
 
+    domains: there is a folder of such a tree for each domain (photo, sketch, …). Classes are matched by their names;
+    files of a class with the same name, but for the ending, show the same drawing in several domains.
     Returns {"path", "classes", "examples"}; raises InputError where a folder or a file is not as expected.
     """
     root = Path(source).expanduser()
     if not root.is_dir():
         raise InputError(f"--source: got {source!r}, expected a folder of image folders")
     preparation = Preparation(size=size, ink=ink, channels=channels)
+    if not domains:
+        return _write(out, {"": _read_tree(root)}, preparation)
+    trees = {folder.name: _read_tree(folder) for folder in _folders(root)}
+    if len(trees) < 2:
+        raise InputError(
+            f"--domains: got {len(trees)} folders in {source!r}, expected a folder for each of at least two domains"
+        )
+    grouped = {name: any(group for group, _ in tree) for name, tree in trees.items()}
+    if len(set(grouped.values())) > 1:
+        one, other = (next(name for name, has in grouped.items() if has == value) for value in (True, False))
+        raise InputError(
+            f"--domains: got GROUP/CLASS in {one!r} and CLASS in {other!r}, expected one of the two"
+        )
+    return _write(out, trees, preparation)
+
+
+def _read_tree(root: Path) -> Drawings:
+    """The image files of CLASS/ or GROUP/CLASS/."""
     top = _folders(root)
     flat = [folder for folder in top if _pictures(folder)]
     if flat and len(flat) < len(top):
@@ -96,24 +121,51 @@ def build_images(
             raise InputError(f"--source: got {str(folder)!r} without PNG or JPEG files, expected some")
     if not drawings:
         raise InputError(
-            f"--source: got {source!r} without images, expected CLASS/*.png or GROUP/CLASS/*.png"
+            f"--source: got {str(root)!r} without images, expected CLASS/*.png or GROUP/CLASS/*.png"
         )
-    return _write(out, drawings, preparation)
+    return drawings
 
 
-def _write(out: str, drawings: Drawings, preparation: Preparation) -> dict[str, Any]:
-    """Prepares the drawings and writes the store."""
-    keys = sorted(drawings)
+def _write(out: str, trees: Mapping[str, Drawings], preparation: Preparation) -> dict[str, Any]:
+    """Prepares the drawings and writes the store. trees: one a domain, or one named ""."""
+    keys = sorted({key for tree in trees.values() for key in tree})
+    rows = [
+        (key, domain, file)
+        for key in keys
+        for domain in sorted(trees)
+        for file in sorted(trees[domain].get(key, ()))
+    ]
     images = np.stack(
         [
-            prepare(data, preparation, "/".join(filter(None, (*key, name))))
-            for key in keys
-            for name, data in sorted(drawings[key].items())
+            prepare(trees[domain][key][file], preparation, "/".join(filter(None, (domain, *key, file))))
+            for key, domain, file in rows
         ]
     )
+    counts = [sum(len(tree.get(key, ())) for tree in trees.values()) for key in keys]
     groups, classes = [group for group, _ in keys], [name for _, name in keys]
-    write_store(out, images, classes, groups, [len(drawings[key]) for key in keys], preparation)
+    domains = None if "" in trees else _domains(rows, sorted(trees))
+    write_store(out, images, classes, groups, counts, preparation, domains)
     return {"path": str(out), "classes": len(keys), "examples": len(images)}
+
+
+def _domains(rows: list[tuple[tuple[str, str], str, str]], names: list[str]) -> Domains:
+    """The domain of each (class, domain, file), and its drawing: the file's name without its ending."""
+    stems: dict[tuple[str, str], set[str]] = {}
+    seen: dict[tuple[tuple[str, str], str, str], str] = {}
+    for key, domain, file in rows:
+        stems.setdefault(key, set()).add(Path(file).stem)
+        other = seen.setdefault((key, domain, Path(file).stem), file)
+        if other != file:
+            where = "/".join(filter(None, (domain, *key)))
+            raise InputError(
+                f"--domains: got {other!r} and {file!r} in {where}, expected names that differ before the ending"
+            )
+    number = {key: {stem: i for i, stem in enumerate(sorted(found))} for key, found in stems.items()}
+    return Domains(
+        names,
+        np.array([names.index(domain) for _, domain, _ in rows], np.int32),
+        np.array([number[key][Path(file).stem] for key, _, file in rows], np.int32),
+    )
 
 
 def _read_releases(folder: Path, releases: tuple[_Release, ...], source: str) -> Drawings:

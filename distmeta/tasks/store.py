@@ -3,6 +3,9 @@
 Columns: `image` fixed_size_binary(C·H·W), uint8 pixels in C, H, W order; `label` int32, the class. One record
 batch, so that the images are one numpy view of the mapped file. The schema's metadata hold, under `distmeta`,
 a JSON object: version, shape, classes, groups, counts, preparation.
+
+A store with domains has two more columns: `domain` int32, an index into the metadata's `domains`; `drawing` int32, what
+is shown: rows of a class in two domains that show the same thing have the same number. Without both it is as valid.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,6 +34,16 @@ _KEY = b"distmeta"
 _CHUNK = 1 << 22
 
 
+class Domains(NamedTuple):
+    """Which domain each row is of, and which drawing it shows."""
+
+    names: list[str]
+    of_row: np.ndarray
+    """int32 [N], an index into `names`."""
+    drawing: np.ndarray
+    """int32 [N], at least 0; counted within a class. A class has a drawing at most once in a domain."""
+
+
 @dataclass(frozen=True)
 class Store:
     """An opened store. Rows of a class are consecutive: class k starts at sum(counts[:k])."""
@@ -42,6 +55,7 @@ class Store:
     """The group of each class; all "" where there are none."""
     counts: list[int]
     preparation: Preparation
+    domains: Domains | None = None
 
     @staticmethod
     def open(path: str, field: str = "tasks.path") -> Store:
@@ -61,6 +75,9 @@ class Store:
         metadata = _metadata(schema, field, path)
         shape = tuple(metadata["shape"])
         columns = {"image": pa.binary(math.prod(shape)), "label": pa.int32()}
+        domain_names = metadata.get("domains")
+        if domain_names is not None:
+            columns |= {"domain": pa.int32(), "drawing": pa.int32()}
         for name, wanted in columns.items():
             got = schema.field(name).type if name in names else "no such column"
             if got != wanted:
@@ -72,10 +89,20 @@ class Store:
             raise _bad(field, path, f"{batch.num_rows} rows where its counts add up to {sum(counts)}")
         if any(batch.column(name).null_count for name in columns):
             raise _bad(field, path, "null values")
-        if not np.array_equal(batch.column("label").to_numpy(), np.repeat(np.arange(len(counts)), counts)):
+        labels = batch.column("label").to_numpy()
+        if not np.array_equal(labels, np.repeat(np.arange(len(counts)), counts)):
             raise _bad(field, path, "rows that are not sorted by class as its counts say")
+        domains = None
+        if domain_names is not None:
+            domains = Domains(
+                domain_names, *(batch.column(name).to_numpy() for name in ("domain", "drawing"))
+            )
+            if wrong := _wrong(domains, labels):
+                raise _bad(field, path, wrong)
         images = _view(batch.column("image"), shape)
-        return Store(images, metadata["classes"], metadata["groups"], counts, metadata["preparation"])
+        return Store(
+            images, metadata["classes"], metadata["groups"], counts, metadata["preparation"], domains
+        )
 
 
 def write_store(
@@ -85,11 +112,12 @@ def write_store(
     groups: Sequence[str],
     counts: Sequence[int],
     preparation: Preparation,
+    domains: Domains | None = None,
 ) -> None:
     """Writes a store whole or not at all.
 
     images: uint8 [N, C, H, W], or that many [C, H, W] one by one, sorted by class. classes, groups, counts:
-    one of each a class. Raises InputError where the path cannot be written.
+    one of each a class. domains: of rows in the same order. Raises InputError where the path cannot be written.
     """
     shape = preparation.shape
     pixels = images if isinstance(images, np.ndarray) else np.stack(list(images))
@@ -105,16 +133,23 @@ def write_store(
     column = pa.FixedSizeBinaryArray.from_buffers(
         width, len(pixels), [None, pa.py_buffer(np.ascontiguousarray(pixels))]
     )
-    labels = pa.array(np.repeat(np.arange(len(counts), dtype=np.int32), counts))
+    labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    columns: dict[str, Any] = {"image": column, "label": pa.array(labels)}
+    if domains is not None:
+        wrong = _wrong(domains, labels)
+        assert not wrong, wrong
+        metadata["domains"] = list(domains.names)
+        for name, values in (("domain", domains.of_row), ("drawing", domains.drawing)):
+            columns[name] = pa.array(np.asarray(values, np.int32))
     schema = pa.schema(
-        [pa.field("image", width, nullable=False), pa.field("label", pa.int32(), nullable=False)],
+        [pa.field(name, values.type, nullable=False) for name, values in columns.items()],
         metadata={_KEY: json.dumps(metadata).encode()},
     )
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with _replacing(target) as temporary, pa.ipc.new_file(str(temporary), schema) as writer:
-            writer.write_batch(pa.record_batch([column, labels], schema=schema))
+            writer.write_batch(pa.record_batch(list(columns.values()), schema=schema))
     except OSError as error:
         raise InputError(f"--out: got {str(path)!r}, expected a file that can be written: {error}") from None
 
@@ -200,6 +235,20 @@ def _metadata(schema: pa.Schema, field: str, path: str) -> dict[str, Any]:
         raise _bad(field, path, f"damaged metadata ({error})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _bad(field, path, f"damaged metadata ({_line(error)})") from None
+
+
+def _wrong(domains: Domains, labels_N: np.ndarray) -> str:
+    """What is wrong with the domains; "" where nothing is."""
+    names, of_row, drawing = domains
+    known = isinstance(names, list) and all(isinstance(name, str) and name for name in names)
+    if not known or not names or len(set(names)) < len(names):
+        return f"domains named {names}, not by different words"
+    if not len(of_row) == len(drawing) == len(labels_N):
+        return f"{len(of_row)} domains and {len(drawing)} drawings for {len(labels_N)} rows"
+    if of_row.min() < 0 or of_row.max() >= len(names) or drawing.min() < 0:
+        return "a domain or drawing out of range"
+    rows = np.stack([labels_N, of_row, drawing], axis=1)
+    return "a drawing twice in one class and domain" if len(np.unique(rows, axis=0)) < len(rows) else ""
 
 
 def _view(column: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -22,7 +22,9 @@ LOOP = Execution("loop", 1)
 @pytest.mark.parametrize("steps", [1, 4])
 def test_reptile_is_the_way_gone(steps: int) -> None:
     """θ − φ_K; after one step α∇L_support(θ)."""
-    problem = build(Job.parse(tree({"type": "reptile", "inner_lr": 0.03, "inner_steps": steps})))
+    problem = build(
+        Job.parse(tree({"type": "reptile", "inner_lr": 0.03, "inner_steps": steps, "inner_optimizer": "sgd"}))
+    )
     theta, ids = problem.init(), task_ids(0, "train", 0, 1)
     episodes = problem.family.draw("train", ids)
     result = shard_gradient(problem.algorithm, problem.score("train"), theta, episodes, ids, LOOP)
@@ -58,6 +60,9 @@ class Quadratic:
 
     def __call__(self, phi, x):
         return phi["model.w"]
+
+    def begin(self, theta, support=None, ways=None):
+        return dict(theta)
 
     def init(self, generator):
         return self.theta

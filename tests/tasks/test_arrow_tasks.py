@@ -121,3 +121,18 @@ def test_users_mistakes(path, options, message):
     with pytest.raises(InputError, match=message) as caught:
         arrow(path, **{**SMALL, **options})
     assert len(str(caught.value)) < 250
+
+
+def test_null_holds_nothing_out(path):
+    everything = arrow(path, **SMALL, test=None, val=None)
+    assert classes_of(everything, "train") == set(range(CLASSES))
+    for split in ("val", "test"):
+        with pytest.raises(InputError, match=f"tasks.{split}: got null, expected classes held out to draw"):
+            everything.draw(split, task_ids(0, split, 0, 1))
+        assert everything.scorer(split) == everything.score
+    no_val = arrow(path, **SMALL, split_by="group", test=["g0"], val=None)
+    assert classes_of(no_val, "test") == {0, 1, 2, 3}
+    assert classes_of(no_val, "train") == set(range(4, CLASSES))
+    no_test = arrow(path, **SMALL, test=None, val=4)
+    assert len(classes_of(no_test, "val")) == 4
+    assert len(classes_of(no_test, "train")) == CLASSES - 4

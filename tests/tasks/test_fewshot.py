@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from distmeta.core import Batch, InputError, TaskFamily
 from distmeta.seeding import task_ids
-from distmeta.tasks.fewshot import ClassEntry, FewShot, classification_score, distinct
+from distmeta.tasks.fewshot import ClassificationScore, FewShot
+from distmeta.tasks.sampling import ClassEntry, distinct
 
 CLASSES, DRAWINGS = 12, 6
 # Image r has the value r in its first corner and r + 100 in the next, so it tells its row and its rotation.
@@ -139,22 +140,22 @@ def test_evaluation_has_its_own_setting():
     loss, metrics = tasks.scorer("val")(outputs, Batch(episode.query.x[0], episode.query.y[0]))
     assert loss.item() == pytest.approx(np.log(3))
     assert metrics["accuracy"].item() == pytest.approx(1 / 3)
-    assert pickle.loads(pickle.dumps(tasks.scorer("test"))).keywords == {"ways": 3}
+    assert pickle.loads(pickle.dumps(tasks.scorer("test"))) == ClassificationScore(3)
 
 
 def test_score_is_differentiable_and_vectorises():
     y, outputs = torch.tensor([0, 1, 2, 1]), torch.randn(3, 4, 5, dtype=torch.float64)
 
     def loss_of(one):
-        return classification_score(one, Batch(y, y), 3)[0]
+        return ClassificationScore(3)(one, Batch(y, y))[0]
 
     grads = torch.func.vmap(torch.func.grad(loss_of))(outputs)
     assert (grads[..., 3:] == 0).all()
     assert torch.autograd.gradgradcheck(loss_of, outputs[0].requires_grad_())
-    accuracy = torch.func.vmap(lambda one: classification_score(one, Batch(y, y), 3)[1]["accuracy"])(outputs)
+    accuracy = torch.func.vmap(lambda one: ClassificationScore(3)(one, Batch(y, y))[1]["accuracy"])(outputs)
     assert accuracy.shape == (3,)
     with pytest.raises(InputError, match="ways: got 6, expected at most 5"):
-        classification_score(outputs[0], Batch(y, y), 6)
+        ClassificationScore(6)(outputs[0], Batch(y, y))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,9 @@ def test_score_is_differentiable_and_vectorises():
         ),
         ({"ways": 7, "eval_ways": 3}, r"tasks\.ways: got 7, expected at most 6 \(the train split"),
         ({"ways": 5, "eval_ways": 4}, r"tasks\.eval_ways: got 4, expected at most 3 \(the val split"),
-        ({"ways": 2, "eval_ways": 3}, r"tasks\.eval_ways: got 3, expected at most 2 \(tasks.ways"),
+        ({"min_ways": 4}, r"tasks\.min_ways: got 4, expected from 2 to 3 \(tasks\.ways\)"),
+        ({"min_shots": 0}, r"tasks\.min_shots: got 0, expected from 1 to 2 \(tasks\.shots\)"),
+        ({"unbalanced": True}, r"tasks\.unbalanced: got true without tasks\.min_shots"),
         ({"ways": 4, "eval_ways": 2, "within_group": True}, r"the largest group of the train split has 3"),
         (
             {"shots": 4},

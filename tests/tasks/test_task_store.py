@@ -12,7 +12,7 @@ import pytest
 
 from distmeta.core import InputError
 from distmeta.tasks.images import Preparation
-from distmeta.tasks.store import Store, local_copy, write_store
+from distmeta.tasks.store import Domains, Store, local_copy, write_store
 
 PREPARATION = Preparation(size=4)
 COUNTS = [3, 2, 4]
@@ -99,6 +99,38 @@ def test_damaged_stores(path, damage, message):
     with pytest.raises(InputError, match=f"^tasks.path: got .*{message}") as caught:
         Store.open(str(path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"domains": ["x"]}, "a domain or drawing out of range"),
+        ({"domains": []}, "domains named"),
+        ({"domains": ["x", "x"]}, r"domains named \['x', 'x'\], not by different words"),
+        ({"domains": ["x", 3]}, "domains named"),
+        ({"domains": "xy"}, "domains named"),
+        ({"columns": {"domain": pa.array([0] * 9)}}, "column 'domain': int64, not int32"),
+        ({"columns": {"domain": pa.array([None] + [1] * 8, pa.int32())}}, "null values"),
+        ({"columns": {"drawing": pa.array([-1] * 9, pa.int32())}}, "out of range"),
+        ({"columns": {"drawing": pa.array([0] * 9, pa.int32())}}, "a drawing twice in one class and domain"),
+    ],
+)
+def test_damaged_domains(path, damage, message):
+    domains = Domains(["x", "y"], np.array([0, 1] * 4 + [0]), np.arange(9))
+    write_store(path, IMAGES, ["a", "b", "c"], ["g", "g", "h"], COUNTS, PREPARATION, domains)
+    opened = Store.open(str(path)).domains
+    assert opened is not None
+    assert opened.of_row.tolist() == domains.of_row.tolist()
+    rewritten(path, **damage)
+    with pytest.raises(InputError, match=f"^tasks.path: got .*{message}") as caught:
+        Store.open(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_may_lack_the_columns_that_it_promises(path):
+    rewritten(path, domains=["x", "y"])
+    with pytest.raises(InputError, match="column 'domain': no such column"):
+        Store.open(str(path))
 
 
 def test_files_that_are_no_stores(path, tmp_path):
