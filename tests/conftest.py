@@ -57,10 +57,48 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "maml": {"type": "maml", "inner_lr": 0.05, "inner_steps": 2},
     "fomaml": {"type": "maml", "inner_lr": 0.05, "inner_steps": 2, "first_order": True},
-    "reptile": {"type": "reptile", "inner_lr": 0.05, "inner_steps": 3, "inner_batch": 4},
+    "reptile": {
+        "type": "reptile",
+        "inner_lr": 0.05,
+        "inner_steps": 3,
+        "inner_batch": 4,
+        "inner_optimizer": "sgd",
+    },
     "imaml": {"type": "imaml", "inner_lr": 0.05, "inner_steps": 4, "lam": 2.0, "cg_steps": 3},
+    "reptile-adam": {"type": "reptile", "inner_lr": 0.01, "inner_steps": 3, "inner_batch": 4},
+    "maml-adam": {"type": "maml", "inner_lr": 0.01, "inner_steps": 3, "inner_optimizer": "adam", "eps": 1e-3},
+    "maml-momentum": {"type": "maml", "inner_lr": 0.02, "inner_steps": 3, "inner_optimizer": "momentum"},
+    "anil": {"type": "maml", "inner_lr": 0.05, "inner_steps": 2, "adapt": "head"},
+    "boil": {"type": "maml", "inner_lr": 0.05, "inner_steps": 2, "adapt": "body"},
+    "maml-plus-plus": {"type": "maml-plus-plus", "inner_lr": 0.05, "inner_steps": 3},
+    "cavia": {"type": "cavia", "inner_lr": 0.5, "inner_steps": 2, "context": 4},
+    "meta-sgd": {"type": "meta-sgd", "inner_steps": 2},
+    "meta-curvature": {"type": "meta-curvature", "inner_lr": 0.05, "inner_steps": 2},
+    "gradient-norm": {"type": "gradient-norm", "inner_lr": 0.05, "inner_steps": 2, "lam": 0.1},
+    "contrastive": {"type": "contrastive", "inner_lr": 0.05, "inner_steps": 2, "margin": 1.0},
+    "hypernet": {"type": "hypernet", "hidden": 8, "inner_steps": 1},
+    "hypernet-regression": {"type": "hypernet", "hidden": 8, "inner_steps": 0},
+    "protonet": {"type": "protonet"},
+    "matching": {"type": "matching"},
+    "matching-fce": {"type": "matching", "full_context": True},
+    "relation": {"type": "relation", "hidden": [16]},
+    "imp": {"type": "imp"},
+    "lstm": {"type": "lstm", "hidden": 5, "inner_steps": 3},
+    "mann": {"type": "mann", "controller": 12, "slots": 8, "width": 6, "reads": 2},
+    "mann-ntm": {"type": "mann", "memory": "ntm", "controller": 12, "slots": 8, "width": 6, "reads": 2},
+    "mann-dnc": {"type": "mann", "memory": "dnc", "controller": 12, "slots": 8, "width": 6, "reads": 2},
+    "snail": {"type": "snail", "length": 8, "filters": 8, "attention": [[8, 4], [8, 4]], "embedding": 8},
 }
 """Every algorithm that a test runs over."""
+CLASSES: dict[str, Any] = {
+    "model": {"type": "mlp", "hidden": [12], "activation": "tanh"},
+    "tasks": {"type": "digits", "ways": 3, "shots": 2, "queries": 3, "order": "random"},
+}
+SETTINGS: dict[str, dict[str, Any]] = dict.fromkeys(
+    ("protonet", "matching-fce", "relation", "imp", "mann", "mann-ntm", "mann-dnc", "snail", "hypernet"),
+    CLASSES,
+)
+"""What else an algorithm's small job needs: those that learn classes."""
 
 
 def tree(algorithm: str | dict[str, Any] = "maml", **changes: Any) -> dict[str, Any]:
@@ -69,6 +107,7 @@ def tree(algorithm: str | dict[str, Any] = "maml", **changes: Any) -> dict[str, 
         "name": "small",
         "model": {"type": "mlp", "hidden": [16, 16], "activation": "tanh"},
         "tasks": {"type": "sinusoid", "shots": 5, "queries": 5},
+        **(SETTINGS.get(algorithm, {}) if isinstance(algorithm, str) else {}),
         "algorithm": ALGORITHMS[algorithm] if isinstance(algorithm, str) else algorithm,
         "outer": {"lr": 0.01},
         "run": {"steps": 6, "tasks_per_step": 8, "shards": 4, "eval_every": 0, "checkpoint_every": 0},

@@ -27,7 +27,24 @@ HARD = {
     "policy-gradient": tree("maml", tasks={"type": "hard_cases:Bandit"}),
 }
 CASES = {name: tree(name) for name in ALGORITHMS} | HARD
-EXACT = ("maml", "memory", "pairwise", "policy-gradient")
+EXACT = (
+    "maml",
+    "anil",
+    "boil",
+    "maml-plus-plus",
+    "cavia",
+    "meta-sgd",
+    "meta-curvature",
+    "protonet",
+    "matching",
+    "matching-fce",
+    "hypernet",
+    "hypernet-regression",
+    "snail",
+    "memory",
+    "pairwise",
+    "policy-gradient",
+)
 """Those whose meta-gradient is the plain derivative of their meta-loss."""
 LOOP, VMAP = Execution("loop", 1), Execution("vmap", 2**31)
 

@@ -31,6 +31,9 @@ CASES = {name: tree(name, run=RUN) for name in ALGORITHMS} | {
     ),
 }
 
+EVERY_NUMBER = ("maml", "reptile", "contrastive")
+"""Cases that meet one, two and four workers; an actor takes seconds to start, so the others meet two."""
+
 
 def trained(job: dict[str, Any], **run: Any) -> Path:
     return distmeta.train(Job.parse(job | {"run": job["run"] | run})).run
@@ -61,7 +64,7 @@ class Flag(Silent):
 def test_any_number_of_workers(name: str, workplace: Path, cluster: None) -> None:
     alone = trained(CASES[name], workers=0)
     assert [row["step"] for row in lines(alone)] == list(range(1, 21))
-    for workers in (1, 2, 4) if name in ALGORITHMS else (3,):
+    for workers in (1, 2, 4) if name in EVERY_NUMBER else (2,):
         run = trained(CASES[name], workers=workers)
         assert bits(run) == bits(alone), workers
         assert lines(run) == lines(alone)

@@ -1,0 +1,80 @@
+"""Meta-SGD: Li, Zhou, Chen & Li 2017, arXiv 1707.09835."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from distmeta.algorithms.inner import adapted_names, begin_phi, support_gradient
+from distmeta.core import Model, Score, Theta
+
+SMALLEST, LARGEST = 0.005, 0.1
+
+
+class MetaSGD:
+    """MAML that learns the rate and the sign of every single parameter's step along with θ.
+
+        φ_{k+1} = φ_k − α ∘ ∇L_support(φ_k),   φ_0 = θ,   meta-gradient = ∇_{θ,α} L_query(φ_K)      (Algorithm 1)
+
+    α (keys `inner_lr.<parameter>`, the parameter's shape) is unconstrained: a negative entry climbs. All K steps
+    share it. The paper moves θ and α by one outer rate β; `outer.rates: {"inner_lr.*": …}` gives α its own.
+
+    A head with free ways (`model.head` shared or prototype) has one row of rates [1, F] for all classes.
+
+    Args:
+        inner_lr: the first value of every α; null draws one for all, uniform in [0.005, 0.1], as the paper does (§4).
+        inner_steps: K; one in the paper.
+        first_order: takes ∇L_support as a constant.
+    """
+
+    group_size = 1
+
+    def __init__(
+        self,
+        model: Model,
+        score: Score,
+        inner_lr: float | None = None,
+        inner_steps: Annotated[int, Field(ge=1)] = 1,
+        first_order: bool = False,
+    ):
+        self.model, self.score = model, score
+        self.inner_lr, self.inner_steps, self.first_order = inner_lr, inner_steps, first_order
+        self.names = adapted_names(model, "all")
+
+    def init(self, generator: torch.Generator) -> Theta:
+        theta = self.model.init(generator)
+        drawn = float(torch.empty(()).uniform_(SMALLEST, LARGEST, generator=generator))
+        value = drawn if self.inner_lr is None else self.inner_lr
+        shapes = shapes_for_any_ways(self.model, theta, self.names)
+        return theta | {rate_of(name): torch.full(shape, value) for name, shape in shapes.items()}
+
+    def begin(self, theta: Theta, support: Any) -> Theta:
+        return begin_phi(self.model, self.score, theta, support)
+
+    def step(self, theta: Theta, phi: Theta, support: Any, k: int) -> Theta:
+        gradient = support_gradient(self.model, self.score, phi, support, self.names)
+        if self.first_order:
+            gradient = {name: g.detach() for name, g in gradient.items()}
+        return phi | {name: phi[name] - theta[rate_of(name)] * g for name, g in gradient.items()}
+
+    def predict(self, theta: Theta, phi: Theta, x: Tensor) -> Tensor:
+        return self.model(phi, x)
+
+
+def rate_of(name: str) -> str:
+    """The key of a parameter's learned rate: `inner_lr.<parameter>`."""
+    return "inner_lr." + name.removeprefix("model.")
+
+
+def shapes_for_any_ways(model: Model, theta: Theta, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of phi's entries, but one row for all classes in a head with free ways, which broadcasts."""
+    rows = {name: (1, *whole_shape(model, name)[1:]) for name in names}
+    return {name: tuple(theta[name].shape) if name in theta else rows[name] for name in names}
+
+
+def whole_shape(model: Model, name: str) -> tuple[int, ...]:
+    """A parameter's shape in the module itself."""
+    return tuple(model.module.get_parameter(name.removeprefix("model.")).shape)

@@ -1,0 +1,175 @@
+"""CAVIA: the paper's networks written out give the same gradient; the inner loop moves the context alone."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from conftest import tree
+from oracles import TASKS, VMAP, distance, gradient, loss, setting, tasks
+from torch import nn
+
+from distmeta.compute.unroll import unroll
+from distmeta.core import Batch, InputError
+from distmeta.job import Job
+from distmeta.runtime.problem import build
+
+RATE, STEPS, SIZE = 0.5, 2, 4
+CAVIA = {"type": "cavia", "inner_lr": RATE, "inner_steps": STEPS, "context": SIZE}
+
+
+def adapted(forward, theta, x_s, y_s, first_order: bool = False) -> torch.Tensor:
+    """The context after the inner loop, by plain autograd."""
+    context = torch.zeros(SIZE, dtype=torch.float64, requires_grad=True)
+    for _ in range(STEPS):
+        (step,) = torch.autograd.grad(loss(forward(theta, context, x_s), y_s), context, create_graph=True)
+        context = context - RATE * (step.detach() if first_order else step)
+    return context
+
+
+def by_hand(s, forward, first_order: bool = False):
+    leaves = {name: value.clone().requires_grad_() for name, value in s.theta.items()}
+    total = 0.0
+    for x_s, y_s, x_q, y_q in tasks(s.episodes):
+        context = adapted(forward, leaves, x_s, y_s, first_order)
+        total = total + loss(forward(leaves, context, x_q), y_q)
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+
+def concatenated(theta, context: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The paper's regressor: the context parameters are further inputs of the first layer."""
+    x = torch.cat([x, context.expand(len(x), -1)], 1)
+    weight = torch.cat([theta["model.1.weight"], theta["context.weight"]], 1)
+    x = torch.tanh(nn.functional.linear(x, weight, theta["model.1.bias"]))
+    x = torch.tanh(nn.functional.linear(x, theta["model.3.weight"], theta["model.3.bias"]))
+    return nn.functional.linear(x, theta["model.5.weight"], theta["model.5.bias"])
+
+
+def filmed(theta, context: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The paper's classifier: the third convolution's normalized maps are scaled and shifted before the ReLU."""
+    for block in range(4):
+        x = nn.functional.conv2d(x, theta[f"model.blocks.{block}.0.weight"], stride=2, padding=1)
+        scale, shift = (theta[f"model.blocks.{block}.1.{kind}"] for kind in ("weight", "bias"))
+        x = nn.functional.batch_norm(x, None, None, scale, shift, training=True)
+        if block == 2:
+            scale, shift = (theta["context.weight"] @ context)[:, None, None].chunk(2)
+            x = (1 + scale) * x + shift
+        x = torch.relu(x)
+    return nn.functional.linear(x.mean((2, 3)), theta["model.head.weight"], theta["model.head.bias"])
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize(("kind", "forward"), [("mlp", concatenated), ("conv4", filmed)])
+def test_gradient_equals_that_of_the_papers_network(kind: str, forward, first_order: bool) -> None:
+    s = setting(CAVIA | {"first_order": first_order}, kind)
+    assert s.theta["context.weight"].shape == ((16, SIZE))
+    ours, theirs = gradient(s), by_hand(s, forward, first_order)
+    assert distance(ours, theirs) <= 1e-9
+    assert distance(ours, gradient(s, execution=VMAP)) <= 1e-9
+    assert all(bool(value.any()) for value in ours.values())
+
+
+class Context(nn.Module):
+    """The one parameter that a peer's inner optimizer moves."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.c = nn.Parameter(torch.zeros(SIZE, dtype=dtype))
+
+
+@pytest.mark.parametrize(("kind", "forward"), [("mlp", concatenated), ("conv4", filmed)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+def test_gradient_equals_torchopts(kind: str, forward, dtype: torch.dtype, tolerance: float) -> None:
+    pytest.importorskip("torchopt")
+    s = setting(CAVIA, kind, dtype)
+    leaves = {name: value.clone().requires_grad_() for name, value in s.theta.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchOpt's
+        import torchopt
+
+        for x_s, y_s, x_q, y_q in tasks(s.episodes):
+            context = Context(dtype)
+            inner = torchopt.MetaSGD(context, lr=RATE)
+            for _ in range(STEPS):
+                inner.step(loss(forward(leaves, context.c, x_s), y_s))
+            loss(forward(leaves, context.c, x_q), y_q).backward()
+    assert distance(gradient(s), {name: leaf.grad for name, leaf in leaves.items()}) <= tolerance
+
+
+def test_the_inner_loop_moves_the_context_alone() -> None:
+    s = setting(CAVIA)
+    algorithm, support = s.problem.algorithm, Batch(*(leaf[0] for leaf in s.episodes.support))
+    start, end = algorithm.begin(s.theta, support), unroll(algorithm, s.theta, support)
+    assert bool((start.context == 0).all())
+    assert start.context.shape == end.context.shape == (SIZE,)
+    assert bool((end.context != 0).all())
+    model = {name: value for name, value in s.theta.items() if name.startswith("model.")}
+    for state in (start, end):
+        assert set(state.phi) == set(model)
+        assert all(torch.equal(state.phi[name], value) for name, value in model.items())
+    torch.testing.assert_close(
+        algorithm.predict(s.theta, start, support.x), s.problem.model(model, support.x)
+    )
+
+
+def test_without_a_rate_nothing_adapts() -> None:
+    s = setting(CAVIA, "conv4")
+    algorithm = s.problem.algorithm
+    algorithm.inner_lr = 0.0
+    for t in range(TASKS):
+        x, y = (leaf[t] for leaf in s.episodes.support)
+        end = unroll(algorithm, s.theta, Batch(x, y))
+        assert bool((end.context == 0).all())
+        assert torch.equal(algorithm.predict(s.theta, end, x), s.problem.model(s.theta, x))
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "weight"),
+    [
+        ({"norm": "batch"}, None, "model.blocks.2.1.weight"),
+        ({"norm": "group"}, None, "model.blocks.2.1.weight"),
+        ({"norm": "none"}, None, "model.blocks.2.0.weight"),
+        ({"norm": "batch"}, "blocks.1.1", "model.blocks.1.1.weight"),
+        ({"norm": "batch"}, "head", "model.head.weight"),
+        ({"norm": "batch", "freeze": "blocks.*"}, None, "model.head.weight"),
+    ],
+)
+def test_the_layer_that_the_context_enters(model, layer: str | None, weight: str) -> None:
+    s = setting(CAVIA | {"layer": layer}, "conv4", **model)
+    assert s.problem.algorithm.weight == weight
+    assert distance(gradient(s), gradient(s, execution=VMAP)) <= 1e-9
+
+
+def test_film_on_a_convolution_is_film_on_its_maps() -> None:
+    s = setting(CAVIA, "conv4", norm="none")
+    x, context = s.episodes.query.x[0], torch.randn(SIZE, dtype=torch.float64)
+    scale, shift = (s.theta["context.weight"] @ context)[:, None, None].chunk(2)
+    state = s.problem.algorithm.begin(s.theta, None)._replace(context=context)
+    outputs = s.problem.algorithm.predict(s.theta, state, x)
+    third = s.problem.model.module.get_submodule("blocks.2.0")
+    handle = third.register_forward_hook(lambda module, inputs, maps: (1 + scale) * maps + shift)
+    torch.testing.assert_close(outputs, s.problem.model(s.theta, x))
+    handle.remove()
+
+
+def test_the_head_may_be_made_of_prototypes_but_not_shared() -> None:
+    s = setting(CAVIA, "conv4", head="prototype")
+    assert "model.head.weight" not in s.theta
+    assert distance(gradient(s), gradient(s, execution=VMAP)) <= 1e-9
+    with pytest.raises(
+        InputError, match=r"model\.head: got shared for cavia, .* expected linear or prototype"
+    ):
+        setting(CAVIA, "conv4", head="shared")
+    with pytest.raises(InputError, match=r"algorithm\.layer: got 'head'"):  # there is none in theta
+        setting(CAVIA | {"layer": "head"}, "conv4", head="prototype")
+
+
+def test_a_layer_that_is_not_there_is_an_error() -> None:
+    message = r"algorithm\.layer: got 'blocks.2.2', expected a trainable .*; did you mean 'blocks.2.1'\?"
+    with pytest.raises(InputError, match=message):
+        setting(CAVIA | {"layer": "blocks.2.2"}, "conv4")
+    job = tree(CAVIA)
+    job["model"] |= {"freeze": "*.bias"}
+    with pytest.raises(InputError, match=r"algorithm\.layer: got null, and the model has no trainable"):
+        build(Job.parse(job))

@@ -1,0 +1,96 @@
+"""Meta-SGD: with one constant rate it is MAML; with a rate for every parameter, higher's gradient."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from conftest import tree
+from oracles import VMAP, distance, gradient, loss, maml, noisy, setting, tasks
+
+import distmeta
+from distmeta.job import Job
+from distmeta.runtime.problem import build
+from distmeta.runtime.server import ParameterServer
+from distmeta.seeding import torch_generator
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+@pytest.mark.parametrize("kind", ["mlp", "conv4"])
+def test_a_constant_rate_is_maml(kind: str, first_order: bool) -> None:
+    options = {"inner_lr": 0.125, "inner_steps": 3, "first_order": first_order}  # exact in a learned float32
+    ours = gradient(setting({"type": "meta-sgd", **options}, kind))
+    theirs = maml(kind, **options)
+    assert set(ours) == set(theirs) | {name.replace("model.", "inner_lr.") for name in theirs}
+    assert distance(ours, theirs) <= 1e-12
+    assert all(bool(value.any()) for value in ours.values())
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv4"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+def test_gradient_equals_highers(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Rates of every size and sign, given to higher as one parameter group's rate each."""
+    higher = pytest.importorskip("higher")
+    s = setting({"type": "meta-sgd", "inner_lr": 0.05, "inner_steps": 3}, kind, dtype)
+    s = s._replace(theta=noisy(s.theta, prefix="inner_lr."))
+    net = s.problem.model.module
+    rates = {name: s.theta["inner_lr." + name].clone().requires_grad_() for name, _ in net.named_parameters()}
+    assert any(bool((rate < 0).any()) for rate in rates.values())
+    inner = torch.optim.SGD([{"params": [p]} for p in net.parameters()], lr=1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # higher's
+        for x_s, y_s, x_q, y_q in tasks(s.episodes):
+            with higher.innerloop_ctx(
+                net, inner, copy_initial_weights=False, override={"lr": list(rates.values())}
+            ) as (fnet, optimizer):
+                for _ in range(3):
+                    optimizer.step(loss(fnet(x_s), y_s))
+                loss(fnet(x_q), y_q).backward()
+    theirs = {"model." + name: p.grad for name, p in net.named_parameters()}
+    theirs |= {"inner_lr." + name: rate.grad for name, rate in rates.items()}
+    ours = gradient(s)
+    assert distance(ours, theirs) <= tolerance
+    for name, value in theirs.items():
+        assert distance({name: ours[name]}, {name: value}) <= 10 * tolerance
+
+
+def test_rates_start_as_one_draw_of_the_papers_interval() -> None:
+    algorithm = build(Job.parse(tree("meta-sgd"))).algorithm
+
+    def first(seed: int) -> torch.Tensor:
+        theta = algorithm.init(torch_generator(seed, "init"))
+        return torch.cat([v.flatten() for name, v in theta.items() if name.startswith("inner_lr.")])
+
+    values = [first(seed) for seed in range(20)]
+    assert all(len(value.unique()) == 1 for value in values)
+    assert all(0.005 <= float(value[0]) <= 0.1 for value in values)
+    assert len({float(value[0]) for value in values}) == 20
+    assert torch.equal(first(3), first(3))
+
+
+def test_the_rates_have_an_outer_rate_of_their_own() -> None:
+    outer = {"optimizer": "sgd", "lr": 1.0, "rates": {"inner_lr.*": 0.01}}
+    s = setting({"type": "meta-sgd", "inner_lr": 0.05}, dtype=torch.float32)
+    job = Job.parse(tree("meta-sgd", outer=outer))
+    server = ParameterServer(s.theta, job.outer)
+    moved = gradient(s)
+    server.step(server.layout.flatten(moved))
+    for name, value in server.theta().items():
+        rate = 0.01 if name.startswith("inner_lr.") else 1.0
+        torch.testing.assert_close(value, s.theta[name] - rate * moved[name])
+
+
+@pytest.mark.parametrize("head", ["shared", "prototype"])
+def test_a_head_with_free_ways_has_one_row_of_rates(head: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    s = setting({"type": "meta-sgd", "inner_lr": 0.05, "inner_steps": 2}, "conv4", head=head)
+    assert s.theta["inner_lr.head.weight"].shape == (1, 8)
+    assert s.theta["inner_lr.head.bias"].shape == (1,)
+    assert distance(gradient(s), gradient(s, execution=VMAP)) <= 1e-9
+    job = tree({"type": "meta-sgd"}, model={"type": "mlp", "hidden": [16], "head": head})
+    job["tasks"] = {"type": "digits", "ways": 3, "shots": 2, "queries": 3}
+    run = distmeta.train(Job.parse(job)).run
+    for ways in (2, 5):
+        figures = distmeta.evaluate(run, [f"tasks.ways={ways}", "run.eval_tasks=4"]).figures
+        assert figures["loss_after"] is not None
