@@ -15,8 +15,6 @@ import argparse
 import copy
 import dataclasses
 import math
-import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,14 +25,11 @@ import peers
 import report
 import torch
 import torch.nn.functional as F
+from training import nearest_neighbour, said, scores, trained
 
-import distmeta
-from distmeta.compute.flat import Layout
 from distmeta.compute.numerics import numerics
 from distmeta.core import Theta
 from distmeta.job import Job
-from distmeta.runtime.driver import Silent, evaluate_tasks
-from distmeta.runtime.pool import LocalPool
 from distmeta.runtime.problem import Problem, build
 from distmeta.seeding import task_ids
 
@@ -43,39 +38,6 @@ TEST_DIGITS = ([7, 8, 9], [0, 1, 2], [3, 4, 5])
 """The splits of `digits`, set down before the first run."""
 FINE_TUNING_RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 """The grid that the pre-trained network's rate is chosen from, on validation tasks."""
-
-
-class Progress(Silent):
-    """Says now and then how far a training is."""
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        if record["step"] % 100 == 0:
-            said(f"  step {record['step']}: loss {record['loss_after']:.4f}")
-
-
-def said(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def trained(job: Job) -> tuple[Problem, Theta, float]:
-    """distmeta's training, as a user starts it: the problem, the last theta, the seconds it took."""
-    with tempfile.TemporaryDirectory() as folder:
-        tree = job.tree() | {"output": folder, "tracking": {"type": "none"}}
-        quiet = Job.parse(tree).replace(run={"eval_every": 0, "checkpoint_every": 0})
-        started = time.perf_counter()
-        run = distmeta.train(quiet, reporter=Progress()).run
-        seconds = time.perf_counter() - started
-        learner = distmeta.load(run)
-    return learner.problem, learner.theta, seconds
-
-
-def scores(problem: Problem, theta: Theta, metric: str, split: str, tasks: int, steps: int) -> np.ndarray:
-    """The metric of each task after 0 … `steps` inner steps, [tasks, steps + 1], by distmeta's evaluation."""
-    layout = Layout.of(theta)
-    pool = LocalPool(problem, layout)
-    flat = layout.flatten(theta)
-    results = evaluate_tasks(problem, pool, flat, split, tasks, lambda: None, steps)
-    return np.concatenate([result.metrics[f"{metric}_curve"] for result in results])
 
 
 # omniglot
@@ -196,13 +158,6 @@ def one_split(given: argparse.Namespace, held_out: Sequence[int]) -> dict[str, A
         "seconds_training": seconds,
         "job": job.tree(),
     }
-
-
-def nearest_neighbour(problem: Problem, tasks: int) -> np.ndarray:
-    """Accuracy of each test task by the label of the nearest support image (Euclidean, raw pixels)."""
-    support, query = problem.family.draw("test", task_ids(problem.job.seed, "test", 0, tasks))
-    nearest_TQ = torch.cdist(query.x.flatten(2), support.x.flatten(2)).argmin(-1)
-    return (support.y.gather(1, nearest_TQ) == query.y).double().mean(1).numpy()
 
 
 def mean_of(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
