@@ -210,7 +210,7 @@ def _evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[
     """
     asked = override({}, overrides)
     kept = [text for text in overrides if not text.startswith("algorithm.inner_steps=")]
-    for key in ("ways", "shots", "queries"):
+    for key in ("ways", "shots", "queries", "support_domain", "query_domain"):
         if (
             f"eval_{key}" in tree["tasks"]
         ):  # evaluation's own: the head keeps the ways that it was trained with

@@ -9,9 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distmeta.algorithms.inner import begin_phi
-from distmeta.algorithms.maml_plus_plus import NORMS
-from distmeta.algorithms.meta_sgd import whole_shape
+from distmeta.algorithms.inner import NORMS, begin_phi, whole_shape
 from distmeta.core import InputError, Model, Score, Theta, nearest
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

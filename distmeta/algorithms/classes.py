@@ -46,3 +46,42 @@ def class_means(features_SF: Tensor, y: Tensor, ways: int) -> tuple[Tensor, Tens
 def without_absent(logits_QW: Tensor, counts_W: Tensor) -> Tensor:
     """The logits, those of classes without a support row as good as −∞."""
     return logits_QW.masked_fill(counts_W == 0, torch.finfo(logits_QW.dtype).min / 2)
+
+
+def only(mask: Tensor, values: Tensor) -> Tensor:
+    """The values, as good as −∞ where the mask does not hold."""
+    return torch.where(mask, values, torch.finfo(values.dtype).min / 2)
+
+
+def feature_size(model: Model, given: int | None = None) -> int:
+    """Length of the model's features: `given`, or what enters its linear head.
+
+    Raises:
+        InputError: not given, and the model has no linear head.
+    """
+    if given is not None:
+        return given
+    if not model.head:
+        raise InputError(
+            f"algorithm.features: missing, expected the length of what {type(model.module).__name__} puts out "
+            "(it has no linear head to tell)"
+        )
+    return model.module.get_parameter(model.head[0].removeprefix("model.")).shape[1]
+
+
+def squared_distances(a_NF: Tensor, b_MF: Tensor) -> Tensor:
+    """‖a − b‖² of every pair of rows, [N, M].
+
+    From the differences: ‖a‖² − 2a·b + ‖b‖² cancels where rows are near each other and far from zero.
+    """
+    return (a_NF[:, None] - b_MF).square().sum(-1)
+
+
+def cosines(a_NF: Tensor, b_MF: Tensor) -> Tensor:
+    """Cosine of the angle between every pair of rows, [N, M]; 0 for a row of zeros."""
+    return _unit(a_NF) @ _unit(b_MF).T
+
+
+def _unit(rows_NF: Tensor) -> Tensor:
+    """Rows of length 1. The small term keeps the gradient of a row of zeros finite."""
+    return rows_NF * (rows_NF.square().sum(-1, keepdim=True) + 1e-12).rsqrt()

@@ -12,9 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.classes import class_means, features_of_both, required_ways, without_absent
-from distmeta.algorithms.matching import only
-from distmeta.algorithms.protonet import squared_distances
+from distmeta.algorithms.classes import (
+    class_means,
+    features_of_both,
+    only,
+    required_ways,
+    squared_distances,
+    without_absent,
+)
 from distmeta.core import PADDING, Batch, Model, Score, Theta
 
 LOG_SIGMA = "cluster.log_sigma"

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distmeta.core import InputError, Model, Score, Theta, nearest, ways_of
@@ -16,6 +16,9 @@ from distmeta.core import InputError, Model, Score, Theta, nearest, ways_of
 OptimizerName = Literal["sgd", "momentum", "adam"]
 Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
 BETAS = [0.9, 0.999]
+
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 class Adapting(NamedTuple):
@@ -103,6 +106,22 @@ def adapted_names(model: Model, adapt: str) -> tuple[str, ...]:
             f"{nearest(adapt, known)}"
         )
     return chosen
+
+
+def rate_of(name: str) -> str:
+    """The key of a parameter's learned rate: `inner_lr.<parameter>`."""
+    return "inner_lr." + name.removeprefix("model.")
+
+
+def shapes_for_any_ways(model: Model, theta: Theta, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes of phi's entries, but one row for all classes in a head with free ways, which broadcasts."""
+    rows = {name: (1, *whole_shape(model, name)[1:]) for name in names}
+    return {name: tuple(theta[name].shape) if name in theta else rows[name] for name in names}
+
+
+def whole_shape(model: Model, name: str) -> tuple[int, ...]:
+    """A parameter's shape in the module itself."""
+    return tuple(model.module.get_parameter(name.removeprefix("model.")).shape)
 
 
 def support_gradient(

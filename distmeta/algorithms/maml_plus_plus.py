@@ -7,13 +7,11 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
-from distmeta.algorithms.inner import adapted_names, begin_phi, support_gradient
-from distmeta.algorithms.meta_sgd import rate_of
+from distmeta.algorithms.inner import NORMS, adapted_names, begin_phi, rate_of, support_gradient
 from distmeta.core import Episode, InputError, Metrics, Model, Score, Theta, Unroll, support_at
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 SMALLEST_WEIGHT = 0.03
 """Of a step's loss before the last while the weights are annealed, times 1/K: the authors' code."""
 

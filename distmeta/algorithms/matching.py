@@ -11,9 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.classes import features_of_both, without_absent
-from distmeta.algorithms.protonet import cosines, initial_scale, scale_in
-from distmeta.core import PADDING, Batch, InputError, Model, Score, Theta, one_hot, select, ways_of
+from distmeta.algorithms.classes import cosines, feature_size, features_of_both, only, without_absent
+from distmeta.algorithms.protonet import initial_scale, scale_in
+from distmeta.core import PADDING, Batch, Model, Score, Theta, one_hot, select, ways_of
 
 
 class MatchingNet:
@@ -92,11 +92,6 @@ class MatchingNet:
         return without_absent(log_p_QW, classes_WS.sum(1))
 
 
-def only(mask: Tensor, values: Tensor) -> Tensor:
-    """The values, as good as −∞ where the mask does not hold."""
-    return torch.where(mask, values, torch.finfo(values.dtype).min / 2)
-
-
 def context_of_support(theta: Theta, features_SF: Tensor, real_S: Tensor) -> Tensor:
     """g(x_i, S) = →h_i + ←h_i + g'(x_i), by an LSTM in either direction; padding leaves their states alone (A.2)."""
 
@@ -138,19 +133,3 @@ def _lstm(theta: Theta, name: str, x: Tensor, h: Tensor, c: Tensor) -> tuple[Ten
     write, keep, value, show = gates.chunk(4, -1)
     c = keep.sigmoid() * c + write.sigmoid() * value.tanh()
     return show.sigmoid() * c.tanh(), c
-
-
-def feature_size(model: Model, given: int | None = None) -> int:
-    """Length of the model's features: `given`, or what enters its linear head.
-
-    Raises:
-        InputError: not given, and the model has no linear head.
-    """
-    if given is not None:
-        return given
-    if not model.head:
-        raise InputError(
-            f"algorithm.features: missing, expected the length of what {type(model.module).__name__} puts out "
-            "(it has no linear head to tell)"
-        )
-    return model.module.get_parameter(model.head[0].removeprefix("model.")).shape[1]

@@ -9,8 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.inner import adapted_names, begin_phi, support_gradient
-from distmeta.algorithms.meta_sgd import rate_of, shapes_for_any_ways, whole_shape
+from distmeta.algorithms.inner import (
+    adapted_names,
+    begin_phi,
+    rate_of,
+    shapes_for_any_ways,
+    support_gradient,
+    whole_shape,
+)
 from distmeta.core import Model, Score, Theta, select
 
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.inner import adapted_names, begin_phi, support_gradient
+from distmeta.algorithms.inner import adapted_names, begin_phi, rate_of, shapes_for_any_ways, support_gradient
 from distmeta.core import Model, Score, Theta
 
 SMALLEST, LARGEST = 0.005, 0.1
@@ -62,19 +62,3 @@ class MetaSGD:
 
     def predict(self, theta: Theta, phi: Theta, x: Tensor) -> Tensor:
         return self.model(phi, x)
-
-
-def rate_of(name: str) -> str:
-    """The key of a parameter's learned rate: `inner_lr.<parameter>`."""
-    return "inner_lr." + name.removeprefix("model.")
-
-
-def shapes_for_any_ways(model: Model, theta: Theta, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
-    """Shapes of phi's entries, but one row for all classes in a head with free ways, which broadcasts."""
-    rows = {name: (1, *whole_shape(model, name)[1:]) for name in names}
-    return {name: tuple(theta[name].shape) if name in theta else rows[name] for name in names}
-
-
-def whole_shape(model: Model, name: str) -> tuple[int, ...]:
-    """A parameter's shape in the module itself."""
-    return tuple(model.module.get_parameter(name.removeprefix("model.")).shape)

@@ -12,7 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.classes import class_means, features_of_both, required_ways, without_absent
+from distmeta.algorithms.classes import (
+    class_means,
+    cosines,
+    features_of_both,
+    required_ways,
+    squared_distances,
+    without_absent,
+)
 from distmeta.core import Batch, Model, Score, Theta
 
 LOG_SCALE = "metric.log_scale"
@@ -68,24 +75,6 @@ class ProtoNet:
         else:
             nearness_QW = cosines(features_QF, prototypes_WF) - 1
         return without_absent(scale_in(theta, self.scale) * nearness_QW, counts_W)
-
-
-def squared_distances(a_NF: Tensor, b_MF: Tensor) -> Tensor:
-    """‖a − b‖² of every pair of rows, [N, M].
-
-    From the differences: ‖a‖² − 2a·b + ‖b‖² cancels where rows are near each other and far from zero.
-    """
-    return (a_NF[:, None] - b_MF).square().sum(-1)
-
-
-def cosines(a_NF: Tensor, b_MF: Tensor) -> Tensor:
-    """Cosine of the angle between every pair of rows, [N, M]; 0 for a row of zeros."""
-    return _unit(a_NF) @ _unit(b_MF).T
-
-
-def _unit(rows_NF: Tensor) -> Tensor:
-    """Rows of length 1. The small term keeps the gradient of a row of zeros finite."""
-    return rows_NF * (rows_NF.square().sum(-1, keepdim=True) + 1e-12).rsqrt()
 
 
 def initial_scale(scale: float, learned: bool) -> Theta:

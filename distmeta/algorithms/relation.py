@@ -12,8 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.classes import class_means, features_of_both, required_ways, without_absent
-from distmeta.algorithms.matching import feature_size
+from distmeta.algorithms.classes import (
+    class_means,
+    feature_size,
+    features_of_both,
+    required_ways,
+    without_absent,
+)
 from distmeta.core import PADDING, Batch, Episode, Metrics, Model, Score, Theta, Unroll, one_hot
 
 

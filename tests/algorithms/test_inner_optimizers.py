@@ -90,16 +90,20 @@ def test_adam_has_no_nan_where_a_gradient_is_zero(execution: Execution) -> None:
     assert bool((result.gradient["model.1.weight"][8:] != 0).any())
 
 
-def test_momentum_meta_gradient_equals_torchopts() -> None:
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_meta_gradient_equals_torchopts(name: str) -> None:
     import torchopt
 
-    problem, theta, episodes, ids = setting("momentum")
+    problem, theta, episodes, ids = setting(name)
     ours = shard_gradient(problem.algorithm, problem.score("train"), theta, episodes, ids, LOOP).gradient
     module = problem.model.module
     with torch.no_grad():
         for key, parameter in module.named_parameters():
             parameter.copy_(theta["model." + key])
-    optimizer = torchopt.MetaSGD(module, lr=0.03, momentum=0.8)
+    if name == "momentum":
+        optimizer = torchopt.MetaSGD(module, lr=0.03, momentum=0.8)
+    else:
+        optimizer = torchopt.MetaAdam(module, lr=0.03, betas=(0.7, 0.95), eps=1e-3)
     start = [torchopt.extract_state_dict(part, by="reference") for part in (module, optimizer)]
     parameters = dict(module.named_parameters())
     for t in range(3):
@@ -110,7 +114,8 @@ def test_momentum_meta_gradient_equals_torchopts() -> None:
             torchopt.recover_state_dict(part, state)
     theirs = torch.cat([p.grad.flatten() for p in parameters.values()])
     own = torch.cat([ours["model." + key].flatten() for key in parameters])
-    assert float((own - theirs).norm() / theirs.norm()) <= 1e-10
+    # torchopt keeps the bias corrections of Adam in float32
+    assert float((own - theirs).norm() / theirs.norm()) <= (1e-6 if name == "adam" else 1e-10)
 
 
 @pytest.mark.parametrize(("adapt", "moved"), [("head", {"5"}), ("body", {"1", "3"}), ("3.*", {"3"})])
