@@ -62,12 +62,12 @@ SETTINGS: dict[str, list[str]] = {
     "hypernet": SMALL,
     "protonet": ["run.tasks_per_step=1", "run.shards=1", "outer.lr=2.0e-3", "tasks.ways=20"],
     "matching": ["run.tasks_per_step=4", "run.shards=1", "outer.lr=2.0e-3"],
-    "relation": SMALL,
+    "relation": [*SMALL, "tasks.queries=15"],
     "imp": SMALL,
     "lstm": SMALL,
-    "mann": SMALL,
-    "ntm": SMALL,
-    "dnc": SMALL,
+    "mann": [*SMALL, "model={type: conv4, width: 32, pool: stride}"],
+    "ntm": [*SMALL, "model={type: conv4, width: 32, pool: stride}"],
+    "dnc": [*SMALL, "model={type: conv4, width: 32, pool: stride}"],
     "snail": SMALL,
 }
 """What a short run changes in each method's job."""

@@ -86,6 +86,8 @@ class Model(Protocol):
 
     head: tuple[str, ...]
     """Keys of the last linear layer in theta; empty where there is none."""
+    head_init: str
+    """How a task's head starts: `linear`, `shared` or `prototype`."""
     adaptable: tuple[str, ...]
     """The keys of phi: what an inner loop may move."""
     module: torch.nn.Module

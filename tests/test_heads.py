@@ -121,6 +121,11 @@ def test_a_free_head_needs_classes() -> None:
         problem.algorithm.begin(problem.init(), support)
 
 
+def test_a_shared_head_that_is_not_adapted() -> None:
+    with pytest.raises(InputError, match=r"model\.head: got shared with algorithm\.adapt = 'body'"):
+        build(job({"type": "maml", "adapt": "body"}, head="shared"))
+
+
 def test_tasks_of_different_sizes() -> None:
     problem = build(job(ways=5, shots=4, min_ways=2, min_shots=1, unbalanced=True))
     ids = task_ids(0, "train", 0, 200)

@@ -91,7 +91,7 @@ def adapted_names(model: Model, adapt: str) -> tuple[str, ...]:
     """Keys of the parameters that an inner loop moves: `all`, `head`, `body`, or a glob over parameter names.
 
     Raises:
-        InputError: it matches none.
+        InputError: it matches none, or leaves a shared head alone.
     """
     names = model.adaptable
     if adapt in ("head", "body"):
@@ -104,6 +104,11 @@ def adapted_names(model: Model, adapt: str) -> tuple[str, ...]:
         raise InputError(
             f"algorithm.adapt: got {adapt!r}, which matches no parameter, expected all, head, body or a glob; "
             f"{nearest(adapt, known)}"
+        )
+    if model.head_init == "shared" and not set(model.head) & set(chosen):
+        raise InputError(
+            f"model.head: got shared with algorithm.adapt = {adapt!r}, which leaves the head as it is, so that all "
+            "classes would stay alike: expected linear or prototype"
         )
     return chosen
 

@@ -145,7 +145,7 @@ def _group_before(algorithm: Algorithm, score: Score, theta: Theta, group: Episo
 
 def _finite_groups(parts: Theta) -> Tensor:
     """Which groups have a finite gradient, bool [groups]."""
-    return torch.stack([torch.isfinite(value).flatten(1).all(1) for value in parts.values()]).all(0)
+    return torch.stack([torch.isfinite(v).reshape(len(v), -1).all(1) for v in parts.values()]).all(0)
 
 
 def _column(mask: Tensor, value: Tensor) -> Tensor:

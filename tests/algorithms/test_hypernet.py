@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from distmeta.algorithms.hypernet import Hypernet
 from distmeta.compute.shard import Execution, score_tasks
 from distmeta.compute.unroll import unroll
-from distmeta.core import Batch, Episode, InputError, Theta
+from distmeta.core import Algorithm, Batch, Episode, InputError, Theta
 from distmeta.job import Job
 from distmeta.runtime.problem import Problem, build, with_score
 from distmeta.seeding import task_ids
@@ -38,7 +38,7 @@ REGRESSION = {
 }
 
 
-def outputs(algorithm: Hypernet, theta: Theta, support: Batch, x: Tensor) -> Tensor:
+def outputs(algorithm: Algorithm, theta: Theta, support: Batch, x: Tensor) -> Tensor:
     return algorithm.predict(theta, unroll(algorithm, theta, support), x)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from distmeta.algorithms.snail import SNAIL, dense
-from distmeta.core import Batch, Episode, InputError, Theta
+from distmeta.core import Algorithm, Batch, Episode, InputError, Theta
 from distmeta.job import Job
 from distmeta.runtime.problem import Problem, build, with_score
 from distmeta.seeding import task_ids
@@ -36,7 +36,7 @@ def setting(changes: dict[str, Any] = CLASSES, **options: Any) -> tuple[Problem,
     return problem, problem.algorithm, theta, episode
 
 
-def outputs(algorithm: SNAIL, theta: Theta, support: Batch, x: Tensor) -> Tensor:
+def outputs(algorithm: Algorithm, theta: Theta, support: Batch, x: Tensor) -> Tensor:
     return algorithm.predict(theta, algorithm.begin(theta, support), x)
 
 
