@@ -66,7 +66,22 @@ def feature_size(model: Model, given: int | None = None) -> int:
             f"algorithm.features: missing, expected the length of what {type(model.module).__name__} puts out "
             "(it has no linear head to tell)"
         )
-    return model.module.get_parameter(model.head[0].removeprefix("model.")).shape[1]
+    return head_shape(model, "")[1]
+
+
+def head_shape(model: Model, method: str) -> tuple[int, int]:
+    """(outputs, features) of the model's last linear layer.
+
+    Raises:
+        InputError: it has none.
+    """
+    if not model.head:
+        raise InputError(
+            f"model.type: got {type(model.module).__name__}, which has no last linear layer, expected one: it tells "
+            f"{method} the outputs and the features"
+        )
+    outputs, features = model.module.get_parameter(model.head[0].removeprefix("model.")).shape
+    return outputs, features
 
 
 def squared_distances(a_NF: Tensor, b_MF: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ import torch.nn.functional as functional
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.classes import class_means, without_absent
+from distmeta.algorithms.classes import class_means, head_shape, without_absent
 from distmeta.algorithms.inner import adapted_names
-from distmeta.core import Batch, InputError, Model, Score, Theta, select, ways_of
+from distmeta.core import Batch, Model, Score, Theta, select, ways_of
 
 
 class Emitted(NamedTuple):
@@ -64,19 +64,14 @@ class Hypernet:
         inner_lr: Annotated[float, Field(gt=0)] = 0.1,
         adapt: str = "head",
     ):
-        if not model.head:
-            raise InputError(
-                f"model.type: got {type(model.module).__name__}, which has no last linear layer, expected one for "
-                "hypernet to emit"
-            )
         self.model, self.score = model, score
+        self.shape = head_shape(model, "hypernet")
         self.hidden, self.inner_steps, self.inner_lr = hidden, inner_steps, inner_lr
         self.names = adapted_names(model, adapt) if inner_steps > 0 else ()
 
     def init(self, generator: torch.Generator) -> Theta:
         theta = self.model.init_body()
-        head = self.model.module.get_parameter(self.model.head[0].removeprefix("model."))
-        targets, features = head.shape
+        targets, features = self.shape
         row = features + len(self.model.head) - 1  # a head may lack a bias
         hidden = self.hidden or features
         if ways_of(self.score) is None:

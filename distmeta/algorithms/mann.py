@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from distmeta.algorithms.classes import features_of_both
+from distmeta.algorithms.classes import features_of_both, head_shape
 from distmeta.algorithms.memories import Memory
 from distmeta.algorithms.memory_dnc import dnc
 from distmeta.algorithms.memory_lrua import lrua
@@ -109,11 +109,6 @@ class MANN:
         sequence: Size | None = None,
         sequential: bool = False,
     ):
-        if not model.head:
-            raise InputError(
-                f"model.type: got {type(model.module).__name__}, which has no last linear layer, expected one: its "
-                "outputs tell mann the classes or targets"
-            )
         if reads > slots:
             raise InputError(f"algorithm.reads: got {reads}, expected at most algorithm.slots = {slots}")
         if sequential and sequence is not None:
@@ -122,7 +117,7 @@ class MANN:
                 "leave one out"
             )
         self.model, self.score = model, score
-        self.outputs, self.inputs = model.module.get_parameter(model.head[0].removeprefix("model.")).shape
+        self.outputs, self.inputs = head_shape(model, "mann")
         self.controller, self.read = controller, reads * width
         self.options = (memory, slots, width, reads, decay, shift)
         self.sequence, self.sequential = sequence, sequential

@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.classes import features_of_both
-from distmeta.core import PADDING, Batch, InputError, Model, Score, Theta, one_hot, ways_of
+from distmeta.algorithms.classes import features_of_both, head_shape
+from distmeta.core import PADDING, Batch, Model, Score, Theta, one_hot, ways_of
 
 Size = Annotated[int, Field(ge=1)]
 Attention = Annotated[list[Annotated[list[Size], Field(min_length=2, max_length=2)]], Field(min_length=1)]
@@ -62,19 +62,14 @@ class SNAIL:
         attention: Attention = OMNIGLOT,
         embedding: Size = 64,
     ):
-        if not model.head:
-            raise InputError(
-                f"model.type: got {type(model.module).__name__}, which has no last linear layer, expected one: its "
-                "outputs tell snail the classes"
-            )
         self.model, self.score = model, score
+        self.shape = head_shape(model, "snail")
         self.layers = math.ceil(math.log2(length))
         self.filters, self.attention, self.embedding = filters, attention, embedding
 
     def init(self, generator: torch.Generator) -> Theta:
         theta = self.model.init_body()
-        head = self.model.module.get_parameter(self.model.head[0].removeprefix("model."))
-        outputs, features = head.shape
+        outputs, features = self.shape
 
         def linear(name: str, fan_in: int, fan_out: int) -> None:
             bound = fan_in**-0.5  # torch.nn.Linear's own

@@ -21,6 +21,7 @@ class Line:
     """y = w x: one parameter, so that an inner step on one point is w (1 − 2αx²) + 2αxy."""
 
     adaptable = ("model.w",)
+    head_init = "linear"
     head = ()
 
     def __call__(self, phi, x):

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import ALGORITHMS, tree
+from hosts import Host, HostPool
 
 import distmeta
 import distmeta.core
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
+from distmeta.runtime import driver
 from distmeta.runtime.driver import Silent
 
 RUN = {"steps": 20, "eval_every": 10, "eval_tasks": 30}
@@ -32,7 +36,7 @@ CASES = {name: tree(name, run=RUN) for name in ALGORITHMS} | {
 }
 
 EVERY_NUMBER = ("maml", "reptile", "contrastive")
-"""Cases that meet one, two and four workers; an actor takes seconds to start, so the others meet two."""
+"""Algorithms that meet one, two and four Ray workers."""
 
 
 def trained(job: dict[str, Any], **run: Any) -> Path:
@@ -60,14 +64,36 @@ class Flag(Silent):
         self.path.touch()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name in EVERY_NUMBER or name not in ALGORITHMS])
 def test_any_number_of_workers(name: str, workplace: Path, cluster: None) -> None:
     alone = trained(CASES[name], workers=0)
     assert [row["step"] for row in lines(alone)] == list(range(1, 21))
-    for workers in (1, 2, 4) if name in EVERY_NUMBER else (2,):
+    for workers in (1, 2, 4) if name in EVERY_NUMBER else (3,):
         run = trained(CASES[name], workers=workers)
         assert bits(run) == bits(alone), workers
         assert lines(run) == lines(alone)
+
+
+@pytest.fixture(scope="module")
+def hosts(cluster: None) -> Iterator[list[Any]]:
+    import ray
+
+    actors = [ray.remote(Host).options(num_cpus=1).remote() for _ in range(2)]
+    yield actors
+    for actor in actors:
+        ray.kill(actor)
+
+
+@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in EVERY_NUMBER])
+def test_in_other_processes(
+    name: str, workplace: Path, hosts: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every algorithm's numbers are those of this process, in two others; RayPool's own ways are tested above."""
+    alone = trained(CASES[name])
+    monkeypatch.setattr(driver, "open_pool", partial(HostPool, hosts))
+    run = trained(CASES[name])
+    assert bits(run) == bits(alone)
+    assert lines(run) == lines(alone)
 
 
 @pytest.mark.parametrize("name", CASES)
