@@ -43,7 +43,8 @@ class NumericsError(ArithmeticError):
 class Batch(NamedTuple):
     """Examples of one task: `x` [N, ...], `y` [N] class indices or [N, D] targets.
 
-    Where tasks differ in size, class indices of `PADDING` mark rows that fill a smaller task up; they count nowhere.
+    Where tasks differ in size, class indices of `PADDING` mark rows that fill a smaller task up; they
+    count nowhere but in the statistics of a batch norm.
     """
 
     x: Tensor

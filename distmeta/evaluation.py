@@ -135,6 +135,9 @@ class Learner:
         if not y.is_floating_point():
             classes, y = torch.unique(y, return_inverse=True)
             algorithm = _with_ways(self.problem, len(classes))
+        if steps and algorithm.inner_steps == 0:
+            kind = self.problem.job.algorithm.type
+            raise InputError(f"steps: got {steps}, but {kind} has no inner loop: leave it out")
         steps = self.steps if steps is None else steps
         with self._ready():
             state = detached(unroll(algorithm, self.theta, Batch(x, y), steps, detach=True))

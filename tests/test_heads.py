@@ -104,7 +104,8 @@ def test_a_prototype_head_is_the_nearest_mean() -> None:
 @pytest.mark.parametrize("head", ["shared", "prototype"])
 @pytest.mark.parametrize("kind", ["maml", "reptile", "imaml"])
 def test_free_heads_under_vmap_and_loop(kind: str, head: str) -> None:
-    problem = build(job({"type": kind, "inner_lr": 0.1, "inner_steps": 3}, head))
+    plain = {"inner_optimizer": "sgd"} if kind == "reptile" else {}
+    problem = build(job({"type": kind, "inner_lr": 0.1, "inner_steps": 3, **plain}, head))
     drawn, ids = episode(problem)
     theta, score = problem.init(), problem.score("train")
     loop, vmap = (
@@ -199,3 +200,38 @@ def test_a_random_order_is_the_same_episode_shuffled() -> None:
 def test_training_on_tasks_of_different_sizes(workplace: Path) -> None:
     run = distmeta.train(job(head="shared", ways=5, shots=3, min_ways=2, min_shots=1, unbalanced=True)).run
     assert distmeta.evaluate(run).figures["accuracy_after"] is not None
+
+
+def test_a_shared_head_with_adam_inside_is_refused() -> None:
+    """Its classes start alike: Adam would make full steps of rounding noise."""
+    for kind in ("maml", "reptile"):
+        with pytest.raises(
+            InputError, match=r"algorithm\.inner_optimizer: got adam with model\.head: shared"
+        ):
+            build(job({"type": kind, "inner_lr": 0.01, "inner_optimizer": "adam"}, head="shared"))
+
+
+@pytest.mark.parametrize("kind", ["reptile", "lstm"])
+def test_minibatches_leave_padding_out(kind: str) -> None:
+    """With unbalanced shots a batch of rows in order could be padding alone: no loss, not a number."""
+    algorithm = {"type": kind, "inner_batch": 5, "inner_steps": 3}
+    problem = build(job(algorithm, ways=5, shots=3, min_shots=1))
+    drawn, ids = episode(problem)
+    assert bool((drawn.support.y == PADDING).any())
+    theta, score = problem.init(), problem.score("train")
+    results = [shard_gradient(problem.algorithm, score, theta, drawn, ids, e) for e in (LOOP, VMAP)]
+    assert all(result.tasks == 6 for result in results)
+    with pytest.raises(
+        InputError, match=r"algorithm\.inner_batch: got 5 with tasks\.min_ways, expected null"
+    ):
+        build(job(algorithm, ways=5, shots=3, min_ways=2))
+
+
+@pytest.mark.parametrize("kind", ["mann", "snail"])
+def test_fixed_outputs_refuse_more_classes_and_steps(kind: str, workplace: Path) -> None:
+    run = distmeta.train(job({"type": kind}, order="random")).run
+    x, y = (part[0] for part in episode(build(job(ways=6)), "test")[0].support)
+    with pytest.raises(InputError, match=r"ways: got 6, expected at most 3 \(the outputs that"):
+        distmeta.load(run).adapt(x, y)
+    with pytest.raises(InputError, match=r"steps: got 2, but .* has no inner loop"):
+        distmeta.load(run).adapt(x[:3], y[:3], steps=2)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distmeta.algorithms.inner import NORMS, begin_phi, whole_shape
+from distmeta.algorithms.inner import NORMS, begin_phi
 from distmeta.core import InputError, Model, Score, Theta, nearest
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -68,7 +68,7 @@ class CAVIA:
         self.inner_lr, self.inner_steps, self.first_order = inner_lr, inner_steps, first_order
         self.context = context
         own = model.init(torch.Generator())
-        if any(name in own and tuple(own[name].shape) != whole_shape(model, name) for name in model.head):
+        if model.head_init == "shared":
             raise InputError(
                 "model.head: got shared for cavia, which does not adapt the head, so that all classes would stay "
                 "alike: expected linear or prototype"

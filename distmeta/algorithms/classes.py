@@ -84,6 +84,16 @@ def head_shape(model: Model, method: str) -> tuple[int, int]:
     return outputs, features
 
 
+def check_ways(score: Score, outputs: int, method: str) -> None:
+    """Refuses tasks of more classes than a method with fixed outputs was trained with."""
+    ways = ways_of(score) or 0
+    if ways > outputs:
+        raise InputError(
+            f"ways: got {ways}, expected at most {outputs} (the outputs that {method} was trained with): train with "
+            "tasks.ways of at least the ways asked"
+        )
+
+
 def squared_distances(a_NF: Tensor, b_MF: Tensor) -> Tensor:
     """‖a − b‖² of every pair of rows, [N, M].
 

@@ -67,7 +67,8 @@ class Hypernet:
         self.model, self.score = model, score
         self.shape = head_shape(model, "hypernet")
         self.hidden, self.inner_steps, self.inner_lr = hidden, inner_steps, inner_lr
-        self.names = adapted_names(model, adapt) if inner_steps > 0 else ()
+        names = adapted_names(model, adapt)
+        self.names = names if inner_steps > 0 else ()
 
     def init(self, generator: torch.Generator) -> Theta:
         theta = self.model.init_body()

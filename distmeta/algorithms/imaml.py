@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.algorithms.inner import begin_phi, support_gradient
-from distmeta.core import Episode, Metrics, Model, Score, Theta, Unroll, query_loss
+from distmeta.core import Episode, Metrics, Model, Score, Theta, Unroll, query_loss, support_at
 
 
 class IMAML:
@@ -71,15 +71,16 @@ class IMAML:
     ) -> tuple[Tensor, Metrics]:
         fixed = {name: value.detach() for name, value in theta.items()}
         phi = unroll(self, fixed, episode.support, detach=True)
+        support = support_at(episode.support, self.inner_steps - 1)
 
         def loss_at(p: Theta) -> tuple[Tensor, Metrics]:
             return query_loss(self, fixed, episode, lambda *_: p, score)
 
         query_gradient, metrics = torch.func.grad(loss_at, has_aux=True)(phi)
 
-        hessian_product = torch.func.vjp(
-            lambda p: support_gradient(self.model, self.score, p, episode.support), phi
-        )[1]
+        hessian_product = torch.func.vjp(lambda p: support_gradient(self.model, self.score, p, support), phi)[
+            1
+        ]
 
         def matvec(v: Theta) -> Theta:
             (hessian_v,) = hessian_product(
@@ -88,7 +89,7 @@ class IMAML:
             return {name: (1 + self.cg_damping) * v[name] + hessian_v[name] / self.lam for name in v}
 
         v = conjugate_gradients(matvec, query_gradient, self.cg_steps)
-        start = self.begin(theta, episode.support)  # theta, but for a shared head
+        start = self.begin(theta, support)  # theta, but for a shared head
         products = [(start[name] * v[name].detach()).sum() for name in v]
         return torch.stack(products).sum(), {name: value.detach() for name, value in metrics.items()}
 

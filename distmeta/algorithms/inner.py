@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from distmeta.core import InputError, Model, Score, Theta, nearest, ways_of
+from distmeta.core import PADDING, InputError, Model, Score, Theta, nearest, ways_of
 
 OptimizerName = Literal["sgd", "momentum", "adam"]
 Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
@@ -137,13 +137,39 @@ def support_gradient(
     return torch.func.grad(lambda p: score(model({**phi, **p}, support.x), support)[0])(moving)
 
 
+def check_adam(model: Model, name: OptimizerName) -> None:
+    """Refuses Adam with a shared head: its classes start alike, so that the body's first gradient is rounding noise,
+    which Adam's division would make full steps of.
+    """
+    if name == "adam" and model.head_init == "shared":
+        raise InputError(
+            "algorithm.inner_optimizer: got adam with model.head: shared, whose classes start alike, so that the first "
+            "gradient of the body is rounding noise that Adam scales up: expected sgd or momentum, or head: prototype"
+        )
+
+
+def check_batches(score: Score, inner_batch: int | None) -> None:
+    """Refuses minibatches of tasks with fewer classes: a batch does not show which ones the task has."""
+    if inner_batch is not None and getattr(score, "absent", False):
+        raise InputError(
+            f"algorithm.inner_batch: got {inner_batch} with tasks.min_ways, expected null: a minibatch does not show "
+            "which classes the task has"
+        )
+
+
 def minibatch(support: Any, k: int, size: int | None) -> Any:
     """Rows k·size … (k+1)·size − 1 of the support set, going round at its end; the whole set when it is no larger.
 
-    Task families lay support rows out shot by shot, so `ways` neighbouring rows hold one example a class.
+    Task families lay support rows out shot by shot, so `ways` neighbouring rows hold one example a class. Rows of
+    padding are left out.
     """
     count = tree_leaves(support)[0].shape[0]
     if size is None or size >= count:
         return support
-    rows = [(k * size + i) % count for i in range(size)]
+    rows: Any = [(k * size + i) % count for i in range(size)]
+    y = getattr(support, "y", None)
+    if y is not None and not y.is_floating_point():
+        real_N = y != PADDING
+        real_first_N = (~real_N).int().argsort(stable=True)
+        rows = real_first_N[(k * size + torch.arange(size, device=y.device)) % real_N.sum()]
     return tree_map(lambda leaf: leaf[rows], support)

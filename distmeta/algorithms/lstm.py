@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.inner import begin_phi, minibatch
+from distmeta.algorithms.inner import begin_phi, check_batches, minibatch
 from distmeta.core import Model, Score, Theta
 
 P = 10
@@ -69,6 +69,7 @@ class LSTMLearner:
         inner_batch: Annotated[int, Field(ge=1)] | None = None,
         first_order: bool = True,
     ):
+        check_batches(score, inner_batch)
         self.model, self.score = model, score
         self.hidden, self.inner_steps, self.inner_batch = hidden, inner_steps, inner_batch
         self.first_order = first_order

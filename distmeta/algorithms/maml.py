@@ -15,6 +15,7 @@ from distmeta.algorithms.inner import (
     OptimizerName,
     adapted_names,
     begin_phi,
+    check_adam,
     optimizer,
     support_gradient,
 )
@@ -36,7 +37,8 @@ class MAML:
         adapt: which parameters the inner loop moves: `all`; `head`, the last linear layer alone (ANIL: Raghu et al.
             2020, arXiv 1909.09157); `body`, all others (BOIL: Oh et al. 2021, arXiv 2008.08882); or a glob over names.
         inner_optimizer: `sgd`, `momentum` or `adam`, as torch.optim's; their state starts anew in every task.
-        momentum, betas, eps: the optimizer's.
+        momentum, betas, eps: the optimizer's, where it has them. Adam divides by |g| + ε: where a gradient is as good
+            as 0, its rounding decides the step, and a larger ε than torch's 1e-8 is safer.
     """
 
     group_size = 1
@@ -54,6 +56,7 @@ class MAML:
         betas: Betas = BETAS,
         eps: Annotated[float, Field(gt=0)] = 1e-8,
     ):
+        check_adam(model, inner_optimizer)
         self.model, self.score = model, score
         self.inner_lr, self.inner_steps, self.first_order = inner_lr, inner_steps, first_order
         self.names = adapted_names(model, adapt)

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from distmeta.algorithms.classes import features_of_both, head_shape
+from distmeta.algorithms.classes import check_ways, features_of_both, head_shape
 from distmeta.algorithms.memories import Memory
 from distmeta.algorithms.memory_dnc import dnc
 from distmeta.algorithms.memory_lrua import lrua
@@ -67,7 +67,7 @@ class MANN:
     A row's label comes one row late, so that it must be bound to its example in the memory. y is one-hot, with as many
     classes as the model's head has outputs: evaluation may have fewer, not more. Targets of a regression enter as they
     are. Rows of padding change nothing. e is the model's features; the paper feeds raw pixels, as the model
-    `{type: mlp, hidden: []}` does. A batch norm in it sees support and queries as one batch.
+    `{type: mlp, hidden: []}` does. A batch norm in it sees the support by itself, the queries together with it.
 
     Training reads support and query rows as one sequence, with the loss of every position, as the paper does.
     Prediction reads each query row alone, from the state after the support, so that it depends on no other query;
@@ -142,7 +142,7 @@ class MANN:
         }
 
     def begin(self, theta: Theta, support: Batch) -> Read:
-        self._check_ways()
+        check_ways(self.score, self.outputs, "mann")
         features_SF = self.model.features(theta, support.x)
         return Read(self._sequence(theta, self._start(theta), features_SF, support.y)[0], support)
 
@@ -163,7 +163,8 @@ class MANN:
             return query_loss(self, theta, episode, unroll, score)
         support, query = episode
         go_on = Batch(*(leaf[: self.sequence] for leaf in query))
-        features_SF, features_QF = features_of_both(self.model, theta, support, query.x)
+        features_SF = self.model.features(theta, support.x)  # as `begin` reads them
+        _, features_QF = features_of_both(self.model, theta, support, query.x)
         reading, first_SD = self._sequence(theta, self._start(theta), features_SF, support.y)
         _, others_ND = self._sequence(theta, reading, features_QF[: self.sequence], go_on.y)
         rows = Batch(*(torch.cat(pair) for pair in zip(support, go_on, strict=True)))
@@ -172,14 +173,6 @@ class MANN:
         fixed = tree_map(lambda leaf: leaf.detach(), (theta, reading, features_QF))
         query_value, metrics = score(self._each(*fixed), query)
         return loss, {"loss": query_value, **metrics, **by_instance(outputs_ND, rows.y, ways_of(score))}
-
-    def _check_ways(self) -> None:
-        ways = ways_of(self.score) or 0
-        if ways > self.outputs:
-            raise InputError(
-                f"ways: got {ways}, expected at most {self.outputs} (the outputs that mann was trained with): train "
-                "with tasks.ways of at least the ways asked"
-            )
 
     def _start(self, theta: Theta) -> Reading:
         like = theta["readout.bias"]

@@ -13,6 +13,8 @@ from distmeta.algorithms.inner import (
     Betas,
     OptimizerName,
     begin_phi,
+    check_adam,
+    check_batches,
     minibatch,
     optimizer,
     support_gradient,
@@ -54,6 +56,8 @@ class Reptile:
         betas: Betas = NO_FIRST_MOMENT,
         eps: Annotated[float, Field(gt=0)] = 1e-8,
     ):
+        check_adam(model, inner_optimizer)
+        check_batches(score, inner_batch)
         self.model, self.score = model, score
         self.inner_lr, self.inner_steps, self.inner_batch = inner_lr, inner_steps, inner_batch
         self.options = (inner_optimizer, momentum, betas, eps)

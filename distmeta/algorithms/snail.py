@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.classes import features_of_both, head_shape
+from distmeta.algorithms.classes import check_ways, features_of_both, head_shape
 from distmeta.core import PADDING, Batch, Model, Score, Theta, one_hot, ways_of
 
 Size = Annotated[int, Field(ge=1)]
@@ -93,6 +93,7 @@ class SNAIL:
         """The support set, rows of padding first: whatever reaches back from a row meets its own kind alone."""
         if ways_of(self.score) is None:
             return support
+        check_ways(self.score, self.shape[0], "snail")
         order = torch.argsort((support.y != PADDING).int(), stable=True)
         return Batch(support.x[order], support.y[order])
 

@@ -33,7 +33,8 @@ class Functional:
         freeze: glob over parameter names; what it matches is frozen.
         init_from: safetensors file of (some of) the module's parameters and buffers.
         head: how a task's head starts (`begin`). `linear`: as theta has it, with a fixed number of ways. `shared`:
-            theta holds one row, copied to each of the task's classes (UnicornMAML: Ye & Chao 2022, arXiv 2106.16245,
+            theta holds one row, copied to each of the task's classes, whose value a softmax does not see, so that
+            what is learned is the body (UnicornMAML: Ye & Chao 2022, arXiv 2106.16245,
             §6).
             `prototype`: from the support set, w_c = 2 p_c and b_c = −‖p_c‖² with p_c the mean of the features of
             class c (ProtoMAML: Triantafillou et al. 2020, arXiv 1903.03096, §3); theta holds none.

@@ -40,7 +40,8 @@ class FewShot:
 
     With `min_ways` a training task has between `min_ways` and `ways` classes, with `min_shots` between `min_shots` and
     `shots` support drawings (`unbalanced`: each of its classes by itself), all equally likely. Such tasks are filled up
-    to full size with rows that repeat their own and have the class index `PADDING`.
+    to full size with rows that repeat their own and have the class index `PADDING`: they count
+    nowhere but in the statistics of a batch norm.
 
     splits: the classes of train, and of val and test where there are such; tasks of a split that is not there are
     refused when they are drawn.
