@@ -130,11 +130,17 @@ def whole_shape(model: Model, name: str) -> tuple[int, ...]:
 
 
 def support_gradient(
-    model: Model, score: Score, phi: Theta, support: Any, names: tuple[str, ...] | None = None
+    model: Model,
+    score: Score,
+    phi: Theta,
+    support: Any,
+    names: tuple[str, ...] | None = None,
+    first_order: bool = False,
 ) -> Theta:
-    """∇ L_support(φ) in φ's entries `names` (None: all), itself differentiable."""
+    """∇ L_support(φ) in φ's entries `names` (None: all), itself differentiable unless `first_order`."""
     moving = phi if names is None else {name: phi[name] for name in names}
-    return torch.func.grad(lambda p: score(model({**phi, **p}, support.x), support)[0])(moving)
+    gradient = torch.func.grad(lambda p: score(model({**phi, **p}, support.x), support)[0])(moving)
+    return {name: g.detach() for name, g in gradient.items()} if first_order else gradient
 
 
 def check_adam(model: Model, name: OptimizerName) -> None:

@@ -69,9 +69,7 @@ class MAML:
         return optimizer(*self.options).begin(begin_phi(self.model, self.score, theta, support), self.names)
 
     def step(self, theta: Theta, state: Adapting, support: Any, k: int) -> Adapting:
-        gradient = support_gradient(self.model, self.score, state.phi, support, self.names)
-        if self.first_order:
-            gradient = {name: g.detach() for name, g in gradient.items()}
+        gradient = support_gradient(self.model, self.score, state.phi, support, self.names, self.first_order)
         update, moments = optimizer(*self.options).update(gradient, state.moments, k)
         phi = state.phi | {name: state.phi[name] - self.inner_lr * update[name] for name in update}
         return Adapting(phi, moments)

@@ -83,9 +83,7 @@ class MAMLPlusPlus:
         return begin_phi(self.model, self.score, theta | self._norms_at(theta, 0), support)
 
     def step(self, theta: Theta, phi: Theta, support: Any, k: int) -> Theta:
-        gradient = support_gradient(self.model, self.score, phi, support, self.names)
-        if self.first_order:
-            gradient = {name: g.detach() for name, g in gradient.items()}
+        gradient = support_gradient(self.model, self.score, phi, support, self.names, self.first_order)
         last = min(k, self.inner_steps - 1)
         moved = {name: phi[name] - theta[rate_of(name)][last] * g for name, g in gradient.items()}
         return phi | moved | self._norms_at(theta, k + 1)

@@ -70,9 +70,7 @@ class MetaCurvature:
         return begin_phi(self.model, self.score, theta, support)
 
     def step(self, theta: Theta, phi: Theta, support: Any, k: int) -> Theta:
-        gradient = support_gradient(self.model, self.score, phi, support, self.names)
-        if self.first_order:
-            gradient = {name: g.detach() for name, g in gradient.items()}
+        gradient = support_gradient(self.model, self.score, phi, support, self.names, self.first_order)
         update = {name: transform(g, _modes(theta, name)) for name, g in gradient.items()}
         return phi | {
             name: phi[name] - theta.get(rate_of(name), self.inner_lr) * u for name, u in update.items()

@@ -55,9 +55,7 @@ class MetaSGD:
         return begin_phi(self.model, self.score, theta, support)
 
     def step(self, theta: Theta, phi: Theta, support: Any, k: int) -> Theta:
-        gradient = support_gradient(self.model, self.score, phi, support, self.names)
-        if self.first_order:
-            gradient = {name: g.detach() for name, g in gradient.items()}
+        gradient = support_gradient(self.model, self.score, phi, support, self.names, self.first_order)
         return phi | {name: phi[name] - theta[rate_of(name)] * g for name, g in gradient.items()}
 
     def predict(self, theta: Theta, phi: Theta, x: Tensor) -> Tensor:
