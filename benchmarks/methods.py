@@ -38,7 +38,8 @@ from distmeta.compute.episodes import episodes_of
 from distmeta.compute.numerics import numerics
 from distmeta.compute.shard import shard_gradient
 from distmeta.job import Job
-from distmeta.runtime.problem import Problem, build, resolve
+from distmeta.runtime.problem import Problem, build
+from distmeta.runtime.resolution import resolve
 from distmeta.seeding import task_ids
 
 JOBS = report.ROOT / "jobs"
@@ -46,15 +47,17 @@ FOLDER = report.RESULTS / "methods"
 BASELINES = ("nearest-neighbour", "from-scratch")
 SMALL = ["run.tasks_per_step=4", "run.shards=1", "outer.lr=2.0e-3"]
 """Meta-batches for a budget of a minute: more and smaller outer steps than the papers'."""
+FEW = ["run.tasks_per_step=2", "run.shards=1", "outer.lr=2.0e-3", "tasks.queries=5"]
+"""Smaller ones yet, with fewer query rows: for methods whose tasks are dear."""
 SETTINGS: dict[str, list[str]] = {
     "maml": SMALL,
     "fomaml": SMALL,
     "maml-plus-plus": [*SMALL, "algorithm.msl_steps=100", "algorithm.first_order_steps=50"],
     "anil": SMALL,
     "boil": SMALL,
-    "cavia": SMALL,
-    "reptile": ["tasks.queries=5", "run.eval_inner_steps=20"],
-    "imaml": SMALL,
+    "cavia": [*FEW, "outer.lr=1.0e-3", "algorithm.inner_lr=4.0"],
+    "reptile": ["tasks.queries=5", "run.eval_inner_steps=20", "run.tasks_per_step=2", "run.shards=1", "algorithm.inner_lr=3.0e-3"],
+    "imaml": [*FEW, "algorithm.inner_steps=8", "algorithm.cg_steps=2"],
     "meta-sgd": SMALL,
     "meta-curvature": SMALL,
     "gradient-norm": SMALL,
@@ -64,11 +67,11 @@ SETTINGS: dict[str, list[str]] = {
     "matching": ["run.tasks_per_step=4", "run.shards=1", "outer.lr=2.0e-3"],
     "relation": [*SMALL, "tasks.queries=15"],
     "imp": SMALL,
-    "lstm": SMALL,
+    "lstm": [*FEW, "run.tasks_per_step=1", "outer.lr=1.0e-3", "algorithm.inner_steps=5"],
     "mann": [*SMALL, "model={type: conv4, width: 32, pool: stride}"],
     "ntm": [*SMALL, "model={type: conv4, width: 32, pool: stride}"],
     "dnc": [*SMALL, "model={type: conv4, width: 32, pool: stride}"],
-    "snail": SMALL,
+    "snail": [*SMALL, "tasks.queries=5", "outer.lr=1.0e-3"],
 }
 """What a short run changes in each method's job."""
 OWN_SHOTS = ("reptile",)

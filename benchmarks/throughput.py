@@ -36,7 +36,8 @@ from distmeta.core import Theta
 from distmeta.job import Job
 from distmeta.runtime.driver import mean_metrics
 from distmeta.runtime.pool import Pool, open_pool
-from distmeta.runtime.problem import Problem, build, resolve
+from distmeta.runtime.problem import Problem, build
+from distmeta.runtime.resolution import resolve
 from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.worker import shards_of
 from distmeta.seeding import task_ids

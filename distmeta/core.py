@@ -78,8 +78,10 @@ Score = Callable[[Any, Any], tuple[Tensor, Metrics]]
 """(outputs, batch) -> (loss, metrics), both of one task. That of a classification has an attribute `ways`: the classes
 of the task at hand, which may be others in evaluation than in training (`ways_of`)."""
 
-Unroll = Callable[..., State]
-"""unroll(algorithm, theta, support, steps=None, detach=False) -> the state after the inner loop."""
+Unroll = Callable[..., Any]
+"""unroll(algorithm, theta, support, steps=None, detach=False, every=False) -> the state after the inner loop; with
+`every`, the list of those after each step; with `detach`, as constants. A `meta_loss` runs its inner loops by this
+alone, from the theta it was given, and always the same ones: how they are differentiated is not its business."""
 
 
 class Model(Protocol):

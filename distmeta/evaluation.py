@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from distmeta.compute.flat import Layout
-from distmeta.compute.numerics import numerics
 from distmeta.compute.shard import Execution, score_tasks
 from distmeta.compute.unroll import detached, unroll
 from distmeta.core import Algorithm, Batch, Episode, InputError, State, Theta
@@ -23,7 +22,7 @@ from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint
 from distmeta.runtime.driver import evaluate_tasks, mean_metrics, primary
 from distmeta.runtime.pool import open_pool
-from distmeta.runtime.problem import Problem, build, with_score
+from distmeta.runtime.problem import Problem, build, numerics_of, with_score
 from distmeta.runtime.server import check_theta
 from distmeta.runtime.worker import evaluating
 
@@ -145,8 +144,7 @@ class Learner:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        compute = self.problem.job.compute
-        with numerics(compute.threads, compute.deterministic), evaluating(self.problem.model.module):
+        with numerics_of(self.problem.job, self.problem.device), evaluating(self.problem.model.module):
             yield
 
 

@@ -192,15 +192,19 @@ class Run(Section):
 
 
 class Compute(Section):
-    execution: Literal["auto", "loop", "vmap"] = "auto"
-    """Task after task, or vectorised; auto is resolved before step 0 by a fixed rule."""
+    execution: Literal["auto", "loop", "vmap", "measure"] = "auto"
+    """Task after task, or vectorised. Settled before step 0: auto by a fixed rule, measure by trying both."""
     chunk: Positive | None = None
     """Groups of tasks vectorised at once; null: a whole shard."""
     threads: Positive = 1
     """Threads of one worker's operations. The bits depend on it."""
     deterministic: bool = False
-    compile: Literal[False] = False
-    precision: Literal["float32"] = "float32"
+    differentiation: Literal["auto", "reverse", "constant-memory"] = "auto"
+    """Through the whole graph of the inner loop, or step by step; the same gradient. auto is settled before step 0."""
+    compile: bool = False
+    """torch.compile of a shard's gradient; checked against the eager one on every worker's first shards."""
+    precision: Literal["float32", "bf16", "tf32"] = "float32"
+    """Of products and convolutions; theta, the optimizer and sums over tasks are float32. tf32 is for GPUs."""
 
 
 class Tracking(Section):

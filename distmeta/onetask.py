@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from distmeta.compute.episodes import episodes_of
 from distmeta.compute.flat import Layout
-from distmeta.compute.numerics import numerics
 from distmeta.compute.shard import shard_gradient
 from distmeta.core import InputError
 from distmeta.job import Job
-from distmeta.runtime.problem import build, resolve
+from distmeta.runtime.problem import build, device_of, numerics_of
+from distmeta.runtime.resolution import resolve
 from distmeta.seeding import task_ids
 
 
@@ -25,8 +25,7 @@ def run_one_task(job: Job) -> Iterator[str]:
     Raises:
         InputError: the gradient differs between the two (something impure), is not finite, or is zero everywhere.
     """
-    compute = job.compute
-    with numerics(compute.threads, compute.deterministic):
+    with numerics_of(job, device_of(job)):
         problem = resolve(build(job))
         algorithm, theta = problem.algorithm, problem.init()
         ids = task_ids(job.seed, "train", 0, algorithm.group_size)

@@ -278,7 +278,8 @@ def test_labels_stand_for_outputs_in_sorted_order(run: Path, images: Any, tmp_pa
 def test_more_ways_than_the_head_has(run: Path, images: Any, tmp_path: Path) -> None:
     path = write_episodes(tmp_path / "e.parquet", episode_rows(images, 0, {k: k for k in range(6)}, 1, 1))
     with pytest.raises(
-        InputError, match=r"ways: got 6, expected at most 5 .* train with model.head=shared or a metric method"
+        InputError,
+        match=r"ways: got 6, expected at most 5 .* train with model.head=shared or a metric method",
     ):
         distmeta.evaluate(run, episodes=path)
 
@@ -398,7 +399,11 @@ def test_adapting_a_regression(waves: Path, tmp_path: Path) -> None:
         (np.zeros((5, 1, 8, 8)), np.eye(5, dtype=int), r"y: got labels of shape \(5, 5\), expected one for"),
         (np.zeros((5, 1, 8, 8)), np.zeros(5), r"y: got numbers of shape \(5,\), expected integer labels of"),
         (np.zeros((3, 1, 8, 8)), ["a", "b", "c"], "y: got list .* expected an array of numbers"),
-        (np.zeros((6, 1, 8, 8)), range(6), r"ways: got 6, expected at most 5 .* train with model.head=shared"),
+        (
+            np.zeros((6, 1, 8, 8)),
+            range(6),
+            r"ways: got 6, expected at most 5 .* train with model.head=shared",
+        ),
     ],
 )
 def test_what_cannot_be_adapted_to(run: Path, x: Any, y: Any, expected: str) -> None:

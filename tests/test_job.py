@@ -227,7 +227,13 @@ def test_defaults() -> None:
         }
     )
     assert job.model.options == {"hidden": [40, 40], "activation": "relu", "init": "torch"}
-    papers = {"inner_lr": 0.4, "inner_steps": 1, "first_order": False, "adapt": "all", "inner_optimizer": "sgd"}
+    papers = {
+        "inner_lr": 0.4,
+        "inner_steps": 1,
+        "first_order": False,
+        "adapt": "all",
+        "inner_optimizer": "sgd",
+    }
     assert papers.items() <= job.algorithm.options.items()
     assert (job.outer.optimizer, job.outer.lr, job.outer.clip_norm) == ("adam", 1e-3, None)
     assert (job.run.steps, job.run.tasks_per_step, job.run.workers, job.run.eval_tasks) == (1000, 32, 0, 600)

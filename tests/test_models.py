@@ -19,7 +19,8 @@ from distmeta.models.conv4 import Conv4
 from distmeta.models.functional import Functional
 from distmeta.models.mlp import MLP
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.problem import build, resolve
+from distmeta.runtime.problem import build
+from distmeta.runtime.resolution import resolve
 
 
 class Branching(nn.Linear):

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.algorithms.inner import NORMS, adapted_names, begin_phi, rate_of, support_gradient
-from distmeta.core import Episode, InputError, Metrics, Model, Score, Theta, Unroll, support_at
+from distmeta.core import Episode, InputError, Metrics, Model, Score, Theta, Unroll
 
 SMALLEST_WEIGHT = 0.03
 """Of a step's loss before the last while the weights are annealed, times 1/K: the authors' code."""
@@ -94,11 +94,9 @@ class MAMLPlusPlus:
     def meta_loss(
         self, theta: Theta, episode: Episode, unroll: Unroll, score: Score
     ) -> tuple[Tensor, Metrics]:
-        # Its own loop instead of `unroll`: the query set is scored on the way.
-        phi = self.begin(theta, support_at(episode.support, 0))
         terms, metrics = [], {}
-        for k, weight in enumerate(self.weights):
-            phi = self.step(theta, phi, support_at(episode.support, k), k)
+        states = unroll(self, theta, episode.support, every=True)
+        for weight, phi in zip(self.weights, states, strict=True):
             if weight > 0:
                 loss, more = score(self.predict(theta, phi, episode.query.x), episode.query)
                 terms.append(weight * loss)

@@ -11,11 +11,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
 @contextmanager
-def numerics(threads: int, deterministic: bool) -> Iterator[None]:
+def numerics(
+    threads: int, deterministic: bool, precision: str = "float32", device: str = "cpu"
+) -> Iterator[None]:
     """Runs a block under the job's settings and puts the process's own back.
 
     - `threads` for operations: the split of a sum over threads changes its bits.
-    - float32 means float32: no TF32 in matrix products or convolutions.
+    - `precision`: `float32` means float32: no TF32 in matrix products or convolutions. `tf32`: TF32 there, on
+      GPUs that have it. `bf16`: torch.autocast on `device`, so that products and convolutions compute in bfloat16,
+      inner and outer losses alike; theta, its gradient, the optimizer and all sums over tasks stay float32.
     - attention by the backend that has second derivatives (the fused ones have none).
     - `deterministic`: deterministic kernels; torch names an operation that has none.
     """
@@ -28,9 +32,12 @@ def numerics(threads: int, deterministic: bool) -> Iterator[None]:
     )
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on CUDA
-    _apply(threads, deterministic or before[1], False, False, False)
+    tf32 = precision == "tf32"
+    _apply(threads, deterministic or before[1], tf32, tf32, False)
+    # cached casts would be those of another transform's theta
+    autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), autocast:
             yield
     finally:
         _apply(*before)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from distmeta.compute.shard import Execution, shard_gradient
-from distmeta.core import Algorithm, Episode, InputError, Score, Theta
+from distmeta.compute.shard import WHOLE_SHARD, Execution
+from distmeta.core import InputError
+
+CHUNKS = (8, 32)
+"""Chunks that `measure` tries besides whole shards."""
+LONG = 16
+"""Inner steps from which on one step's graph at a time is held, not all of them."""
 
 
 class Traits(NamedTuple):
@@ -62,49 +69,78 @@ def _same(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.shape == b.shape and torch.equal(a, b)
 
 
-def choose_execution(
-    asked: str,
-    chunk: int | None,
-    found: Traits,
-    on_gpu: bool,
-    algorithm: Algorithm,
-    score: Score,
-    theta: Theta,
-    episodes: Episode,
-) -> Execution:
-    """The fixed rule behind `compute.execution`; `episodes` are two groups of tasks to try vmap on.
+Trial = Callable[[Execution], object]
+"""Computes the gradient of the job's own first tasks in this way."""
+
+
+def choose_execution(asked: Execution, found: Traits, on_gpu: bool, few: Trial, shard: Trial) -> Execution:
+    """Settles `compute.execution` (`asked.mode`) and, where it is measured, `compute.chunk`.
 
     auto is `loop` for a model that draws random numbers or that torch.func.vmap cannot run, and for convolutions
     on a CPU, where vmap turns per-task weights into grouped convolutions and is slower than the loop; else `vmap`.
+    measure takes what is fastest on a whole shard: the loop, vmap over all of it, vmap over chunks of it.
+
+    Args:
+        few: two groups of tasks, to see whether vmap works at all.
+        shard: the largest shard.
 
     Raises:
         InputError: vmap was asked for and cannot be.
     """
-    # 2**31: a whole shard, whatever its size
-    vmapped = Execution("vmap", chunk or 2**31)
-    loop = Execution("loop", 1)
-    if asked == "loop":
+    loop, vmapped = asked._replace(mode="loop", chunk=1), asked._replace(mode="vmap")
+    if asked.mode == "loop":
         return loop
     if found.draws:
-        if asked == "vmap":
+        if asked.mode == "vmap":
             raise InputError(
                 "compute.execution: got vmap for a model that draws random numbers (dropout), which are seeded per "
                 "task: use compute.execution=loop"
             )
         return loop
-    if asked == "auto" and found.convolves and not on_gpu:
+    if asked.mode == "auto" and found.convolves and not on_gpu:
         return loop
     try:
-        ids = torch.zeros(2 * algorithm.group_size, dtype=torch.int64).numpy()
-        shard_gradient(algorithm, score, theta, episodes, ids, vmapped)
+        few(vmapped)
+    except InputError:
+        raise
     except (RuntimeError, ValueError, TypeError) as error:
-        if asked == "vmap" and not isinstance(error, InputError):
+        if asked.mode == "vmap":
             reason = str(error).splitlines()[0]
             raise InputError(
                 f"compute.execution: got vmap, which this model or algorithm cannot run under ({reason}): "
                 "use compute.execution=loop"
             ) from error
-        if isinstance(error, InputError):
-            raise
         return loop
+    if asked.mode == "measure":
+        chunks = [asked.chunk] if asked.chunk != WHOLE_SHARD else [WHOLE_SHARD, *CHUNKS]
+        return fastest([loop, *(vmapped._replace(chunk=chunk) for chunk in chunks)], shard)
     return vmapped
+
+
+def fastest(ways: Sequence[Execution], trial: Trial) -> Execution:
+    """The way of the shortest trial of three, each tried once before (a compiler works in the first)."""
+    for way in ways:
+        trial(way)
+    seconds = dict.fromkeys(ways, float("inf"))
+    for _ in range(3):
+        for way in ways:
+            started = time.perf_counter()
+            trial(way)
+            seconds[way] = min(seconds[way], time.perf_counter() - started)
+    return min(ways, key=lambda way: seconds[way])
+
+
+def choose_differentiation(asked: str, found: Traits, inner_steps: int) -> str:
+    """Settles `compute.differentiation`; auto is `constant-memory` from `LONG` inner steps on.
+
+    Raises:
+        InputError: constant-memory, which computes a step twice, for a model that draws random numbers in it.
+    """
+    if asked == "constant-memory" and found.draws:
+        raise InputError(
+            "compute.differentiation: got constant-memory, which computes every step twice, for a model that draws "
+            "random numbers (dropout): use compute.differentiation=reverse"
+        )
+    if asked == "auto":
+        return "constant-memory" if inner_steps >= LONG and not found.draws else "reverse"
+    return asked

@@ -5,7 +5,7 @@ Shapes: T tasks of a shard, G tasks a group (`group_size`), K inner steps, Q que
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,8 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from distmeta.compute.adjoint import Vjp, constant_memory, reverse_vjp
+from distmeta.compute.compiler import Compiler
 from distmeta.compute.unroll import detached, unroll
-from distmeta.core import Algorithm, Episode, Metrics, PerStep, Score, Theta, query_loss, support_at
+from distmeta.core import Algorithm, Episode, Metrics, PerStep, Score, Theta, Unroll, query_loss, support_at
+
+WHOLE_SHARD = 2**31
+"""A chunk that no shard exceeds."""
 
 
 class Execution(NamedTuple):
@@ -24,6 +29,8 @@ class Execution(NamedTuple):
     mode: str
     """`loop`: one group after the other, torch's global generator seeded for each; `vmap`: `chunk` groups at once."""
     chunk: int
+    differentiation: str = "reverse"
+    """`reverse`: through the whole graph of the inner loop; `constant-memory`: step by step (compute.adjoint)."""
 
 
 class ShardSum(NamedTuple):
@@ -38,27 +45,36 @@ class ShardSum(NamedTuple):
 
 
 def shard_gradient(
-    algorithm: Algorithm, score: Score, theta: Theta, episodes: Episode, ids: np.ndarray, execution: Execution
+    algorithm: Algorithm,
+    score: Score,
+    theta: Theta,
+    episodes: Episode,
+    ids: np.ndarray,
+    execution: Execution,
+    compiler: Compiler | None = None,
 ) -> ShardSum:
     """Σ over the shard's finite tasks of ∇_θ meta_loss, and their metrics.
 
     A group whose gradient is not finite is left out. A group's loss counts once for each of its tasks, so that
-    sum / tasks is the mean over groups.
+    sum / tasks is the mean over groups. With a `compiler`, a chunk's sum is one compiled program.
     """
     size = algorithm.group_size
-    gradient = {name: torch.zeros_like(value) for name, value in theta.items()}
+    sum_of = partial(_chunk_sum, algorithm, score, execution)
+    gradient: Theta = {}
     metrics: list[Metrics] = []
     dropped: list[int] = []
     for chunk in _chunks(size, episodes, ids, execution):
-        parts, rows = _differentiate(algorithm, score, theta, chunk)
-        finite = _finite_groups(parts)
+        with seeded_draws(None if chunk.vmapped else chunk.seed, theta):
+            if compiler is None:
+                parts, finite, rows = sum_of(theta, chunk.episodes)
+            else:
+                parts, finite, rows = compiler((id(algorithm), execution), sum_of, theta, chunk.episodes)
         if not bool(finite.all()):
             bad = torch.nonzero(~finite).flatten().tolist()
             dropped += [chunk.start + g * size + i for g in bad for i in range(size)]
-            parts = {name: torch.where(_column(finite, value), value, 0) for name, value in parts.items()}
             kept = finite.repeat_interleave(size)
             rows = {name: torch.where(kept, value, torch.nan) for name, value in rows.items()}
-        gradient = {name: gradient[name] + parts[name].sum(0) * size for name in theta}
+        gradient = {name: gradient[name] + parts[name] for name in theta} if gradient else parts
         metrics.append(rows)
     return ShardSum(gradient, len(ids) - len(dropped), tuple(dropped), _columns(metrics))
 
@@ -86,41 +102,53 @@ def _chunks(size: int, episodes: Episode, ids: np.ndarray, execution: Execution)
         yield _Chunk(part, first * size, execution.mode == "vmap", seed)
 
 
-def _differentiate(algorithm: Algorithm, score: Score, theta: Theta, chunk: _Chunk) -> tuple[Theta, Metrics]:
-    """Each group's gradient [groups, ...], and the metrics of its tasks [groups · G].
+def _chunk_sum(
+    algorithm: Algorithm, score: Score, execution: Execution, theta: Theta, episodes: Episode
+) -> tuple[Theta, Tensor, Metrics]:
+    """Σ over finite groups, each counted once a task; which are finite, bool [groups]; the metrics of tasks.
 
     Under vmap it is the gradient that is vectorised, not the loss: the second derivatives of batch and layer norm
     are wrong in the gradient of a vectorised loss (torch 2.13), and right in vectorised gradients.
     """
-    loss = partial(_group_loss, algorithm, score)
-    before = partial(_group_before, algorithm, score)
-    with seeded_draws(None if chunk.vmapped else chunk.seed, theta):
-        if chunk.vmapped:
-            over = torch.func.vmap
-            gradient, metrics = over(torch.func.grad(loss, has_aux=True), (None, 0))(theta, chunk.episodes)
-            with torch.no_grad():
-                metrics |= over(before, (None, 0))(theta, chunk.episodes)
-        else:
-            group = tree_map(lambda leaf: leaf[0], chunk.episodes)
-            gradient, metrics = _reverse(loss, theta, group)
-            gradient = {name: value[None] for name, value in gradient.items()}
-            with torch.no_grad():
-                metrics |= before(theta, group)
-    return gradient, {name: value.detach().reshape(-1) for name, value in metrics.items()}
+    vmapped = execution.mode == "vmap"
+    gradient_of = partial(_group_gradient, algorithm, score, execution.differentiation, not vmapped)
+    if vmapped:
+        parts, metrics = torch.func.vmap(gradient_of, (None, 0))(theta, episodes)
+    else:
+        parts, metrics = gradient_of(theta, tree_map(lambda leaf: leaf[0], episodes))
+        parts = {name: value[None] for name, value in parts.items()}
+    finite = _finite_groups(parts)
+    total = {
+        name: torch.where(_column(finite, value), value, 0).sum(0) * algorithm.group_size
+        for name, value in parts.items()
+    }
+    return total, finite, {name: value.reshape(-1) for name, value in metrics.items()}
 
 
-def _reverse(loss: Callable, theta: Theta, group: Episode) -> tuple[Theta, Metrics]:
-    """The gradient of one group's loss by plain autograd: a transform of torch.func costs more on a CPU."""
-    leaves = {name: value.detach().requires_grad_() for name, value in theta.items()}
-    value, metrics = loss(leaves, group)
-    parts = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    zeros = {name: torch.zeros_like(leaf) for name, leaf in theta.items()}
-    return {
-        name: zeros[name] if part is None else part for name, part in zip(theta, parts, strict=True)
-    }, metrics
+def _group_gradient(
+    algorithm: Algorithm, score: Score, differentiation: str, plain: bool, theta: Theta, group: Episode
+) -> tuple[Theta, Metrics]:
+    """The gradient of one group's meta-loss, leaves [G, ...], and the metrics of its tasks, [G] each.
+
+    `plain`: by plain autograd, which costs less on a CPU than torch.func, but does not run under vmap.
+    """
+    vjp: Vjp = reverse_vjp if plain else torch.func.vjp
+    if differentiation == "constant-memory":
+        gradient, metrics = constant_memory(
+            lambda theta, unroll: _group_loss(algorithm, score, theta, group, unroll), theta, vjp
+        )
+    else:
+        value, pull, metrics = vjp(
+            lambda theta: _group_loss(algorithm, score, theta, group, unroll), theta, has_aux=True
+        )
+        (gradient,) = pull(torch.ones_like(value))
+    with torch.no_grad():
+        return gradient, metrics | _group_before(algorithm, score, theta, group)
 
 
-def _group_loss(algorithm: Algorithm, score: Score, theta: Theta, group: Episode) -> tuple[Tensor, Metrics]:
+def _group_loss(
+    algorithm: Algorithm, score: Score, theta: Theta, group: Episode, unroll: Unroll
+) -> tuple[Tensor, Metrics]:
     """The meta-loss of one group, leaves [G, ...], and its metrics `*_after`, [G] each."""
     episode = tree_map(lambda leaf: leaf[0], group) if algorithm.group_size == 1 else group
     meta_loss = getattr(algorithm, "meta_loss", None) or partial(query_loss, algorithm)

@@ -7,23 +7,30 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from distmeta.core import Algorithm, State, Theta, support_at
+from distmeta.core import Algorithm, Theta, support_at
 
 
 def unroll(
-    algorithm: Algorithm, theta: Theta, support: Any, steps: int | None = None, detach: bool = False
-) -> State:
-    """`begin`, then `steps` inner steps (the algorithm's own number by default).
+    algorithm: Algorithm,
+    theta: Theta,
+    support: Any,
+    steps: int | None = None,
+    detach: bool = False,
+    every: bool = False,
+) -> Any:
+    """`begin`, then `steps` inner steps (the algorithm's own number by default): the state after the last.
 
     The graph of every step is kept, so that the meta-gradient goes through all of them; with `detach` none is,
-    and the state is a constant.
+    and the state is a constant. `every`: the states after each step, as a list.
     """
-    state = algorithm.begin(theta, support_at(support, 0))
+    state, after = algorithm.begin(theta, support_at(support, 0)), []
     for k in range(algorithm.inner_steps if steps is None else steps):
         state = algorithm.step(theta, state, support_at(support, k), k)
         if detach:
             state = detached(state)
-    return state
+        if every:
+            after.append(state)
+    return after if every else state
 
 
 def detached(tree: Any) -> Any:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from distmeta.compute.flat import tree_sum
-from distmeta.compute.numerics import numerics
 from distmeta.core import NumericsError
 from distmeta.job import Job
 from distmeta.job import Run as RunSection
@@ -23,7 +22,8 @@ from distmeta.runtime.checkpoint import Checkpoint, Progress
 from distmeta.runtime.folder import RunFolder, Start, starting_point
 from distmeta.runtime.interrupt import InterruptedRun, StopRequested, interruptions
 from distmeta.runtime.pool import Pool, open_pool
-from distmeta.runtime.problem import Problem, build, examples_of, resolve
+from distmeta.runtime.problem import Problem, build, device_of, examples_of, numerics_of
+from distmeta.runtime.resolution import resolve
 from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.worker import ShardResult, shards_of
 from distmeta.tracking import Tracker, open_tracker
@@ -95,7 +95,7 @@ def train(
     """
     reporter = reporter or Silent()
     start = starting_point(job if isinstance(job, Job) else Job.load(job), resume)
-    problem, server, progress = _prepare(start)
+    problem, server, progress = _prepare(start, reporter.say)
     if _finished(progress, problem.job.run):
         reporter.say(f"{start.folder} is at step {progress.step} of {problem.job.run.steps}: nothing to do")
         return _summary(start.folder, progress)
@@ -269,12 +269,12 @@ def primary(metrics: Mapping[str, Any], prefix: str = "") -> tuple[str, int]:
     return f"{prefix}loss_after", -1
 
 
-def _prepare(start: Start) -> tuple[Problem, ParameterServer, Progress]:
+def _prepare(start: Start, say: Callable[[str], None]) -> tuple[Problem, ParameterServer, Progress]:
     """The problem as the driver sees it (beside workers it needs no GPU), the parameter server, where it stands."""
-    device = torch.device("cpu") if start.job.run.workers else None
+    device = torch.device("cpu") if start.job.run.workers else device_of(start.job)
     if start.checkpoint is None:
-        with numerics(start.job.compute.threads, start.job.compute.deterministic):
-            problem = resolve(build(start.job, device=device))
+        with numerics_of(start.job, device):
+            problem = resolve(build(start.job, device=device), say)
         return problem, ParameterServer(problem.init(), problem.job.outer), Progress(0)
     constants = {name: value.numpy() for name, value in start.checkpoint.constants.items()}
     problem = build(start.job, constants, device)

@@ -29,8 +29,15 @@ MAY_CHANGE = {
 """What a resume may change: steps, workers, placement, tracking, output. The rest would be another job."""
 
 
-SETTLED = ("run.shards", "outer.schedule.steps", "compute.execution", "compute.chunk")
-"""What a job may leave open and the run settled at its start."""
+SETTLED: dict[str, tuple[Any, ...]] = {
+    "run.shards": (None,),
+    "outer.schedule.steps": (None,),
+    "compute.execution": ("auto", "measure"),
+    "compute.chunk": (None,),
+    "compute.differentiation": ("auto",),
+    "compute.compile": (True,),
+}
+"""What a job may leave open and the run settled at its start; true: a run does without where it had no compiler."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ def _refuse_changes(prefix: str, stored: Any, asked: Any, free: set[str]) -> Non
     for key in {**stored, **asked}:
         old, new = stored.get(key), asked.get(key)
         name = f"{prefix}.{key}".lstrip(".")
-        if key in free or new == old or (name in SETTLED and new in (None, "auto")):
+        if key in free or new == old or new in SETTLED.get(name, ()):
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             _refuse_changes(name, old, new, set())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -14,9 +15,8 @@ import numpy as np
 import torch
 
 from distmeta.components import construct
-from distmeta.compute.episodes import episodes_of, to_device
-from distmeta.compute.probe import choose_execution, has_dropout, traits
-from distmeta.compute.shard import Execution, score_tasks
+from distmeta.compute.numerics import numerics
+from distmeta.compute.shard import WHOLE_SHARD, Execution
 from distmeta.core import Algorithm, Episode, InputError, Score, TaskFamily, Theta
 from distmeta.job import Job
 from distmeta.models.functional import Functional
@@ -85,7 +85,7 @@ def build(
         constants: the model's frozen parameters and buffers as the driver has them; a worker need not have the
             file that `model.init_from` names.
     """
-    device = device or _device(job)
+    device = device or device_of(job)
     try:
         family = construct(job.tasks.part, job.tasks.options, {})
     except InputError as error:
@@ -110,7 +110,7 @@ def build(
             f"run.tasks_per_step: got {job.run.tasks_per_step}, expected a multiple of {algorithm.group_size}: "
             f"{job.algorithm.type} compares {algorithm.group_size} tasks at a time"
         )
-    return Problem(job, family, model, algorithm, device, _resolved_execution(job))
+    return Problem(job, family, model, algorithm, device, _execution(job))
 
 
 class AbsentTasks:
@@ -149,64 +149,13 @@ def with_score(algorithm: Algorithm, score: Score) -> Algorithm:
     return other
 
 
-def resolve(problem: Problem) -> Problem:
-    """Settles what the job leaves open (shards, execution, schedule), by running the model on its first tasks."""
-    job, algorithm = problem.job, problem.algorithm
-    groups = job.run.tasks_per_step // algorithm.group_size
-    shards = job.run.shards or min(8, groups)
-    if shards > groups:
-        raise InputError(
-            f"run.shards: got {shards}, expected at most {groups}, the groups of tasks in a step"
-        )
-    theta = {name: value.to(problem.device) for name, value in problem.init().items()}
-    ids = task_ids(job.seed, "probe", 0, 2 * algorithm.group_size)
-    if hasattr(problem.family, "collect") and has_dropout(problem.model.module):
-        raise InputError(
-            f"model.type: {job.model.type} has dropout, and the tasks are collected by all policies at once: "
-            "use a model without"
-        )
-    episodes = episodes_of(
-        problem.family, algorithm, theta, "train", ids, algorithm.inner_steps, problem.device
-    )
-    _check_evaluation(problem, theta)
-    found = traits(problem.model.module, episodes.query.x[0])
-    execution = choose_execution(
-        job.compute.execution,
-        job.compute.chunk,
-        found,
-        job.run.gpus_per_worker > 0,
-        algorithm,
-        problem.score("train"),
-        theta,
-        episodes,
-    )
-    schedule = job.outer.schedule.model_dump()
-    schedule["steps"] = schedule["steps"] or job.run.steps
-    resolved = job.replace(
-        run={"shards": shards},
-        compute={"execution": execution.mode},
-        outer={"schedule": schedule},
-    )
-    return Problem(resolved, problem.family, problem.model, algorithm, problem.device, execution)
-
-
-def _check_evaluation(problem: Problem, theta: Theta) -> None:
-    """Scores one validation task, unadapted: classes that are not there, or more ways than the head has, are found out
-    now and not at the first evaluation.
-    """
-    if problem.job.run.eval_every == 0 or not hasattr(problem.family, "scorer"):
-        return
-    ids = task_ids(problem.job.seed, "probe", 0, 1)
-    episodes = to_device(problem.family.draw("val", ids), problem.device)
-    score_tasks(
-        problem.adapting("val"), problem.score("val"), theta, episodes, ids, Execution("loop", 1), steps=0
-    )
-
-
-def _resolved_execution(job: Job) -> Execution:
-    if job.compute.execution == "vmap":
-        return Execution("vmap", job.compute.chunk or 2**31)
-    return Execution("loop", 1)
+def _execution(job: Job) -> Execution:
+    """What a resolved job says; the loop, and the whole graph, where it is not resolved yet."""
+    compute = job.compute
+    differentiation = "reverse" if compute.differentiation == "auto" else compute.differentiation
+    if compute.execution == "vmap":
+        return Execution("vmap", compute.chunk or WHOLE_SHARD, differentiation)
+    return Execution("loop", 1, differentiation)
 
 
 def shard_slices(tasks: int, shards: int, group_size: int) -> list[slice]:
@@ -216,7 +165,13 @@ def shard_slices(tasks: int, shards: int, group_size: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
-def _device(job: Job) -> torch.device:
+def numerics_of(job: Job, device: torch.device) -> AbstractContextManager[None]:
+    """The settings of the job's computations on a device."""
+    compute = job.compute
+    return numerics(compute.threads, compute.deterministic, compute.precision, device.type)
+
+
+def device_of(job: Job) -> torch.device:
     if job.run.gpus_per_worker == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():

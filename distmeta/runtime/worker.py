@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from distmeta.compute.compiler import Compiler, missing
 from distmeta.compute.episodes import episodes_of
 from distmeta.compute.flat import Layout
-from distmeta.compute.numerics import numerics
 from distmeta.compute.shard import score_tasks, shard_gradient
 from distmeta.core import InputError, Theta
 from distmeta.job import Job
-from distmeta.runtime.problem import Problem, build, shard_slices
+from distmeta.runtime.problem import Problem, build, numerics_of, shard_slices
 from distmeta.seeding import task_ids
 
 
@@ -86,6 +86,10 @@ class Worker:
 
     def _start(self, problem: Problem, layout: Layout) -> None:
         self._problem, self._layout = problem, layout
+        compute = problem.job.compute
+        if compute.compile and (lacking := missing()):
+            raise InputError(f"compute.compile: got true, but there is {lacking}: use compute.compile=false")
+        self._compiler = Compiler(compute.precision) if compute.compile else None
         self._version: tuple[str, int] | None = None
         self._theta: Theta = {}
 
@@ -95,8 +99,7 @@ class Worker:
 
     def compute(self, flat: np.ndarray, shard: Shard) -> ShardResult:
         """The shard's gradient sum (split "train"), or its scores."""
-        compute = self._problem.job.compute
-        with numerics(compute.threads, compute.deterministic):
+        with numerics_of(self._problem.job, self._problem.device):
             self._receive(flat, shard)
             return self._gradient(shard) if shard.split == "train" else self._scores(shard)
 
@@ -133,6 +136,7 @@ class Worker:
             episodes,
             ids,
             problem.execution,
+            self._compiler,
         )
         gradient = self._layout.flatten({name: value.cpu() for name, value in result.gradient.items()})
         dropped = tuple(shard.start + i for i in result.dropped)

@@ -47,6 +47,11 @@ EXACT = (
 )
 """Those whose meta-gradient is the plain derivative of their meta-loss."""
 LOOP, VMAP = Execution("loop", 1), Execution("vmap", 2**31)
+OTHERS = (
+    VMAP,
+    LOOP._replace(differentiation="constant-memory"),
+    VMAP._replace(differentiation="constant-memory"),
+)
 
 
 def test_every_registered_algorithm_is_here() -> None:
@@ -106,10 +111,13 @@ def test_gradient_has_thetas_keys_shapes_and_dtypes(name: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("execution", OTHERS, ids=lambda e: f"{e.mode}-{e.differentiation}")
 @pytest.mark.parametrize("name", CASES)
-def test_vmap_equals_loop(name: str, dtype: torch.dtype, tolerance: float) -> None:
-    loop, vmap = gradient(name, LOOP, dtype), gradient(name, VMAP, dtype)
-    assert float((loop - vmap).norm() / loop.norm()) <= tolerance
+def test_execution_and_differentiation_do_not_matter(
+    name: str, execution: Execution, dtype: torch.dtype, tolerance: float
+) -> None:
+    loop, other = gradient(name, LOOP, dtype), gradient(name, execution, dtype)
+    assert float((loop - other).norm() / loop.norm()) <= tolerance
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "layer", "none"])

@@ -26,6 +26,9 @@ CASES = {name: tree(name, run=RUN) for name in ALGORITHMS} | {
     "pairwise": tree({"type": "hard_cases:Pairwise"}, run=RUN),
     "policy-gradient": tree("maml", tasks={"type": "hard_cases:Bandit"}, run=RUN),
     "memory": tree({"type": "hard_cases:Memory"}, run=RUN),
+    "compiled": tree("maml", compute={"compile": True}, run=RUN),
+    "constant-memory": tree("maml", compute={"differentiation": "constant-memory"}, run=RUN),
+    "bf16": tree("maml", compute={"precision": "bf16"}, run=RUN),
     "dropout": tree("maml", model={"type": "hard_cases:Dropout"}, run=RUN),
     "conv4": tree(
         "maml",
