@@ -137,6 +137,7 @@ def main() -> None:
     )
     parser.add_argument("--store", default="data/omniglot.arrow", help="built by `distmeta data omniglot`")
     parser.add_argument("--folds", type=int, default=4)
+    parser.add_argument("--only", type=int, nargs="+", metavar="N", help="these folds alone (from 1)")
     parser.add_argument("--minutes", type=float, help="of training a fold; default: the job's steps")
     parser.add_argument("--tasks", type=int, default=400, help="episodes an alphabet")
     parser.add_argument("--seed", type=int, default=0)
@@ -150,7 +151,9 @@ def main() -> None:
     if given.quick:
         given.tasks, given.minutes = 5, None
         given.overrides = ["run.steps=2", *given.overrides]
-    results = [fold_result(given, k, held) for k, held in enumerate(folds_of(given.store, given.folds))]
+    folds = list(enumerate(folds_of(given.store, given.folds)))
+    chosen = [fold for fold in folds if given.only is None or fold[0] + 1 in given.only]
+    results = [fold_result(given, k, held) for k, held in chosen]
     rows = sorted((row for result in results for row in result["rows"]), key=lambda row: row["alphabet"])
     columns = ("nearest_neighbour", "error")
     rows.append({"alphabet": "mean"} | {column: mean_of(rows, column) for column in columns})

@@ -30,13 +30,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
+from distmeta.compute.compiler import Compiler
 from distmeta.compute.flat import tree_sum
-from distmeta.compute.shard import Execution, shard_gradient
+from distmeta.compute.shard import shard_gradient
 from distmeta.core import Theta
 from distmeta.job import Job
 from distmeta.runtime.driver import mean_metrics
 from distmeta.runtime.pool import Pool, open_pool
-from distmeta.runtime.problem import Problem, build
+from distmeta.runtime.problem import Problem, build, numerics_of
 from distmeta.runtime.resolution import resolve
 from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.worker import shards_of
@@ -65,6 +66,8 @@ class Workload:
     loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     threads: int = 1
     """Of TorchOpt, in a row of its own; above 1 where operations are large enough to gain."""
+    bf16: bool = False
+    """Whether a row is computed in bfloat16."""
 
 
 def workloads(store: str, tasks: int | None = None) -> dict[str, Workload]:
@@ -82,16 +85,16 @@ def workloads(store: str, tasks: int | None = None) -> dict[str, Workload]:
         "algorithm": {"type": "maml", "inner_lr": 0.4, "inner_steps": 1},
     }
 
-    def of(title: str, tree: dict[str, Any], count: int, loss: Any, threads: int = 1) -> Workload:
+    def of(title: str, tree: dict[str, Any], count: int, loss: Any, *more: Any) -> Workload:
         count = tasks or count
-        return Workload(f"{title}, {count} tasks", tree | {"run": {"tasks_per_step": count}}, loss, threads)
+        return Workload(f"{title}, {count} tasks", tree | {"run": {"tasks_per_step": count}}, loss, *more)
 
     regression = "sinusoid, MLP 40-40, 10-shot, 5 inner steps"
     images = "28×28 images, strided conv4-64, 5-way 1-shot, 15 queries, 1 inner step"
     return {
         "sinusoid-25": of(regression, sinusoid, 25, F.mse_loss),
         "sinusoid-256": of(regression, sinusoid, 256, F.mse_loss),
-        "conv4-16": of(images, conv4, 16, F.cross_entropy, report.cores()),
+        "conv4-16": of(images, conv4, 16, F.cross_entropy, report.cores(), True),
     }
 
 
@@ -99,9 +102,15 @@ class System:
     """Something that is timed: `call` does the work of one step's tasks once."""
 
     def __init__(
-        self, name: str, call: Callable[[], Any], gradient: Theta, exact: Theta | None, threads: int = 1
+        self,
+        name: str,
+        call: Callable[[], Any],
+        gradient: Theta,
+        exact: Theta | None,
+        threads: int = 1,
+        near: float = NEAR,
     ):
-        self.name, self.call, self.threads = name, call, threads
+        self.name, self.call, self.threads, self.near = name, call, threads, near
         self.gradient = gradient
         """Its mean meta-gradient of the first step's tasks, float32."""
         self.exact = exact
@@ -146,25 +155,57 @@ def peer_gradient(name: str, title: str, workload: Workload) -> System:
     return System(f"{title}, gradient", call, gradient, exact)
 
 
-def distmeta_gradient(mode: str, workload: Workload) -> System:
+@dataclass(frozen=True)
+class Way:
+    """How distmeta computes."""
+
+    name: str
+    compute: dict[str, Any]
+    """The job's section."""
+    near: float = NEAR
+    """How far its meta-gradient may be from float64's."""
+
+
+def ways_of(workload: Workload) -> tuple[list[Way], list[Way]]:
+    """Those whose gradient is timed, and those whose whole step is: as a job finds it, and the fastest."""
+    mode = resolve(build(job_of(workload))).execution.mode
+    plain = [Way(name, {"execution": name}) for name in ("loop", "vmap")]
+    fast = [Way(f"{mode} compiled", {"execution": mode, "compile": True})]
+    if workload.bf16:
+        compute = {"execution": mode, "compile": True, "precision": "bf16"}
+        fast.append(Way(f"{mode} compiled in bf16", compute, near=0.2))
+    own = next(way for way in plain if way.name == mode)
+    return [*plain, *fast], [own, fast[-1]]
+
+
+def distmeta_gradient(way: Way, workload: Workload) -> System:
     """`shard_gradient` of the episodes of step 0 as one shard."""
-    execution = Execution(mode, 2**31 if mode == "vmap" else 1)
 
     def made(problem: Problem, dtype: torch.dtype) -> Callable[[], Theta]:
+        compute = problem.job.compute
         episodes, ids = first_episodes(problem, dtype)
         theta = problem.algorithm.init(torch.Generator())
+        compiler = Compiler(compute.precision) if compute.compile else None
 
         def call() -> Theta:
-            result = shard_gradient(
-                problem.algorithm, problem.score("train"), theta, episodes, ids, execution
-            )
+            with numerics_of(problem.job, problem.device):
+                result = shard_gradient(
+                    problem.algorithm,
+                    problem.score("train"),
+                    theta,
+                    episodes,
+                    ids,
+                    problem.execution,
+                    compiler,
+                )
             return {name: total / result.tasks for name, total in result.gradient.items()}
 
         return call
 
-    call = made(build(job_of(workload)), torch.float32)
-    exact = made(in_float64(build(job_of(workload))), torch.float64)()
-    return System(f"distmeta {mode}, gradient", call, call(), exact)
+    job = job_of(workload).replace(compute=way.compute)
+    call = made(build(job), torch.float32)
+    exact = None if job.compute.compile else made(in_float64(build(job)), torch.float64)()
+    return System(f"distmeta {way.name}, gradient", call, call(), exact, near=way.near)
 
 
 def peer_step(name: str, title: str, workload: Workload, threads: int = 1) -> System:
@@ -184,9 +225,12 @@ def peer_step(name: str, title: str, workload: Workload, threads: int = 1) -> Sy
     return System(f"{title}, step{suffix}", call, gradient, None, threads)
 
 
-def distmeta_step(workers: int, workload: Workload, stack: ExitStack) -> System:
+def distmeta_step(way: Way, workers: int, workload: Workload, stack: ExitStack) -> System:
     """A whole step as the driver makes it: plan, map over the pool, add by the tree, means, outer step."""
-    settled = resolve(build(job_of(workload, workers=workers, shards=max(workers, 1))))
+    # half a core each, so that two pools have their places at once; a worker computes with one thread all the same
+    run = {"workers": workers, "shards": max(workers, 1), "cpus_per_worker": 0.5}
+    job = job_of(workload, **run).replace(compute=way.compute)
+    settled = resolve(build(job))
     server = ParameterServer(settled.init(), settled.job.outer)
     pool = open_pool(settled, server.layout, print)
     stack.callback(pool.close)
@@ -194,10 +238,12 @@ def distmeta_step(workers: int, workload: Workload, stack: ExitStack) -> System:
     gradient = {name: view.clone() for name, view in server.layout.views(torch.from_numpy(first)).items()}
     steps = iter(range(10**9))
     where = "in-process" if workers == 0 else f"{workers} Ray workers"
-    name = f"distmeta {settled.execution.mode}, step, {where}"
-    return System(
-        name, lambda: server.step(mean_gradient(settled, pool, server, next(steps))), gradient, None
-    )
+    name = f"distmeta {way.name}, step, {where}"
+
+    def call() -> None:
+        server.step(mean_gradient(settled, pool, server, next(steps)))
+
+    return System(name, call, gradient, None, near=way.near)
 
 
 def mean_gradient(problem: Problem, pool: Pool, server: ParameterServer, step: int) -> np.ndarray:
@@ -213,17 +259,17 @@ def mean_gradient(problem: Problem, pool: Pool, server: ParameterServer, step: i
 
 def systems_of(workload: Workload, stack: ExitStack) -> list[System]:
     """All that are timed on a workload, made and run once."""
+    gradients, steps = ways_of(workload)
     made = [
         peer_gradient("higher", "higher", workload),
         peer_gradient("torchopt", "TorchOpt", workload),
         peer_gradient("torch.func", "torch.func", workload),
-        distmeta_gradient("loop", workload),
-        distmeta_gradient("vmap", workload),
+        *(distmeta_gradient(way, workload) for way in gradients),
         peer_step("torchopt", "TorchOpt", workload),
     ]
     if workload.threads > 1:
         made.append(peer_step("torchopt", "TorchOpt", workload, workload.threads))
-    return [*made, distmeta_step(0, workload, stack), distmeta_step(2, workload, stack)]
+    return [*made, *(distmeta_step(way, workers, workload, stack) for way in steps for workers in (0, 2))]
 
 
 def verify(systems: Sequence[System]) -> list[dict[str, Any]]:
@@ -238,7 +284,7 @@ def verify(systems: Sequence[System]) -> list[dict[str, Any]]:
     for system in systems:
         exact = None if system.exact is None else distance(system.exact, reference)
         rounded = distance(system.gradient, reference)
-        same = rounded < NEAR if exact is None else exact < SAME
+        same = rounded < system.near if exact is None else exact < SAME
         rows.append({"system": system.name, "float64": exact, "float32": rounded, "same": same})
         if not same:
             off = exact or rounded

@@ -29,7 +29,8 @@ def episodes_of(
     """
     collect = getattr(family, "collect", None)
     if collect is None:
-        return to_device(family.draw(split, ids), device)
+        with torch.autocast(torch.device(device).type, enabled=False):  # data are the same in any precision
+            return to_device(family.draw(split, ids), device)
     theta = detached(theta)
     over_tasks = torch.func.vmap
     batches, state = [], None

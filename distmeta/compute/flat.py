@@ -11,7 +11,8 @@ import torch
 from distmeta.core import Theta
 
 BLOCK = 65_536
-"""Elements of one partial sum of a norm. Slices of a vector that are cut at blocks agree on its norm."""
+"""Elements of one partial sum of a norm: slices of a vector that are cut at blocks agree on its norm. Sums of vectors
+go through them in such blocks too."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,23 @@ def squared_blocks(vector: np.ndarray) -> list[float]:
 
 
 def tree_sum(vectors: list[np.ndarray]) -> np.ndarray:
-    """The sum by a fixed binary tree over the list's index: ((0+1)+(2+3))+…; an odd one out moves up."""
-    while len(vectors) > 1:
-        pairs = [vectors[i] + vectors[i + 1] for i in range(0, len(vectors) - 1, 2)]
-        vectors = pairs + vectors[len(pairs) * 2 :]
-    return vectors[0]
+    """The sum by a fixed binary tree over the list's index: ((0+1)+(2+3))+…; an odd one out moves up.
+
+    Block by block, so that what the tree holds in between stays in the processor's cache: each vector is read once and
+    the sum is written once.
+    """
+    if len(vectors) == 1:
+        return vectors[0]
+    size = len(vectors[0])
+    total = np.empty(size, np.float32)
+    scratch = np.empty((len(vectors) // 2, min(size, BLOCK)), np.float32)
+    for start in range(0, size, BLOCK):
+        parts = [vector[start : start + BLOCK] for vector in vectors]
+        while len(parts) > 2:
+            pairs = [
+                np.add(parts[i], parts[i + 1], out=scratch[i // 2, : len(parts[i])])
+                for i in range(0, len(parts) - 1, 2)
+            ]
+            parts = pairs + parts[len(pairs) * 2 :]
+        np.add(parts[0], parts[1], out=total[start : start + BLOCK])
+    return total

@@ -15,7 +15,7 @@ from distmeta.core import InputError
 CHUNKS = (8, 32)
 """Chunks that `measure` tries besides whole shards."""
 LONG = 16
-"""Inner steps from which on one step's graph at a time is held, not all of them."""
+"""Inner steps of a network of convolutions from which on one step's graph is held, not all of them."""
 
 
 class Traits(NamedTuple):
@@ -131,7 +131,9 @@ def fastest(ways: Sequence[Execution], trial: Trial) -> Execution:
 
 
 def choose_differentiation(asked: str, found: Traits, inner_steps: int) -> str:
-    """Settles `compute.differentiation`; auto is `constant-memory` from `LONG` inner steps on.
+    """Settles `compute.differentiation`; auto is `constant-memory` for convolutions from `LONG` inner steps on.
+
+    Elsewhere a step's graph is small, and holding all of them is faster (benchmarks/memory.py).
 
     Raises:
         InputError: constant-memory, which computes a step twice, for a model that draws random numbers in it.
@@ -142,5 +144,6 @@ def choose_differentiation(asked: str, found: Traits, inner_steps: int) -> str:
             "random numbers (dropout): use compute.differentiation=reverse"
         )
     if asked == "auto":
-        return "constant-memory" if inner_steps >= LONG and not found.draws else "reverse"
+        long = found.convolves and inner_steps >= LONG
+        return "constant-memory" if long and not found.draws else "reverse"
     return asked

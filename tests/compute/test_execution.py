@@ -103,10 +103,14 @@ def test_constant_memory_holds_one_steps_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "expected"), [(probe.LONG - 1, "reverse"), (probe.LONG, "constant-memory")]
+    ("steps", "changes", "expected"),
+    [(probe.LONG - 1, CONV, "reverse"), (probe.LONG, CONV, "constant-memory"), (probe.LONG, {}, "reverse")],
 )
-def test_differentiation_is_settled_by_the_number_of_steps(steps: int, expected: str) -> None:
-    problem = resolve(build(Job.parse(tree({"type": "maml", "inner_lr": 0.01, "inner_steps": steps}))))
+def test_differentiation_is_settled_by_a_fixed_rule(
+    steps: int, changes: dict[str, Any], expected: str
+) -> None:
+    job = tree({"type": "maml", "inner_lr": 0.01, "inner_steps": steps}, **changes)
+    problem = resolve(build(Job.parse(job)))
     assert problem.job.compute.differentiation == problem.execution.differentiation == expected
 
 
