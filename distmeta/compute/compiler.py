@@ -25,10 +25,14 @@ class Compiler:
     Python an algorithm or a model has in it runs once, while tracing, and what depends on a tensor's value is
     refused there. The graph then goes to torch.compile with static shapes. Compiled code is kept in
     torch's own cache on disk, which all processes of a machine share.
+
+    Args:
+        precision: of the job's computations; it decides how far the result may be from the eager one.
+        trace_only: runs the graph as it is: finds out in a second or two whether there is one.
     """
 
-    def __init__(self, precision: str):
-        self._tolerance = TOLERANCE[precision]
+    def __init__(self, precision: str, trace_only: bool = False):
+        self._tolerance, self._trace_only = TOLERANCE[precision], trace_only
         self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     def __call__(self, name: Any, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -44,7 +48,9 @@ class Compiler:
             return known(*arguments)
         expected = function(*arguments)
         try:
-            program = torch.compile(make_fx(function)(*arguments), dynamic=False, fullgraph=True)
+            program: Callable[..., Any] = make_fx(function)(*arguments)
+            if not self._trace_only:
+                program = torch.compile(program, dynamic=False, fullgraph=True)
             result = program(*arguments)
         except Exception as error:  # whatever tracing or a backend raises
             inner = getattr(error, "inner_exception", error)  # dynamo wraps a backend's

@@ -108,6 +108,8 @@ def train(
         stack.callback(folder.close)
         check = stack.enter_context(interruptions())
         reporter.begin(folder.path, problem.job, progress.step)
+        if problem.job.compute.compile:
+            reporter.say("compiling the gradient: the first step takes half a minute or more")
         stack.callback(reporter.end)
         return _guarded(_Run(problem, server, pool, folder, tracker, reporter, check, progress))
 

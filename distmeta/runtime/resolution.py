@@ -62,6 +62,8 @@ def resolve(problem: Problem, say: Callable[[str], None] = lambda text: None) ->
             Compiler(job.compute.precision) if job.compute.compile else None,
         ),
     )
+    if job.compute.compile:
+        _trial(problem, theta, lambda: few, Compiler(job.compute.precision, trace_only=True))(execution)
     schedule = job.outer.schedule.model_dump()
     schedule["steps"] = schedule["steps"] or job.run.steps
     if execution.mode == "vmap":

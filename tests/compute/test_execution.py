@@ -145,6 +145,13 @@ def test_what_cannot_be_compiled_says_why() -> None:
         gradient(job, LOOP, Compiler("float32"))
 
 
+def test_what_cannot_be_compiled_is_found_out_before_anything_is_written(workplace: Path) -> None:
+    job = tree(model={"type": "test_models:Branching"}, compute={"compile": True})
+    with pytest.raises(InputError, match=r"compute.compile: got true, but this cannot be compiled"):
+        distmeta.train(Job.parse(job))
+    assert not (workplace / "runs").exists()
+
+
 def test_what_is_not_compiled_by_design_is_refused_at_once() -> None:
     with pytest.raises(
         InputError, match=r"compute.compile: got true for maml-plus-plus, .* every outer step"
