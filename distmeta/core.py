@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 Theta = dict[str, Tensor]
 """Everything the outer optimizer moves, by dotted name: `model.<parameter>`, `inner_lr.<parameter>`, …"""
@@ -183,8 +184,16 @@ def query_loss(
 ) -> tuple[Tensor, Metrics]:
     """The default `meta_loss`: L_query(φ_K), with φ_K the state after the inner loop on the support set."""
     state = unroll(algorithm, theta, episode.support)
-    loss, metrics = score(algorithm.predict(theta, state, episode.query.x), episode.query)
+    loss, metrics = score(widened(algorithm.predict(theta, state, episode.query.x)), episode.query)
     return loss, {"loss": loss, **metrics}
+
+
+def widened(outputs: Any) -> Any:
+    """Outputs as float32 where autocast made them bfloat16: losses and distances are not for eight bits."""
+    return tree_map(
+        lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype == torch.bfloat16 else leaf,
+        outputs,
+    )
 
 
 def ways_of(score: Score) -> int | None:

@@ -15,7 +15,7 @@ import torch
 from distmeta.compute.flat import Layout
 from distmeta.compute.shard import Execution, score_tasks
 from distmeta.compute.unroll import detached, unroll
-from distmeta.core import Algorithm, Batch, Episode, InputError, State, Theta
+from distmeta.core import Algorithm, Batch, Episode, InputError, State, Theta, widened
 from distmeta.job import Job
 from distmeta.jobfile import override
 from distmeta.runtime import checkpoint as checkpoints
@@ -163,7 +163,7 @@ class Adapted:
         """Outputs for x [Q, *in_shape]: logits [Q, classes], or targets [Q, D]."""
         problem = self.learner.problem
         with self.learner._ready(), torch.no_grad():
-            outputs = self.algorithm.predict(self.learner.theta, self.state, _inputs(x, problem))
+            outputs = widened(self.algorithm.predict(self.learner.theta, self.state, _inputs(x, problem)))
         return outputs if self.classes is None else outputs[..., : len(self.classes)]
 
     def predict(self, x: Any) -> torch.Tensor:
@@ -217,7 +217,13 @@ def _evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[
         ):  # evaluation's own: the head keeps the ways that it was trained with
             kept = [text.replace(f"tasks.{key}=", f"tasks.eval_{key}=", 1) for text in kept]
     gpus = tree["run"]["gpus_per_worker"] if torch.cuda.is_available() else 0  # trained there, evaluated here
-    job = Job.parse({**tree, "run": {**tree["run"], "workers": 0, "gpus_per_worker": gpus}}, kept)
+    compute = {**tree["compute"], "compile": False}  # evaluation takes no meta-gradient
+    if gpus == 0 and compute["precision"] == "tf32":
+        compute["precision"] = "float32"
+    run = {**tree["run"], "workers": 0, "gpus_per_worker": gpus}
+    job = Job.parse({**tree, "run": run, "compute": compute}, kept)
+    if job.compute.execution == "measure":
+        raise InputError("compute.execution: got measure, which is for training, expected auto, loop or vmap")
     steps = asked.get("algorithm", {}).get("inner_steps")
     if steps is not None and (not isinstance(steps, int) or isinstance(steps, bool) or steps < 0):
         raise InputError(f"algorithm.inner_steps: got {steps!r}, expected an integer of at least 0")

@@ -193,7 +193,8 @@ class Run(Section):
 
 class Compute(Section):
     execution: Literal["auto", "loop", "vmap", "measure"] = "auto"
-    """Task after task, or vectorised. Settled before step 0: auto by a fixed rule, measure by trying both."""
+    """Task after task, or vectorised. Settled before step 0: auto by a fixed rule; measure by trying both, so that two
+    runs of one job may differ in it, and in their bits. The run's job.yaml has what was settled."""
     chunk: Positive | None = None
     """Groups of tasks vectorised at once; null: a whole shard."""
     threads: Positive = 1
@@ -202,9 +203,18 @@ class Compute(Section):
     differentiation: Literal["auto", "reverse", "constant-memory"] = "auto"
     """Through the whole graph of the inner loop, or step by step; the same gradient. auto is settled before step 0."""
     compile: bool = False
-    """torch.compile of a shard's gradient; checked against the eager one on every worker's first shards."""
+    """torch.compile of a shard's gradient; every worker checks it on the first shard of each shape."""
     precision: Literal["float32", "bf16", "tf32"] = "float32"
     """Of products and convolutions; theta, the optimizer and sums over tasks are float32. tf32 is for GPUs."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Compute:
+        if self.chunk is not None and self.execution == "loop":
+            raise InputError(
+                f"compute.chunk: got {self.chunk} with compute.execution: loop, which takes one task after the other: "
+                "leave it out, or use vmap"
+            )
+        return self
 
 
 class Tracking(Section):
@@ -226,6 +236,14 @@ class Job(Section):
     compute: Compute = Compute()
     tracking: Tracking = Tracking()
     output: str = "runs"
+
+    @model_validator(mode="after")
+    def _check(self) -> Job:
+        if self.compute.precision == "tf32" and self.run.gpus_per_worker == 0:
+            raise InputError(
+                "compute.precision: got tf32 without GPUs (run.gpus_per_worker: 0), expected float32 or bf16"
+            )
+        return self
 
     @field_validator("name")
     @classmethod

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils._pytree import tree_leaves
 
+from distmeta.compute.compiler import Compiler
 from distmeta.compute.episodes import episodes_of
 from distmeta.compute.flat import Layout
 from distmeta.compute.shard import shard_gradient
@@ -26,8 +27,12 @@ def run_one_task(job: Job) -> Iterator[str]:
         InputError: the gradient differs between the two (something impure), is not finite, or is zero everywhere.
     """
     with numerics_of(job, device_of(job)):
-        problem = resolve(build(job))
-        algorithm, theta = problem.algorithm, problem.init()
+        said: list[str] = []
+        problem = resolve(build(job), said.append)
+        yield from said
+        algorithm, compute = problem.training_at(0), problem.job.compute
+        theta = {name: value.to(problem.device) for name, value in problem.init().items()}
+        compiler = Compiler(compute.precision) if compute.compile else None
         ids = task_ids(job.seed, "train", 0, algorithm.group_size)
         episodes = episodes_of(
             problem.family, algorithm, theta, "train", ids, algorithm.inner_steps, problem.device
@@ -45,7 +50,7 @@ def run_one_task(job: Job) -> Iterator[str]:
         for _ in range(2):
             started = time.perf_counter()
             result = shard_gradient(
-                algorithm, problem.score("train"), theta, episodes, ids, problem.execution
+                algorithm, problem.score("train"), theta, episodes, ids, problem.execution, compiler
             )
             seconds.append(time.perf_counter() - started)
             flats.append(layout.flatten({name: value.cpu() for name, value in result.gradient.items()}))
@@ -60,7 +65,10 @@ def run_one_task(job: Job) -> Iterator[str]:
         raise InputError("gradient: zero everywhere: the query loss does not depend on theta")
     yield "pure: two runs gave the same bits" + (f"; no gradient reaches {', '.join(zero)}" if zero else "")
     first, second = (1e3 * s / algorithm.group_size for s in seconds)
-    yield f"execution {problem.execution.mode}; {second:.1f} ms a task (first call {first:.0f} ms)"
+    how = (
+        f"{compute.execution}, {compute.differentiation}, {compute.precision}{', compiled' * compute.compile}"
+    )
+    yield f"execution {how}; {second:.1f} ms a task (first call {first:.0f} ms)"
     yield f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
     metrics = {name: float(value.mean()) for name, value in result.metrics.items()}
     yield "metrics: " + ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))

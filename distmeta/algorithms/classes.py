@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distmeta.core import Batch, InputError, Model, Score, Theta, one_hot, ways_of
+from distmeta.core import Batch, InputError, Model, Score, Theta, one_hot, ways_of, widened
 
 
 def required_ways(score: Score, method: str) -> int:
@@ -104,7 +104,7 @@ def squared_distances(a_NF: Tensor, b_MF: Tensor) -> Tensor:
 
 def cosines(a_NF: Tensor, b_MF: Tensor) -> Tensor:
     """Cosine of the angle between every pair of rows, [N, M]; 0 for a row of zeros."""
-    return _unit(a_NF) @ _unit(b_MF).T
+    return widened(_unit(a_NF) @ _unit(b_MF).T)
 
 
 def _unit(rows_NF: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from distmeta.compute.unroll import detached
-from distmeta.core import Algorithm, State, Theta, Unroll, support_at
+from distmeta.core import Algorithm, InputError, State, Theta, Unroll, support_at
 
 Loss = Callable[[Theta, Unroll], tuple[Tensor, Any]]
 """(theta, unroll) -> (a group's meta-loss, its metrics)."""
@@ -41,14 +41,23 @@ class _Passage(NamedTuple):
     """Which of them the loss saw."""
     constant: bool
     """It was asked for with `detach`."""
+    every: bool
+
+    def given(self, states: list[State]) -> Any:
+        """What the loss asked for."""
+        return states if self.every else states[-1]
 
 
 def constant_memory(loss: Loss, theta: Theta, vjp: Vjp) -> tuple[Theta, Any]:
     """∇_θ of a loss that unrolls inner loops from theta, and its metrics.
 
     The loss is computed twice, first without a graph: to run its inner loops.
+
+    Raises:
+        InputError: it unrolls from something else than its theta, whose gradient would be lost.
     """
     passages: list[_Passage] = []
+    fixed = detached(theta)
 
     def record(
         algorithm: Algorithm,
@@ -61,10 +70,14 @@ def constant_memory(loss: Loss, theta: Theta, vjp: Vjp) -> tuple[Theta, Any]:
         count = algorithm.inner_steps if steps is None else steps
         states = list(_trajectory(algorithm, detached(given), support, count))
         shown = list(range(1, count + 1)) if every else [count]
-        passages.append(_Passage(algorithm, support, states, shown, detach))
-        return states[1:] if every else states[-1]
+        if not detach and not (given.keys() == fixed.keys() and all(given[n] is fixed[n] for n in fixed)):
+            raise InputError(
+                "compute.differentiation: got constant-memory, but meta_loss unrolls from other than its own theta: "
+                "use reverse, or unroll from theta itself or with detach=True"
+            )
+        passages.append(_Passage(algorithm, support, states, shown, detach, every))
+        return passages[-1].given([states[k] for k in shown])
 
-    fixed = detached(theta)
     with torch.no_grad():
         loss(fixed, record)
 
@@ -72,12 +85,13 @@ def constant_memory(loss: Loss, theta: Theta, vjp: Vjp) -> tuple[Theta, Any]:
         """The loss as a function of theta and of the states that it sees."""
         found = iter(zip(passages, moved, strict=True))
 
-        def replay(*_: Any, every: bool = False, **options: Any) -> Any:
+        def replay(*_: Any, **__: Any) -> Any:
+            """The same inner loops in the same order as `record` met them."""
             passage, own = next(found)
-            states = [_with(passage.states[k], part) for k, part in zip(passage.shown, own, strict=True)]
-            if passage.constant:
-                states = [passage.states[k] for k in passage.shown]
-            return states if every else states[-1]
+            states = [passage.states[k] for k in passage.shown]
+            if not passage.constant:
+                states = [_with(state, part) for state, part in zip(states, own, strict=True)]
+            return passage.given(states)
 
         return loss(theta, replay)
 
@@ -85,7 +99,7 @@ def constant_memory(loss: Loss, theta: Theta, vjp: Vjp) -> tuple[Theta, Any]:
     value, pull, metrics = vjp(replayed, fixed, seen, has_aux=True)
     gradient, adjoints = pull(torch.ones_like(value))
     for passage, adjoint in zip(passages, adjoints, strict=True):
-        if not passage.constant:
+        if not passage.constant and any(adjoint):
             more = _back(passage, fixed, dict(zip(passage.shown, adjoint, strict=True)), vjp)
             gradient = {name: gradient[name] + more[name] for name in gradient}
     return gradient, metrics

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from distmeta.compute.unroll import detached
-from distmeta.core import Algorithm, Episode, PerStep, TaskFamily, Theta
+from distmeta.core import Algorithm, Episode, PerStep, TaskFamily, Theta, widened
 
 
 def episodes_of(
@@ -28,8 +28,10 @@ def episodes_of(
     all tasks for inputs stacked over tasks. The others are asked for `draw(split, ids)`.
     """
     collect = getattr(family, "collect", None)
+    kind = torch.device(device).type
+    reduced, exact = torch.is_autocast_enabled(kind), torch.autocast(kind, enabled=False)
     if collect is None:
-        with torch.autocast(torch.device(device).type, enabled=False):  # data are the same in any precision
+        with exact:  # data are the same in any precision
             return to_device(family.draw(split, ids), device)
     theta = detached(theta)
     over_tasks = torch.func.vmap
@@ -37,12 +39,14 @@ def episodes_of(
     for k in range(steps + 1):
 
         def policy(x: Any, state: Any = state) -> Any:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=reduced, cache_enabled=False):
                 if state is None:  # before any data: what the algorithm predicts from theta alone
-                    return over_tasks(lambda x: algorithm.predict(theta, algorithm.begin(theta, None), x))(x)
-                return over_tasks(lambda s, x: algorithm.predict(theta, s, x))(state, x)
+                    first = over_tasks(lambda x: algorithm.predict(theta, algorithm.begin(theta, None), x))
+                    return widened(first(x))
+                return widened(over_tasks(lambda s, x: algorithm.predict(theta, s, x))(state, x))
 
-        batch = to_device(collect(split, ids, k, policy), device)
+        with exact:
+            batch = to_device(collect(split, ids, k, policy), device)
         batches.append(batch)
         if k == steps:
             break

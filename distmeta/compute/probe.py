@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -73,7 +74,9 @@ Trial = Callable[[Execution], object]
 """Computes the gradient of the job's own first tasks in this way."""
 
 
-def choose_execution(asked: Execution, found: Traits, on_gpu: bool, few: Trial, shard: Trial) -> Execution:
+def choose_execution(
+    asked: Execution, found: Traits, on_gpu: bool, few: Trial, shard: Trial, largest: int
+) -> Execution:
     """Settles `compute.execution` (`asked.mode`) and, where it is measured, `compute.chunk`.
 
     auto is `loop` for a model that draws random numbers or that torch.func.vmap cannot run, and for convolutions
@@ -83,6 +86,7 @@ def choose_execution(asked: Execution, found: Traits, on_gpu: bool, few: Trial, 
     Args:
         few: two groups of tasks, to see whether vmap works at all.
         shard: the largest shard.
+        largest: its groups of tasks.
 
     Raises:
         InputError: vmap was asked for and cannot be.
@@ -112,28 +116,35 @@ def choose_execution(asked: Execution, found: Traits, on_gpu: bool, few: Trial, 
             ) from error
         return loop
     if asked.mode == "measure":
-        chunks = [asked.chunk] if asked.chunk != WHOLE_SHARD else [WHOLE_SHARD, *CHUNKS]
+        smaller = [chunk for chunk in CHUNKS if chunk < largest]
+        chunks = [WHOLE_SHARD, *smaller] if asked.chunk == WHOLE_SHARD else [asked.chunk]
         return fastest([loop, *(vmapped._replace(chunk=chunk) for chunk in chunks)], shard)
     return vmapped
 
 
 def fastest(ways: Sequence[Execution], trial: Trial) -> Execution:
-    """The way of the shortest trial of three, each tried once before (a compiler works in the first)."""
+    """The way of the shortest trial of three, each tried once before (a compiler works in the first).
+
+    What a GPU has no memory for is left out; the first way is the one that needs least.
+    """
+    seconds: dict[Execution, float] = {}
     for way in ways:
-        trial(way)
-    seconds = dict.fromkeys(ways, float("inf"))
+        with contextlib.suppress(torch.OutOfMemoryError):
+            trial(way)
+            seconds[way] = float("inf")
     for _ in range(3):
-        for way in ways:
+        for way in seconds:
             started = time.perf_counter()
             trial(way)
             seconds[way] = min(seconds[way], time.perf_counter() - started)
-    return min(ways, key=lambda way: seconds[way])
+    return min(seconds, key=lambda way: seconds[way])
 
 
-def choose_differentiation(asked: str, found: Traits, inner_steps: int) -> str:
-    """Settles `compute.differentiation`; auto is `constant-memory` for convolutions from `LONG` inner steps on.
+def choose_differentiation(asked: str, found: Traits, long: bool) -> str:
+    """Settles `compute.differentiation`.
 
-    Elsewhere a step's graph is small, and holding all of them is faster (benchmarks/memory.py).
+    auto is `constant-memory` for a network of convolutions, `LONG` inner steps or more, and a meta-loss that goes back
+    through them (`long`). Elsewhere holding all graphs takes little memory and is faster (benchmarks/memory.py).
 
     Raises:
         InputError: constant-memory, which computes a step twice, for a model that draws random numbers in it.
@@ -144,6 +155,5 @@ def choose_differentiation(asked: str, found: Traits, inner_steps: int) -> str:
             "random numbers (dropout): use compute.differentiation=reverse"
         )
     if asked == "auto":
-        long = found.convolves and inner_steps >= LONG
         return "constant-memory" if long and not found.draws else "reverse"
     return asked

@@ -17,7 +17,19 @@ from torch.utils._pytree import tree_map
 from distmeta.compute.adjoint import Vjp, constant_memory, reverse_vjp
 from distmeta.compute.compiler import Compiler
 from distmeta.compute.unroll import detached, unroll
-from distmeta.core import Algorithm, Episode, Metrics, PerStep, Score, Theta, Unroll, query_loss, support_at
+from distmeta.core import (
+    Algorithm,
+    Episode,
+    InputError,
+    Metrics,
+    PerStep,
+    Score,
+    Theta,
+    Unroll,
+    query_loss,
+    support_at,
+    widened,
+)
 
 WHOLE_SHARD = 2**31
 """A chunk that no shard exceeds."""
@@ -153,7 +165,22 @@ def _group_loss(
     episode = tree_map(lambda leaf: leaf[0], group) if algorithm.group_size == 1 else group
     meta_loss = getattr(algorithm, "meta_loss", None) or partial(query_loss, algorithm)
     loss, after = meta_loss(theta, episode, unroll, score)
+    if loss.dim():
+        raise InputError(f"algorithm: its meta_loss has shape {list(loss.shape)}, expected one number, []")
     return loss, {f"{name}_after": value.detach().reshape(-1) for name, value in after.items()}
+
+
+def holds_graphs(algorithm: Algorithm, score: Score, theta: Theta, episodes: Episode) -> bool:
+    """Whether the meta-loss of a group of tasks, leaves [G, ...], goes back through its inner loops."""
+    asked: list[bool] = []
+
+    def watched(*arguments: Any, detach: bool = False, **options: Any) -> Any:
+        asked.append(detach)
+        return unroll(*arguments, detach=detach, **options)
+
+    with torch.no_grad():
+        _group_loss(algorithm, score, theta, episodes, watched)
+    return not all(asked) and not getattr(algorithm, "first_order", False)
 
 
 def _group_before(algorithm: Algorithm, score: Score, theta: Theta, group: Episode) -> Metrics:
@@ -166,7 +193,7 @@ def _group_before(algorithm: Algorithm, score: Score, theta: Theta, group: Episo
         support = support_at(episode.support, 0)
         target = support if isinstance(episode.support, PerStep) else episode.query
         state = algorithm.begin(theta, support)
-        loss, metrics = score(algorithm.predict(theta, state, target.x), target)
+        loss, metrics = score(widened(algorithm.predict(theta, state, target.x)), target)
         rows.append({"loss": loss, **metrics})
     return {f"{name}_before": torch.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -207,7 +234,7 @@ def score_tasks(
         for k in range(length + 1):
             collected = isinstance(episode.support, PerStep) and k < len(episode.support.batches)
             target = support_at(episode.support, k) if collected else episode.query
-            predicted = algorithm.predict(theta, state, target.x)
+            predicted = widened(algorithm.predict(theta, state, target.x))
             loss, metrics = score(predicted, target)
             rows.append({"loss": loss, **metrics})
             if k < length:

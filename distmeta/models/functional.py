@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from distmeta.core import InputError, Theta, nearest, one_hot, select
+from distmeta.core import InputError, Theta, nearest, one_hot, select, widened
 
 PREFIX = "model."
 
@@ -120,7 +119,7 @@ class Functional:
         values = dict(self.constants)
         for name, value in select(phi, PREFIX).items():
             values[name.removeprefix(PREFIX)] = value
-        return _widened(torch.func.functional_call(self.module, values, (x,)))
+        return widened(torch.func.functional_call(self.module, values, (x,)))
 
     def features(self, phi: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """What enters the head, [N, F]; phi need not have the head's entries."""
@@ -133,7 +132,7 @@ class Functional:
             self(phi, x)
         finally:
             hook.remove()
-        return _widened(entered[-1])
+        return widened(entered[-1])
 
     def _body(self, theta: Theta) -> Theta:
         return {name: value for name, value in theta.items() if name not in self.head}
@@ -148,13 +147,6 @@ class Functional:
         self.constants = {name: move(value) for name, value in self.constants.items()}
         self._initial = {name: move(value) for name, value in self._initial.items()}
         return self
-
-
-def _widened(outputs: Any) -> Any:
-    """Outputs as float32 where autocast made them bfloat16: losses and distances are not for eight bits."""
-    if isinstance(outputs, Tensor):
-        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
-    return tree_map(_widened, outputs) if isinstance(outputs, (tuple, list, dict)) else outputs
 
 
 def _find_head(module: nn.Module, out_features: int | None) -> tuple[str, ...]:

@@ -89,7 +89,8 @@ def train(
         resume: a run folder or checkpoint to go on from; "auto": `run.name`'s folder, if it has something.
 
     Raises:
-        InputError: the job or the resume cannot be; nothing was written.
+        InputError: the job or the resume cannot be; nothing was written. What shows in the first step alone (a compiled
+            gradient that is not the eager one) leaves the run at step 0.
         InterruptedRun: Ctrl-C or SIGTERM; the last completed step was saved.
         NumericsError: a non-finite meta-gradient under `run.on_nonfinite: stop`; saved.
     """

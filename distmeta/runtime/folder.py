@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from distmeta.compute.compiler import missing
 from distmeta.core import InputError
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
@@ -35,9 +36,8 @@ SETTLED: dict[str, tuple[Any, ...]] = {
     "compute.execution": ("auto", "measure"),
     "compute.chunk": (None,),
     "compute.differentiation": ("auto",),
-    "compute.compile": (True,),
 }
-"""What a job may leave open and the run settled at its start; true: a run does without where it had no compiler."""
+"""What a job may leave open and the run settled at its start."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,8 @@ def _refuse_changes(prefix: str, stored: Any, asked: Any, free: set[str]) -> Non
     for key in {**stored, **asked}:
         old, new = stored.get(key), asked.get(key)
         name = f"{prefix}.{key}".lstrip(".")
-        if key in free or new == old or new in SETTLED.get(name, ()):
+        without = name == "compute.compile" and new is True and missing()  # as when the run began
+        if key in free or new == old or new in SETTLED.get(name, ()) or without:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             _refuse_changes(name, old, new, set())

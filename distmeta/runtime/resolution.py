@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from torch.utils._pytree import tree_map
+
 from distmeta.compute.compiler import Compiler, missing
 from distmeta.compute.episodes import episodes_of, to_device
-from distmeta.compute.probe import Trial, choose_differentiation, choose_execution, has_dropout, traits
-from distmeta.compute.shard import WHOLE_SHARD, Execution, score_tasks, shard_gradient
+from distmeta.compute.probe import LONG, Trial, choose_differentiation, choose_execution, has_dropout, traits
+from distmeta.compute.shard import WHOLE_SHARD, Execution, holds_graphs, score_tasks, shard_gradient
 from distmeta.core import InputError, Theta
 from distmeta.runtime.problem import Problem
 from distmeta.seeding import task_ids
@@ -48,8 +50,10 @@ def resolve(problem: Problem, say: Callable[[str], None] = lambda text: None) ->
             "compute.compile: got true for a model that draws random numbers (dropout), which compiled code draws in "
             "another way: use compute.compile=false"
         )
-    differentiation = choose_differentiation(job.compute.differentiation, found, algorithm.inner_steps)
+    long = found.convolves and algorithm.inner_steps >= LONG and _holds_graphs(problem, theta, few[0])
+    differentiation = choose_differentiation(job.compute.differentiation, found, long)
     asked = Execution(job.compute.execution, job.compute.chunk or WHOLE_SHARD, differentiation)
+    largest = -(-groups // shards)
     execution = choose_execution(
         asked,
         found,
@@ -58,17 +62,24 @@ def resolve(problem: Problem, say: Callable[[str], None] = lambda text: None) ->
         _trial(
             problem,
             theta,
-            lambda: _drawn(problem, theta, -(-groups // shards)),
+            lambda: _drawn(problem, theta, largest),
             Compiler(job.compute.precision) if job.compute.compile else None,
         ),
+        largest,
     )
     if job.compute.compile:
         _trial(problem, theta, lambda: few, Compiler(job.compute.precision, trace_only=True))(execution)
     schedule = job.outer.schedule.model_dump()
     schedule["steps"] = schedule["steps"] or job.run.steps
-    if execution.mode == "vmap":
-        compute["chunk"] = None if execution.chunk == WHOLE_SHARD else execution.chunk
-    compute |= {"execution": execution.mode, "differentiation": differentiation}
+    chunk = None if execution.chunk == WHOLE_SHARD or execution.mode == "loop" else execution.chunk
+    if asked.mode == "measure":
+        say(f"compute.execution: measured: {execution.mode}" + (f" in chunks of {chunk}" if chunk else ""))
+    elif execution.mode == "loop" and job.compute.chunk is not None:
+        raise InputError(
+            f"compute.chunk: got {job.compute.chunk}, but compute.execution: auto is loop here, which takes one task "
+            "after the other: leave it out, or use vmap"
+        )
+    compute |= {"execution": execution.mode, "chunk": chunk, "differentiation": differentiation}
     resolved = job.replace(run={"shards": shards}, compute=compute, outer={"schedule": schedule})
     return replace(problem, job=resolved, execution=execution)
 
@@ -79,6 +90,12 @@ def _drawn(problem: Problem, theta: Theta, groups: int) -> tuple[Any, Any]:
     ids = task_ids(problem.job.seed, "probe", 0, groups * algorithm.group_size)
     steps = algorithm.inner_steps
     return episodes_of(problem.family, algorithm, theta, "train", ids, steps, problem.device), ids
+
+
+def _holds_graphs(problem: Problem, theta: Theta, episodes: Any) -> bool:
+    """Whether training's meta-loss goes back through its inner loops (that of the last steps, where it changes)."""
+    group = tree_map(lambda leaf: leaf[: problem.algorithm.group_size], episodes)
+    return holds_graphs(problem.algorithm, problem.score("train"), theta, group)
 
 
 def _trial(
@@ -99,10 +116,6 @@ def _trial(
 def _check_compute(problem: Problem) -> None:
     """Settings that no shard could be computed with."""
     job, on_gpu = problem.job, problem.job.run.gpus_per_worker > 0
-    if job.compute.precision == "tf32" and not on_gpu:
-        raise InputError(
-            "compute.precision: got tf32 without GPUs (run.gpus_per_worker), expected float32 or bf16"
-        )
     if job.compute.compile and hasattr(problem.algorithm, "at"):
         raise InputError(
             f"compute.compile: got true for {job.algorithm.type}, whose loss is another in every outer step: "

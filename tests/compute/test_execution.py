@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, tree
+from conftest import ALGORITHMS, REPOSITORY, tree
 
 import distmeta
+from distmeta.algorithms.maml import MAML
 from distmeta.compute import probe
 from distmeta.compute.compiler import Compiler
 from distmeta.compute.episodes import episodes_of
 from distmeta.compute.numerics import numerics
 from distmeta.compute.shard import WHOLE_SHARD, Execution, shard_gradient
-from distmeta.core import InputError
+from distmeta.core import InputError, Theta, query_loss
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.problem import build
@@ -114,6 +115,38 @@ def test_differentiation_is_settled_by_a_fixed_rule(
     assert problem.job.compute.differentiation == problem.execution.differentiation == expected
 
 
+@pytest.mark.parametrize("algorithm", [ALGORITHMS["imaml"], ALGORITHMS["reptile"], ALGORITHMS["fomaml"]])
+def test_what_holds_no_graphs_is_left_alone(algorithm: dict[str, Any]) -> None:
+    problem = resolve(build(Job.parse(tree(algorithm | {"inner_steps": probe.LONG}, **CONV))))
+    assert problem.job.compute.differentiation == "reverse"
+
+
+class FromElsewhere(MAML):
+    """Unrolls from twice its theta, whose gradient is another."""
+
+    def meta_loss(self, theta: Theta, episode: Any, unroll: Any, score: Any) -> Any:
+        state = unroll(self, {name: 2 * value for name, value in theta.items()}, episode.support)
+        loss, metrics = score(self.predict(theta, state, episode.query.x), episode.query)
+        return loss, {"loss": loss, **metrics}
+
+
+class Unreduced(MAML):
+    def meta_loss(self, theta: Theta, episode: Any, unroll: Any, score: Any) -> Any:
+        loss, metrics = query_loss(self, theta, episode, unroll, score)
+        return loss[None], metrics
+
+
+def test_a_meta_loss_that_breaks_the_protocol_is_named() -> None:
+    job = tree({"type": "test_execution:FromElsewhere"})
+    gradient(job, LOOP)
+    with pytest.raises(
+        InputError, match=r"compute.differentiation: got constant-memory, .* other than its own theta"
+    ):
+        gradient(job, LOOP._replace(differentiation="constant-memory"))
+    with pytest.raises(InputError, match=r"algorithm: its meta_loss has shape \[1\], expected one number"):
+        gradient(tree({"type": "test_execution:Unreduced"}), LOOP)
+
+
 def test_constant_memory_is_refused_where_steps_draw() -> None:
     job = tree(model={"type": "hard_cases:Dropout"}, compute={"differentiation": "constant-memory"})
     with pytest.raises(InputError, match=r"compute.differentiation: got constant-memory, .* \(dropout\)"):
@@ -125,16 +158,54 @@ def test_a_compiled_gradient_is_the_eager_one(job: dict[str, Any], execution: Ex
     assert apart(gradient(job, execution), gradient(job, execution, Compiler("float32"))) <= 1e-5
 
 
-def test_a_compiled_result_that_differs_is_refused() -> None:
-    calls = count(1)
+def returning(*results: tuple[float, bool, float, float]) -> Any:
+    """A function whose first call gives the first (gradient, mask, loss, accuracy), the others the second."""
+    calls = iter([*results, *[results[-1]] * 9])
 
-    def impure(x: torch.Tensor) -> torch.Tensor:
-        return x * next(calls)
+    def impure(x: torch.Tensor) -> Any:
+        gradient, mask, loss, accuracy = next(calls)
+        return (
+            {"a": x * gradient},
+            x > (-1 if mask else 9),
+            {"loss_after": x * loss, "accuracy_after": x * accuracy},
+        )
 
-    with pytest.raises(
-        InputError, match=r"compiled gradient differs from the eager one by 1.0e\+00 of its norm"
-    ):
-        Compiler("float32")("impure", impure, torch.ones(3))
+    return impure
+
+
+@pytest.mark.parametrize(
+    ("compiled", "what"),
+    [
+        ((2e-6, True, 3.0, 0.5), r"gradient differs from the eager one by 1.0e\+00 of its norm"),
+        ((1e-6, False, 3.0, 0.5), r"set of finite tasks differs"),
+        ((1e-6, True, 3.1, 0.5), r"loss_after differs"),
+        ((1e-6, True, 3.0, 0.6), None),
+    ],
+)
+def test_a_compiled_result_that_differs_is_refused(
+    compiled: tuple[float, bool, float, float], what: str | None
+) -> None:
+    """Each part by itself: a small gradient is not hidden by a large loss, and an accuracy may jump."""
+    function, x = returning((1e-6, True, 3.0, 0.5), compiled), torch.ones(3)
+    if what is None:
+        metrics = Compiler("float32", trace_only=True)("impure", function, x)[2]
+        assert torch.allclose(metrics["accuracy_after"], torch.tensor(0.6))
+        return
+    with pytest.raises(InputError, match=what):
+        Compiler("float32", trace_only=True)("impure", function, x)
+
+
+def test_a_later_call_runs_the_compiled_program() -> None:
+    calls = count()
+
+    def counted(x: torch.Tensor) -> Any:
+        next(calls)
+        return {"a": x.sin()}, x > 0, {}
+
+    compiled = Compiler("float32")
+    first, second = (compiled("counted", counted, torch.ones(3))[0]["a"] for _ in range(2))
+    assert torch.equal(first, second)
+    assert next(calls) == 2, "once by itself, once while traced"
 
 
 def test_what_cannot_be_compiled_says_why() -> None:
@@ -200,11 +271,35 @@ def test_training_in_bfloat16_learns(workplace: Path) -> None:
     assert last.figures["loss_after"] < 0.5 * first.figures["loss_after"]
 
 
-def test_tf32_needs_a_gpu() -> None:
+def test_settings_that_go_with_nothing_are_refused() -> None:
     with pytest.raises(
         InputError, match=r"compute.precision: got tf32 without GPUs .*, expected float32 or bf16"
     ):
-        resolve(build(Job.parse(tree(compute={"precision": "tf32"}))))
+        Job.parse(tree(compute={"precision": "tf32"}))
+    with pytest.raises(InputError, match=r"compute.chunk: got 4 with compute.execution: loop"):
+        Job.parse(tree(compute={"execution": "loop", "chunk": 4}))
+    with pytest.raises(InputError, match=r"compute.chunk: got 4, but compute.execution: auto is loop here"):
+        resolve(build(Job.parse(tree(compute={"chunk": 4}, **CONV))))
+
+
+def test_a_compiled_run_is_evaluated_without_a_compiler(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = distmeta.train(Job.parse(tree(run={"steps": 1}))).run
+    text = (run / "checkpoints" / "step-00000001" / "state.json").read_text()
+    assert '"compile": false' in text
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    resumed = distmeta.train(Job.parse(tree(run={"steps": 2}, compute={"compile": True})), resume=run)
+    assert Job.load(resumed.run / "job.yaml").compute.compile is False
+    with pytest.raises(InputError, match=r"compute.execution: got measure, which is for training"):
+        distmeta.evaluate(run, ["compute.execution=measure"])
+
+
+def test_outputs_are_float32_in_bfloat16_too(workplace: Path) -> None:
+    job = tree("matching-fce", compute={"precision": "bf16"}, run={"steps": 1})
+    learner = distmeta.load(distmeta.train(Job.parse(job)).run)
+    support, query = learner.problem.family.draw("test", task_ids(0, "test", 0, 1))
+    assert learner.adapt(support.x[0], support.y[0])(query.x[0]).dtype == torch.float32
 
 
 def test_what_was_measured_is_written_down_and_obeyed(workplace: Path) -> None:

@@ -77,7 +77,8 @@ def gradient(
     name: str | dict[str, Any], execution: Execution, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     problem, theta, episodes, ids = parts(name, dtype=dtype)
-    result = shard_gradient(problem.algorithm, problem.score("train"), theta, episodes, ids, execution)
+    algorithm = problem.training_at(0)  # MAML++ has the loss of every step there
+    result = shard_gradient(algorithm, problem.score("train"), theta, episodes, ids, execution)
     return torch.cat([result.gradient[key].flatten() for key in theta])
 
 

@@ -70,6 +70,7 @@ class Flag(Silent):
 @pytest.mark.parametrize("name", [name for name in CASES if name in EVERY_NUMBER or name not in ALGORITHMS])
 def test_any_number_of_workers(name: str, workplace: Path, cluster: None) -> None:
     alone = trained(CASES[name], workers=0)
+    assert Job.load(alone / "job.yaml").compute.compile == (name == "compiled")
     assert [row["step"] for row in lines(alone)] == list(range(1, 11))
     for workers in (1, 2, 4) if name in EVERY_NUMBER else (3,):
         run = trained(CASES[name], workers=workers)
