@@ -43,6 +43,18 @@ def numerics(
         _apply(*before)
 
 
+@contextmanager
+def full_precision(device: str) -> Iterator[None]:
+    """Float32 for a block within `numerics`."""
+    before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
 def _apply(threads: int, deterministic: bool, matmul: bool, cudnn: bool, benchmark: bool) -> None:
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
