@@ -52,8 +52,12 @@ class Layout:
         The copy is on purpose: the vector may be a read-only view of shared memory, and the bits of a matrix
         product can depend on how its operands are aligned.
         """
-        source = torch.from_numpy(np.array(flat, np.float32))
-        return {name: view.clone().to(device) for name, view in self.views(source).items()}
+        theta, start = {}, 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            stop = start + math.prod(shape)
+            theta[name] = torch.from_numpy(np.array(flat[start:stop], np.float32)).view(shape).to(device)
+            start = stop
+        return theta
 
 
 def norm(vector: np.ndarray) -> float:

@@ -130,10 +130,10 @@ def _chunk_sum(
         parts, metrics = gradient_of(theta, tree_map(lambda leaf: leaf[0], episodes))
         parts = {name: value[None] for name, value in parts.items()}
     finite = _finite_groups(parts)
-    total = {
-        name: torch.where(_column(finite, value), value, 0).sum(0) * algorithm.group_size
-        for name, value in parts.items()
-    }
+    total = {name: torch.where(_column(finite, value), value, 0) for name, value in parts.items()}
+    total = {name: value.sum(0) if vmapped else value[0] for name, value in total.items()}
+    if algorithm.group_size > 1:
+        total = {name: value * algorithm.group_size for name, value in total.items()}
     return total, finite, {name: value.reshape(-1) for name, value in metrics.items()}
 
 
