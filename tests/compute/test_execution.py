@@ -80,7 +80,7 @@ from test_execution import LOOP, gradient, wide
 gradient(wide(2), LOOP)
 peaks = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
 for name in ("constant-memory", "reverse"):
-    gradient(wide(40), LOOP._replace(differentiation=name))
+    gradient(wide(20), LOOP._replace(differentiation=name))
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 print(*(b - a for a, b in zip(peaks, peaks[1:])))
 """
@@ -94,13 +94,16 @@ def wide(inner_steps: int) -> dict[str, Any]:
 
 
 def test_constant_memory_holds_one_steps_graph() -> None:
-    """Peak memory of a process of its own: what it adds, and what the whole graph adds to that."""
+    """Peak memory of a process of its own: what it adds, and what the whole graph adds to that.
+
+    The allocator gives large blocks back at once (`MALLOC_MMAP_THRESHOLD_`), so that the peak is what was in use.
+    """
     done = subprocess.run(
         [sys.executable, "-c", PEAKS], cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY / "tests")},
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY / "tests"), "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip
     constant, more = (int(kilobytes) for kilobytes in done.stdout.split())
-    assert more > constant
+    assert more > 10 * constant
 
 
 @pytest.mark.parametrize(
