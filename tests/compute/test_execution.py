@@ -325,12 +325,14 @@ def test_outputs_are_float32_in_bfloat16_too(workplace: Path) -> None:
 
 def test_what_was_measured_is_written_down_and_obeyed(workplace: Path) -> None:
     job = Job.parse(tree(compute={"execution": "measure"}, run={"steps": 3, "name": "measured"}))
-    problem = resolve(build(job))
-    assert (
-        problem.job.compute.execution == problem.execution.mode == "vmap"
-    )  # over a small MLP, many times faster
+    said: list[str] = []
+    problem = resolve(build(job), said.append)
+    mode = problem.job.compute.execution
+    assert mode == problem.execution.mode
+    assert mode in ("loop", "vmap")  # which one depends on what else the machine does
+    assert said == [f"compute.execution: measured: {mode}"]
     written = Job.load(distmeta.train(job).run / "job.yaml")
-    assert written.compute.execution == "vmap"
+    assert written.compute.execution in ("loop", "vmap")
     assert resolve(build(written)).job == written
 
 
