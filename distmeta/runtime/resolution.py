@@ -50,7 +50,8 @@ def resolve(problem: Problem, say: Callable[[str], None] = lambda text: None) ->
             "compute.compile: got true for a model that draws random numbers (dropout), which compiled code draws in "
             "another way: use compute.compile=false"
         )
-    long = found.convolves and algorithm.inner_steps >= LONG and _holds_graphs(problem, theta, few[0])
+    long = found.convolves and algorithm.inner_steps >= LONG
+    long = long and job.compute.differentiation == "auto" and _holds_graphs(problem, theta, few[0])
     differentiation = choose_differentiation(job.compute.differentiation, found, long)
     asked = Execution(job.compute.execution, job.compute.chunk or WHOLE_SHARD, differentiation)
     largest = -(-groups // shards)
