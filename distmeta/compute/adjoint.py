@@ -163,9 +163,8 @@ def reverse_vjp(function: Callable[..., Any], *primals: Any, has_aux: bool = Fal
         pairs = zip(tree_flatten(outputs)[0], tree_flatten(cotangents)[0], strict=True)
         moving = [(output, cotangent) for output, cotangent in pairs if output.requires_grad]
         found: list[Tensor | None] = [None] * len(own)
-        if (
-            moving
-        ):  # by their product: `grad_outputs` makes torch 2.13 load its symbolic shapes, 30 MB of them
+        if moving:
+            # a product instead of `grad_outputs`, for which torch 2.13 loads its symbolic shapes, 30 MB of them
             total = torch.stack([(output * cotangent).sum() for output, cotangent in moving]).sum()
             found = list(torch.autograd.grad(total, own, allow_unused=True))
         filled = [

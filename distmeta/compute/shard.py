@@ -174,9 +174,16 @@ def holds_graphs(algorithm: Algorithm, score: Score, theta: Theta, episodes: Epi
     """Whether the meta-loss of a group of tasks, leaves [G, ...], goes back through its inner loops."""
     asked: list[bool] = []
 
-    def watched(*arguments: Any, detach: bool = False, **options: Any) -> Any:
+    def watched(
+        algorithm: Algorithm,
+        theta: Theta,
+        support: Any,
+        steps: int | None = None,
+        detach: bool = False,
+        every: bool = False,
+    ) -> Any:
         asked.append(detach)
-        return unroll(*arguments, detach=detach, **options)
+        return unroll(algorithm, theta, support, steps, detach, every)
 
     with torch.no_grad():
         _group_loss(algorithm, score, theta, episodes, watched)

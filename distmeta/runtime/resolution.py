@@ -13,6 +13,7 @@ from distmeta.compute.episodes import episodes_of, to_device
 from distmeta.compute.probe import LONG, Trial, choose_differentiation, choose_execution, has_dropout, traits
 from distmeta.compute.shard import WHOLE_SHARD, Execution, holds_graphs, score_tasks, shard_gradient
 from distmeta.core import InputError, Theta
+from distmeta.job import Job
 from distmeta.runtime.problem import Problem
 from distmeta.seeding import task_ids
 
@@ -23,66 +24,70 @@ def resolve(problem: Problem, say: Callable[[str], None] = lambda text: None) ->
     Raises:
         InputError: the parts of the job do not go together.
     """
-    job, algorithm = problem.job, problem.algorithm
-    groups = job.run.tasks_per_step // algorithm.group_size
-    shards = job.run.shards or min(8, groups)
+    problem = replace(problem, job=_with_shards(problem))
+    _check_compute(problem)
+    if problem.job.compute.compile and (lacking := missing()):
+        say(f"compute.compile: there is {lacking}; the whole run goes without")
+        problem = replace(problem, job=problem.job.replace(compute={"compile": False}))
+    theta = {name: value.to(problem.device) for name, value in problem.init().items()}
+    _check_evaluation(problem, theta)
+    execution = _execution(problem, theta, say)
+    schedule = problem.job.outer.schedule.model_dump()
+    schedule["steps"] = schedule["steps"] or problem.job.run.steps
+    compute = {
+        "execution": execution.mode,
+        "chunk": None if execution.mode == "loop" or execution.chunk == WHOLE_SHARD else execution.chunk,
+        "differentiation": execution.differentiation,
+    }
+    settled = problem.job.replace(compute=compute, outer={"schedule": schedule})
+    return replace(problem, job=settled, execution=execution)
+
+
+def _with_shards(problem: Problem) -> Job:
+    """The job with its number of shards."""
+    run, groups = problem.job.run, problem.job.run.tasks_per_step // problem.algorithm.group_size
+    shards = run.shards or min(8, groups)
     if shards > groups:
         raise InputError(
             f"run.shards: got {shards}, expected at most {groups}, the groups of tasks in a step"
         )
-    _check_compute(problem)
-    if hasattr(problem.family, "collect") and has_dropout(problem.model.module):
-        raise InputError(
-            f"model.type: {job.model.type} has dropout, and the tasks are collected by all policies at once: "
-            "use a model without"
-        )
-    compute: dict[str, Any] = {}
-    if job.compute.compile and (lacking := missing()):
-        say(f"compute.compile: there is {lacking}; the whole run goes without")
-        compute["compile"] = False
-        job = job.replace(compute=compute)
-    theta = {name: value.to(problem.device) for name, value in problem.init().items()}
+    return problem.job.replace(run={"shards": shards})
+
+
+def _execution(problem: Problem, theta: Theta, say: Callable[[str], None]) -> Execution:
+    """How shards are computed: what the job asks for, or what its rules find on the first tasks."""
+    job, algorithm, asked = problem.job, problem.algorithm, problem.job.compute
     few = _drawn(problem, theta, 2)
-    _check_evaluation(problem, theta)
     found = traits(problem.model.module, few[0].query.x[0])
-    if job.compute.compile and found.draws:
+    if asked.compile and found.draws:
         raise InputError(
             "compute.compile: got true for a model that draws random numbers (dropout), which compiled code draws in "
             "another way: use compute.compile=false"
         )
     long = found.convolves and algorithm.inner_steps >= LONG
-    long = long and job.compute.differentiation == "auto" and _holds_graphs(problem, theta, few[0])
-    differentiation = choose_differentiation(job.compute.differentiation, found, long)
-    asked = Execution(job.compute.execution, job.compute.chunk or WHOLE_SHARD, differentiation)
-    largest = -(-groups // shards)
+    long = long and asked.differentiation == "auto" and _holds_graphs(problem, theta, few[0])
+    differentiation = choose_differentiation(asked.differentiation, found, long)
+    largest = -(-job.run.tasks_per_step // algorithm.group_size // (job.run.shards or 1))
+    compiler = Compiler(asked.precision) if asked.compile else None
     execution = choose_execution(
-        asked,
+        Execution(asked.execution, asked.chunk or WHOLE_SHARD, differentiation),
         found,
         job.run.gpus_per_worker > 0,
         _trial(problem, theta, lambda: few, None),
-        _trial(
-            problem,
-            theta,
-            lambda: _drawn(problem, theta, largest),
-            Compiler(job.compute.precision) if job.compute.compile else None,
-        ),
+        _trial(problem, theta, lambda: _drawn(problem, theta, largest), compiler),
         largest,
     )
-    if job.compute.compile:
-        _trial(problem, theta, lambda: few, Compiler(job.compute.precision, trace_only=True))(execution)
-    schedule = job.outer.schedule.model_dump()
-    schedule["steps"] = schedule["steps"] or job.run.steps
-    chunk = None if execution.chunk == WHOLE_SHARD or execution.mode == "loop" else execution.chunk
-    if asked.mode == "measure":
-        say(f"compute.execution: measured: {execution.mode}" + (f" in chunks of {chunk}" if chunk else ""))
-    elif execution.mode == "loop" and job.compute.chunk is not None:
+    if asked.execution == "measure":
+        chunks = f" in chunks of {execution.chunk}" if 1 < execution.chunk < WHOLE_SHARD else ""
+        say(f"compute.execution: measured: {execution.mode}{chunks}")
+    elif execution.mode == "loop" and asked.chunk is not None:
         raise InputError(
-            f"compute.chunk: got {job.compute.chunk}, but compute.execution: auto is loop here, which takes one task "
+            f"compute.chunk: got {asked.chunk}, but compute.execution: auto is loop here, which takes one task "
             "after the other: leave it out, or use vmap"
         )
-    compute |= {"execution": execution.mode, "chunk": chunk, "differentiation": differentiation}
-    resolved = job.replace(run={"shards": shards}, compute=compute, outer={"schedule": schedule})
-    return replace(problem, job=resolved, execution=execution)
+    if asked.compile:
+        _trial(problem, theta, lambda: few, Compiler(asked.precision, trace_only=True))(execution)
+    return execution
 
 
 def _drawn(problem: Problem, theta: Theta, groups: int) -> tuple[Any, Any]:
@@ -117,6 +122,11 @@ def _trial(
 def _check_compute(problem: Problem) -> None:
     """Settings that no shard could be computed with."""
     job, on_gpu = problem.job, problem.job.run.gpus_per_worker > 0
+    if hasattr(problem.family, "collect") and has_dropout(problem.model.module):
+        raise InputError(
+            f"model.type: {job.model.type} has dropout, and the tasks are collected by all policies at once: "
+            "use a model without"
+        )
     if job.compute.compile and hasattr(problem.algorithm, "at"):
         raise InputError(
             f"compute.compile: got true for {job.algorithm.type}, whose loss is another in every outer step: "
