@@ -97,6 +97,10 @@ def describe(error: ValidationError, prefix: str = "") -> str:
         text = str(cause)
     elif first["type"] == "missing":
         text = f"{field}: missing"
+    elif first["type"] == "extra_forbidden":
+        text = f"{field}: unknown key"
+    elif first["type"] == "too_short" and not first["input"]:
+        text = f"{field}: got nothing, expected at least one entry"
     elif first["type"] == "value_error":
         text = f"{field}: {cause}"
     else:

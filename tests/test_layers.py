@@ -17,9 +17,11 @@ LAYERS = [
     {"mlflow_store"},  # what tracking needs of MLflow's own
     {"algorithms", "tasks", "models", "compute", "tracking"},
     {"components", "jobfile"},
+    {"sections"},
+    {"space"},
     {"job"},
     {"runtime"},
-    {"evaluation", "onetask", "sweep", "submit"},
+    {"evaluation", "onetask", "sweeps", "submit"},
     {"terminal"},
     {"cli"},
 ]

@@ -16,7 +16,6 @@ import torch
 from distmeta.compute.flat import tree_sum
 from distmeta.core import NumericsError
 from distmeta.job import Job
-from distmeta.job import Run as RunSection
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint, Progress
 from distmeta.runtime.folder import RunFolder, Start, starting_point
@@ -26,6 +25,7 @@ from distmeta.runtime.problem import Problem, build, device_of, examples_of, num
 from distmeta.runtime.resolution import resolve
 from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.worker import ShardResult, shards_of
+from distmeta.sections import Run as RunSection
 from distmeta.tracking import Tracker, open_tracker
 
 EVAL_SHARD = 25
@@ -155,10 +155,10 @@ def _loop(run: _Run) -> None:
         run.progress = replace(run.progress, pending=None)
         run.folder.append(record)
         run.tracker.log_step({key: value for key, value in record.items() if not isinstance(value, list)})
-        run.reporter.step(record)
         improved = run.progress.best_step == step
         if improved or (job.checkpoint_every and step % job.checkpoint_every == 0):
             _save(run)
+        run.reporter.step(record)  # last: who is told may look at what is saved
     if run.progress.step < job.steps:
         run.reporter.say(f"validation stood still for {run.progress.stale} evaluations: stopped")
 
@@ -171,7 +171,9 @@ def _finished(progress: Progress, job: RunSection) -> bool:
 
 def _step(run: _Run) -> dict[str, Any]:
     """Plan, map, aggregate, outer step: the record of one step."""
-    problem, settings, step = run.problem, run.problem.job.run, run.progress.step
+    settings, step = run.problem.job.run, run.progress.step
+    _enter_phase(run, step)
+    problem = run.problem
     started = time.perf_counter()
     assert settings.shards is not None, "resolved before step 0"
     steps = problem.algorithm.inner_steps
@@ -195,6 +197,7 @@ def _step(run: _Run) -> dict[str, Any]:
     stepped = time.perf_counter()
     busy = sum(r.seconds_draw + r.seconds_compute for r in results) / run.pool.size
     record |= {"grad_norm": size, "outer_lr": rate, "tasks": tasks, "tasks_dropped": len(dropped)}
+    record |= problem.job.changing(step)
     if dropped:
         record["dropped"] = dropped
     return record | {
@@ -206,6 +209,15 @@ def _step(run: _Run) -> dict[str, Any]:
         "seconds_aggregate": added - mapped,
         "seconds_outer": stepped - added,
     }
+
+
+def _enter_phase(run: _Run, step: int) -> None:
+    """Takes up the values that the job's `changes` give the step after `step` completed ones."""
+    job = run.problem.job
+    phase = job.phase(step)
+    if phase != run.problem.phase:
+        run.problem = run.problem.at(phase)
+        run.server.retune(job.at(step).outer)
 
 
 def _validate(run: _Run) -> dict[str, float | None]:
@@ -280,8 +292,9 @@ def _prepare(start: Start, say: Callable[[str], None]) -> tuple[Problem, Paramet
             problem = resolve(build(start.job, device=device), say)
         return problem, ParameterServer(problem.init(), problem.job.outer), Progress(0)
     constants = {name: value.numpy() for name, value in start.checkpoint.constants.items()}
-    problem = build(start.job, constants, device)
-    server = ParameterServer(problem.init(), problem.job.outer)
+    last = start.checkpoint.progress.step - 1  # a pending evaluation belongs to the last step
+    problem = build(start.job, constants, device).at(start.job.phase(last))
+    server = ParameterServer(problem.init(), start.job.at(last).outer)
     server.load(start.checkpoint.theta, start.checkpoint.optimizer, start.checkpoint.outer)
     return problem, server, start.checkpoint.progress
 
@@ -292,7 +305,8 @@ def _open_tracker(job: Job, folder: Path, progress: Progress, reporter: Reporter
         run_name=folder.name,
         experiment=job.tracking.experiment or job.name,
         params=job.tree(),
-        tags={"distmeta.run": str(folder.absolute())},
+        tags={"distmeta.run": str(folder.absolute())}
+        | ({"mlflow.parentRunId": job.tracking.parent} if job.tracking.parent else {}),
         run_id=progress.tracking_id,
         say=reporter.say,
     )

@@ -26,6 +26,7 @@ MAY_CHANGE = {
     },
     "tracking": None,
     "output": None,
+    "sweep": None,
 }  # fmt: skip
 """What a resume may change: steps, workers, placement, tracking, output. The rest would be another job."""
 
@@ -69,7 +70,7 @@ def starting_point(job: Job, resume: str | Path | None) -> Start:
     if resume is not None:
         folder = run_folder(resume)
         checkpoint = checkpoints.load(resume)
-        return Start(folder, _resumed_job(checkpoint.job, job), checkpoint)
+        return Start(folder, _resumed_job(checkpoint.job, job, checkpoint.progress.step), checkpoint)
     if job.run.name is None:
         folder = Path(job.output) / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     else:
@@ -98,7 +99,7 @@ def run_folder(path: str | Path) -> Path:
     return where.parent.parent
 
 
-def _resumed_job(stored: Mapping[str, Any], job: Job) -> Job:
+def _resumed_job(stored: Mapping[str, Any], job: Job, step: int) -> Job:
     """The stored job, with what a resume may change taken from `job`; anything else that differs is refused.
 
     What `job` leaves open (null, auto) is what the run resolved at its start.
@@ -108,6 +109,9 @@ def _resumed_job(stored: Mapping[str, Any], job: Job) -> Job:
     for section, value in stored.items():
         free = MAY_CHANGE.get(section, set())
         if free is None:
+            merged[section] = asked[section]
+        elif section == "changes":
+            _refuse_past_changes(value, asked[section], step)
             merged[section] = asked[section]
         elif isinstance(value, dict):
             _refuse_changes(section, value, asked[section], free)
@@ -131,6 +135,15 @@ def _refuse_changes(prefix: str, stored: Any, asked: Any, free: set[str]) -> Non
         raise InputError(
             f"{name}: got {new!r}, but the run to resume has {old!r}: a resume may change run.steps, workers, "
             "placement, tracking and output; anything else is another job"
+        )
+
+
+def _refuse_past_changes(stored: list[Any], asked: list[Any], step: int) -> None:
+    """Changes are free in the steps to come: the run so far is the same."""
+    past = [[change for change in changes if change["step"] < step] for changes in (stored, asked)]
+    if past[0] != past[1]:
+        raise InputError(
+            f"changes: got {past[1]} before step {step}, but the run to resume had {past[0]}: what is done stays"
         )
 
 
