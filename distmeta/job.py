@@ -123,6 +123,10 @@ class Job(Section):
             put(tree, key, value, key)
         return Job.parse(tree)
 
+    def value(self, key: str) -> Any:
+        """The value at a dotted key."""
+        return value_at(self.tree(), key)
+
     def phase(self, step: int) -> int:
         """How many of the changes hold in the step after `step` completed ones."""
         return sum(change.step <= step for change in self.changes)
@@ -135,8 +139,8 @@ class Job(Section):
     def changing(self, step: int) -> dict[str, float]:
         """The values that hold in that step, of the keys that change at any time."""
         keys = {key for change in self.changes for key in change.set}
-        now = self.at(step).tree() if keys else {}
-        return {key: value_at(now, key) for key in sorted(keys)}
+        now = self.at(step)
+        return {key: now.value(key) for key in sorted(keys)}
 
     @staticmethod
     def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:

@@ -61,14 +61,15 @@ class Scheduler(Section):
     al. 2017, "Population based training of neural networks")."""
     grace: Positive | None = None
     """asha: steps before a trial may be stopped; null: run.eval_every."""
-    reduction: Annotated[int, Field(ge=2)] = 4
+    reduction: Annotated[int, Field(ge=2)] | None = None
+    """asha: null: 4."""
     interval: Positive | None = None
     """pbt: steps between perturbations; null: run.eval_every."""
 
     @model_validator(mode="after")
     def _check(self) -> Scheduler:
         for key, owner in (("grace", "asha"), ("reduction", "asha"), ("interval", "pbt")):
-            if key in self.model_fields_set and self.type != owner and getattr(self, key) is not None:
+            if self.type != owner and getattr(self, key) is not None:
                 raise InputError(f"sweep.scheduler.{key}: got {getattr(self, key)}, but it is {owner}'s")
         return self
 

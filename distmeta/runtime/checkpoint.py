@@ -100,6 +100,14 @@ def rewind(run: Path, step: int, best_step: int | None) -> None:
         (folder / "best").unlink(missing_ok=True)
 
 
+def retrack(checkpoint: Path, tracking_id: str | None) -> None:
+    """Makes a checkpoint go on in another MLflow run."""
+    path = checkpoint / "state.json"
+    state = json.loads(path.read_text())
+    state["progress"]["tracking_id"] = tracking_id
+    path.write_text(json.dumps(state, indent=1))
+
+
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
     save_file(dict(checkpoint.theta), folder / "theta.safetensors")
     save_file({n: v.contiguous() for n, v in checkpoint.constants.items()}, folder / "constants.safetensors")

@@ -107,6 +107,10 @@ def train(
         stack.callback(tracker.close, "FAILED")  # unless the loop got to say how it ended
         folder = RunFolder(start.folder, problem.job, start.checkpoint)
         stack.callback(folder.close)
+        for (
+            record
+        ) in folder.records():  # what a killed driver had queued; what the store has is not sent again
+            tracker.log_step(record)
         check = stack.enter_context(interruptions())
         reporter.begin(folder.path, problem.job, progress.step)
         if problem.job.compute.compile:
@@ -154,7 +158,7 @@ def _loop(run: _Run) -> None:
             record |= _validate(run)
         run.progress = replace(run.progress, pending=None)
         run.folder.append(record)
-        run.tracker.log_step({key: value for key, value in record.items() if not isinstance(value, list)})
+        run.tracker.log_step(record)
         improved = run.progress.best_step == step
         if improved or (job.checkpoint_every and step % job.checkpoint_every == 0):
             _save(run)
@@ -286,17 +290,26 @@ def primary(metrics: Mapping[str, Any], prefix: str = "") -> tuple[str, int]:
 
 def _prepare(start: Start, say: Callable[[str], None]) -> tuple[Problem, ParameterServer, Progress]:
     """The problem as the driver sees it (beside workers it needs no GPU), the parameter server, where it stands."""
-    device = torch.device("cpu") if start.job.run.workers else device_of(start.job)
     if start.checkpoint is None:
-        with numerics_of(start.job, device):
-            problem = resolve(build(start.job, device=device), say)
+        problem = settled(start.job, say)
         return problem, ParameterServer(problem.init(), problem.job.outer), Progress(0)
     constants = {name: value.numpy() for name, value in start.checkpoint.constants.items()}
     last = start.checkpoint.progress.step - 1  # a pending evaluation belongs to the last step
-    problem = build(start.job, constants, device).at(start.job.phase(last))
+    problem = build(start.job, constants, _device(start.job)).at(start.job.phase(last))
     server = ParameterServer(problem.init(), start.job.at(last).outer)
     server.load(start.checkpoint.theta, start.checkpoint.optimizer, start.checkpoint.outer)
     return problem, server, start.checkpoint.progress
+
+
+def settled(job: Job, say: Callable[[str], None] = lambda text: None) -> Problem:
+    """The problem of a new run, with what its job leaves open decided."""
+    device = _device(job)
+    with numerics_of(job, device):
+        return resolve(build(job, device=device), say)
+
+
+def _device(job: Job) -> torch.device:
+    return torch.device("cpu") if job.run.workers else device_of(job)
 
 
 def _open_tracker(job: Job, folder: Path, progress: Progress, reporter: Reporter) -> Tracker:

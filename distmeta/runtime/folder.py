@@ -7,8 +7,9 @@ import json
 import math
 import os
 import secrets
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -175,6 +176,12 @@ class RunFolder:
         self._metrics.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
         self._metrics.flush()
 
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The lines so far."""
+        with (self.path / "metrics.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)
+
     def sync(self) -> None:
         """Makes the lines durable, before a checkpoint says that their steps are done."""
         os.fsync(self._metrics.fileno())
@@ -182,6 +189,26 @@ class RunFolder:
     def close(self) -> None:
         self._metrics.close()
         self._lock.close()
+
+
+def adopt(checkpoint: Path, folder: Path, tracking_id: str | None) -> None:
+    """Makes a run folder that goes on from another run's checkpoint: that checkpoint, the best one before it, and the
+    steps up to it. What was in the folder is lost.
+
+    Args:
+        tracking_id: the MLflow run that goes on; None: a new one.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "checkpoints").mkdir(parents=True)
+    progress = checkpoints.load(checkpoint).progress
+    for step in {progress.step, progress.best_step} - {None}:
+        source = checkpoint.with_name(f"step-{step:08d}")
+        if source.exists():
+            shutil.copytree(source, folder / "checkpoints" / source.name)
+    shutil.copyfile(checkpoint.parents[1] / "metrics.jsonl", folder / "metrics.jsonl")
+    _cut_back(folder / "metrics.jsonl", progress.step - (progress.pending is not None))
+    checkpoints.retrack(folder / "checkpoints" / checkpoint.name, tracking_id)
+    checkpoints.rewind(folder, progress.step, progress.best_step)
 
 
 def _locked(path: Path) -> IO[str]:

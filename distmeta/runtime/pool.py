@@ -71,7 +71,7 @@ class RayPool:
 
         self._ray, self._run, self._say = ray, problem.job.run, say
         say(f"starting {self._run.workers} Ray worker{'s' * (self._run.workers > 1)} …")
-        self._owns_ray = _connect(
+        self._owns_ray = connect(
             ray, self._run.address, math.ceil(self._run.workers * self._run.cpus_per_worker)
         )
         try:
@@ -235,7 +235,7 @@ def _reraise_init(ray: Any, error: Any) -> None:
         _reraise(inner)
 
 
-def _connect(ray: Any, address: str | None, cpus: int) -> bool:
+def connect(ray: Any, address: str | None, cpus: int) -> bool:
     """Joins the cluster that is named or running, else starts a local one; whether this call started Ray here."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns about its own default
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
