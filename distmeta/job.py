@@ -92,8 +92,6 @@ class Job(Section):
             raise InputError("sweep: got run.eval_every: 0, expected evaluations to compare trials by")
         if self.changes:
             raise InputError("sweep: got a job with changes, expected one without")
-        if sweep.steps is not None and sweep.steps > self.run.steps:
-            raise InputError(f"sweep.steps: got {sweep.steps}, expected at most run.steps = {self.run.steps}")
         for key, domain in sweep.space.items():
             field = f"sweep.space.{key}"
             if key.startswith(NOT_SEARCHED):
@@ -122,6 +120,12 @@ class Job(Section):
         for key, value in values.items():
             put(tree, key, value, key)
         return Job.parse(tree)
+
+    @property
+    def trial_steps(self) -> int:
+        """Steps of one of the sweep's trials: no more than the job's."""
+        asked = self.sweep.steps if self.sweep is not None else None
+        return min(asked or self.run.steps, self.run.steps)
 
     def value(self, key: str) -> Any:
         """The value at a dotted key."""

@@ -93,7 +93,7 @@ class Sweep(Section):
     seed: Count | None = None
     """Of the draws; null: the job's."""
     steps: Positive | None = None
-    """Of a trial; null: run.steps."""
+    """Of a trial, at most run.steps; null: run.steps."""
     budget: Positive | None = None
     """Steps of all trials together, after which the sweep ends; null: none."""
 

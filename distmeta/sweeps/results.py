@@ -39,13 +39,13 @@ class Trial:
     """Steps and figures of its evaluations."""
 
 
-def trials_of(results: Any, folder: Path, job: Job, steps: int) -> list[Trial]:
+def trials_of(results: Any, folder: Path, job: Job) -> list[Trial]:
     """The trials of Tune's result grid, by name."""
-    found = [_trial(result, folder, job, steps) for result in results]
+    found = [_trial(result, folder, job) for result in results]
     return sorted(found, key=lambda trial: trial.name)
 
 
-def _trial(result: Any, folder: Path, job: Job, steps: int) -> Trial:
+def _trial(result: Any, folder: Path, job: Job) -> Trial:
     assert job.sweep is not None
     last = result.metrics or {}
     name = name_of(last.get("trial_id") or Path(result.path).name)
@@ -60,7 +60,7 @@ def _trial(result: Any, folder: Path, job: Job, steps: int) -> Trial:
     reason = failed.read_text(encoding="utf-8").partition("\n")[0] if failed.exists() else ""
     if result.error is not None:
         status, reason = "failed", reason or " ".join(str(result.error).split())[-300:]
-    elif last.get(STEP, 0) >= steps:
+    elif last.get(STEP, 0) >= job.trial_steps:
         status = "finished"
     else:
         status = "stopped" if last.get("done") else "unfinished"

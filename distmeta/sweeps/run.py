@@ -110,8 +110,7 @@ def sweep(job: Job | str | Path, resume: str | Path | None = None, view: View | 
         stack.callback(view.end)
         with _sigterm_as_sigint():
             results = _tuner(job, folder, parent.run_id, view, resume is not None).fit()
-        steps = _section(job).steps or job.run.steps
-        trials = trials_of(results, folder, job, steps)
+        trials = trials_of(results, folder, job)
         spent = sum(trial.steps for trial in trials)
         ended = len(trials) == _section(job).count and all(t.status != "unfinished" for t in trials)
         ended = ended or spent >= (_section(job).budget or math.inf)
@@ -222,7 +221,6 @@ def _tuner(job: Job, folder: Path, parent: str | None, view: View, restored: boo
         return tune.Tuner.restore(str(folder / TUNE), trainable=trainable)
     seed = job.seed if section.seed is None else section.seed
     space, algorithm, samples = search.search(section, seed)
-    steps = section.steps or job.run.steps
     return tune.Tuner(
         trainable,
         param_space=space,
@@ -230,7 +228,7 @@ def _tuner(job: Job, folder: Path, parent: str | None, view: View, restored: boo
             metric=None if algorithm is not None else SCORE,
             mode=None if algorithm is not None else "max",
             search_alg=algorithm,
-            scheduler=search.scheduler(section, job, steps),
+            scheduler=search.scheduler(section, job),
             num_samples=samples,
             max_concurrent_trials=section.concurrent,
             reuse_actors=True,
@@ -259,7 +257,7 @@ def _spec(job: Job, folder: Path, parent: str | None) -> Any:
     tree = job.tree() | {"sweep": None, "output": str(folder / "trials")}
     changing = section.scheduler.type == "pbt"
     tree["run"] |= {
-        "steps": section.steps or asked.steps,
+        "steps": job.trial_steps,
         "checkpoint_every": asked.eval_every,
         "keep": asked.steps if changing else max(asked.keep, 2),  # any may be another trial's start
         "address": None,  # a trial is on the cluster already

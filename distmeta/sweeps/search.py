@@ -60,8 +60,8 @@ def search(sweep: Sweep, seed: int) -> tuple[dict[str, Any], Any, int]:
     return {"values": tune.grid_search(points(sweep, seed))}, None, 1
 
 
-def scheduler(sweep: Sweep, job: Job, steps: int) -> TrialScheduler:
-    settings = sweep.scheduler
+def scheduler(sweep: Sweep, job: Job) -> TrialScheduler:
+    settings, steps = sweep.scheduler, job.trial_steps
     if settings.type == "asha":
         return AsyncHyperBandScheduler(
             time_attr=STEP,

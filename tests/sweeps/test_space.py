@@ -39,7 +39,6 @@ RATES = {"algorithm.inner_lr": {"loguniform": [1e-3, 1.0]}, "outer.lr": {"loguni
         ({"tracking.type": {"choice": ["none"]}}, {}, "space.tracking.type: this key is not"),
         ({}, {}, "space: got nothing"),
         (RATES, {"metric": "loss_after"}, "metric: got 'loss_after', expected"),
-        (RATES, {"steps": 99}, "steps: got 99, expected at most run.steps"),
         (RATES, {"trals": 3}, "trals: unknown key; did you mean 'trials'?"),
         ({"outer.lr": {"grid": [0.1]}}, {"search": "tpe"}, "space.outer.lr: got a grid with sweep.search: tpe"),
         (RATES, {"scheduler": {"type": "pbt"}, "concurrent": 2}, "concurrent: got 2 with sweep.scheduler: pbt"),
