@@ -18,7 +18,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from report import write
+import report
 
 import distmeta
 from distmeta.job import Job
@@ -40,7 +40,9 @@ def search() -> dict[str, object]:
         scored = distmeta.evaluate(run)
         figures[name] = {"test_loss_after": scored.figures["loss_after"], "ci95": scored.ci95}
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        figures[name]["val_loss_after"] = [row["val_loss_after"] for row in rows if "val_loss_after" in row][-1]
+        figures[name]["val_loss_after"] = [row["val_loss_after"] for row in rows if "val_loss_after" in row][
+            -1
+        ]
     return {
         "trials": len(found.trials),
         "best": found.best,
@@ -70,7 +72,15 @@ def _plain() -> float:
         job = Job.load(JOB, _overrides(folder))
         assert job.sweep is not None
         commands = [
-            [sys.executable, "-m", "distmeta.cli", "train", str(JOB), *_overrides(folder), f"run.name=trial-{i}"]
+            [
+                sys.executable,
+                "-m",
+                "distmeta.cli",
+                "train",
+                str(JOB),
+                *_overrides(folder),
+                f"run.name=trial-{i}",
+            ]
             + [f"{key}={value!r}" for key, value in point.items()]
             for i, point in enumerate(points(job.sweep, job.seed))
         ]
@@ -79,17 +89,29 @@ def _plain() -> float:
 
 def _sweep() -> float:
     with tempfile.TemporaryDirectory() as folder:
-        return _timed(folder, [[sys.executable, "-m", "distmeta.cli", "sweep", str(JOB), *_overrides(folder)]])
+        return _timed(
+            folder, [[sys.executable, "-m", "distmeta.cli", "sweep", str(JOB), *_overrides(folder)]]
+        )
 
 
 def _timed(folder: str, commands: list[list[str]]) -> float:
     started = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda command: subprocess.run(command, cwd=folder, check=True, capture_output=True), commands))
+        list(
+            pool.map(
+                lambda command: subprocess.run(command, cwd=folder, check=True, capture_output=True), commands
+            )
+        )
     return time.perf_counter() - started
 
 
 if __name__ == "__main__":
     what = sys.argv[1] if len(sys.argv) > 1 else "search"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    write(f"sweep-{what}", {"search": search, "cost": cost}[what]())
+    start = report.environment()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        result = {"search": search, "cost": cost}[what]()
+        os.chdir("/")
+    print(json.dumps(result, indent=1))
+    report.write(f"sweep-{what}", start, result, quick=False)
