@@ -22,7 +22,7 @@ from distmeta.runtime.checkpoint import Checkpoint
 MAY_CHANGE = {
     "run": {
         "steps", "workers", "cpus_per_worker", "gpus_per_worker", "address", "start_timeout",
-        "max_shard_failures", "name",
+        "shard_timeout", "max_shard_failures", "name",
     },
     "tracking": None,
     "output": None,
