@@ -182,9 +182,10 @@ def _handle(error: Exception, as_json: bool) -> NoReturn:
 
     if isinstance(error, InputError):
         _fail(str(error), as_json, 2)
+    from distmeta.runtime.checkpoint import SaveError
     from distmeta.runtime.failure import LostShardError
 
-    if not isinstance(error, (NumericsError, LostShardError)):
+    if not isinstance(error, (NumericsError, LostShardError, SaveError)):
         import traceback
 
         traceback.print_exc()  # not the user's input: whoever mends it needs the place

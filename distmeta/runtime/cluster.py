@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from distmeta.core import InputError
 
 CONNECT_SECONDS = 5.0
 """Longest wait for a cluster's head to answer at all."""
+REAPER_SECONDS = 10.0
+"""Longest wait, at the end, for the process that clears up after a local Ray."""
 LOOK_SECONDS = 2.0
 """Between two looks at the nodes: one small question to the head."""
 
 
-def connect(ray: Any, address: str | None, cpus: int) -> bool:
-    """Joins the cluster that is named or running, else starts a local one; whether this call started Ray here."""
+def connect(ray: Any, address: str | None, cpus: int) -> Callable[[], None]:
+    """Joins the cluster that is named or running, else starts a local one; what leaves it again.
+
+    Raises:
+        InputError: no cluster answers at the address, or it refuses.
+    """
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns about its own default
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if ray.is_initialized():
-        return False
+        return lambda: None
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = address or os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
+        before = _raylets()
         ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus), include_dashboard=False, **quiet)
-        return True
+        return partial(_shut_down, ray, [_reaper(raylet) for raylet in _raylets() - before])
     _check_reachable(address)
     try:
         ray.init(address=address, **quiet)
@@ -35,7 +48,33 @@ def connect(ray: Any, address: str | None, cpus: int) -> bool:
             f"run.address: cannot join the Ray cluster at {address!r} ({str(error).splitlines()[0]}): is it running, "
             "and are RAY_AUTH_MODE and RAY_AUTH_TOKEN the cluster's?"
         ) from None
-    return True
+    return ray.shutdown
+
+
+def _shut_down(ray: Any, reapers: list[subprocess.Popen[bytes]]) -> None:
+    ray.shutdown()
+    for reaper in reapers:
+        assert reaper.stdin is not None
+        reaper.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            reaper.wait(REAPER_SECONDS)
+
+
+def _reaper(raylet: int) -> subprocess.Popen[bytes]:
+    """A process in a session of its own that outlives this one, however this one ends, and cleans up after it."""
+    words = [sys.executable, "-S", "-E", str(Path(__file__).with_name("reaper.py")), str(raylet)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _raylets() -> set[int]:
+    """Children of this process that are raylets; none where there is no /proc."""
+    found = set()
+    for path in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        for pid in path.read_text().split():
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/comm").read_text().strip() == "raylet":
+                    found.add(int(pid))
+    return found
 
 
 def resources(ray: Any) -> str:

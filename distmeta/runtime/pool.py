@@ -92,7 +92,7 @@ class RayPool:
         least, most = self._run.min_workers, self._run.max_workers
         number = f"{least}" if least == most else f"{least} to {most}"
         say(f"starting {number} Ray worker{'s' * (most > 1)} …")
-        self._owns_ray = connect(ray, self._run.address, math.ceil(least * self._run.cpus_per_worker))
+        self._disconnect = connect(ray, self._run.address, math.ceil(least * self._run.cpus_per_worker))
         self._calls: dict[Any, _Call] = {}
         self._timed: dict[tuple[str, int], deque[float]] = {}
         try:
@@ -124,8 +124,7 @@ class RayPool:
     def close(self) -> None:
         if hasattr(self, "_fleet"):
             self._fleet.close()
-        if self._owns_ray:
-            self._ray.shutdown()
+        self._disconnect()
 
     def _put(self, flat: np.ndarray, check: Callable[[], None]) -> Any:
         """theta in the object store; a full one is waited for."""
