@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -52,7 +53,8 @@ def train(
     else:
         loaded = Job.load(job, texts)
     try:
-        summary = driver.train(loaded, resume, Terminal())
+        with contextlib.redirect_stdout(sys.stderr):  # Ray tells there of workers that died, in its own words
+            summary = driver.train(loaded, resume, Terminal())
     except driver.InterruptedRun as stop:  # here: typer would swallow it
         _note(f"interrupted: the state after step {stop.step} is saved; go on with:")
         _note(f"  distmeta train --resume {stop.folder}")
@@ -89,7 +91,8 @@ def evaluate(
     from distmeta import evaluation
     from distmeta.terminal import evaluation_table
 
-    result = evaluation.evaluate(checkpoint, overrides or [], episodes, predictions)
+    with contextlib.redirect_stdout(sys.stderr):
+        result = evaluation.evaluate(checkpoint, overrides or [], episodes, predictions)
     if as_json:
         _print_json({"tasks": result.tasks, **result.figures, "ci95": result.ci95, "curve": result.curve})
     else:
@@ -222,7 +225,10 @@ def _handle(error: Exception, as_json: bool) -> NoReturn:
 
     if isinstance(error, InputError):
         _fail(str(error), as_json, 2)
-    if not isinstance(error, NumericsError):
+    from distmeta.runtime.checkpoint import SaveError
+    from distmeta.runtime.failure import LostShardError
+
+    if not isinstance(error, (NumericsError, LostShardError, SaveError)):
         import traceback
 
         traceback.print_exc()  # not the user's input: whoever mends it needs the place

@@ -98,11 +98,11 @@ def describe(error: ValidationError, prefix: str = "") -> str:
     elif first["type"] == "value_error":
         text = f"{field}: {cause}"
     else:
-        text = f"{field}: got {_shown(first['input'])}, expected {_expected(first['msg'])}"
+        text = f"{field}: got {shown(first['input'])}, expected {_expected(first['msg'])}"
     return text + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """What the user gave, not longer than a line."""
     try:
         text = repr(value)

@@ -13,6 +13,7 @@ from distmeta.components import check_options, locate
 from distmeta.core import InputError
 from distmeta.models import MODELS
 from distmeta.tasks import TASKS
+from distmeta.workers import Elastic, Workers
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -145,8 +146,8 @@ class Run(Section):
     tasks_per_step: Positive = 32
     shards: Positive | None = None
     """Fixed pieces that a step's tasks are cut into; null: min(8, groups of tasks). The bits depend on it."""
-    workers: Count = 0
-    """Ray actors; 0 computes in this process, without Ray."""
+    workers: Workers = 0
+    """Ray actors; 0 computes in this process, without Ray. {min: 2, max: 16}: as many of them as find room."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     """May be a fraction; above 0 the worker computes on its GPU."""
@@ -154,6 +155,9 @@ class Run(Section):
     """Ray cluster to use; null: RAY_ADDRESS, else a local one started for this run."""
     start_timeout: Rate = 300.0
     """Seconds to wait for the workers to be placed and ready."""
+    shard_timeout: Rate = 1800.0
+    """Longest that one worker may take for one shard: past it the worker counts as hung and is replaced. Sooner once
+    shards were timed: 20 times the slowest of them, a minute at least."""
     max_shard_failures: Positive = 3
     """Workers that one shard may lose before the run stops."""
     on_nonfinite: Literal["skip", "stop"] = "skip"
@@ -170,6 +174,16 @@ class Run(Section):
     """Steps between checkpoints; 0: only at the end."""
     keep: Positive = 3
     """Latest checkpoints that are kept, besides the best."""
+
+    @property
+    def min_workers(self) -> int:
+        """Workers that training starts with."""
+        return self.workers.min if isinstance(self.workers, Elastic) else self.workers
+
+    @property
+    def max_workers(self) -> int:
+        """Workers that the run has a use for; 0: this process computes."""
+        return self.workers.max if isinstance(self.workers, Elastic) else self.workers
 
     @field_validator("name")
     @classmethod

@@ -28,7 +28,9 @@ class Terminal:
         self._steps = 0
 
     def begin(self, folder: Path, job: Job, step: int) -> None:
-        workers = f"{job.run.workers} Ray workers" if job.run.workers else "this process"
+        least, most = job.run.min_workers, job.run.max_workers
+        workers = f"{least} to {most} Ray workers" if least < most else f"{most} Ray workers"
+        workers = workers if most else "this process"
         after = f", resumed at step {step}" if step else ""
         self.console.print(
             f"[bold]{job.name}[/]: {job.algorithm.type} on {job.tasks.type}, {workers}, "

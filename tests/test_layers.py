@@ -17,6 +17,7 @@ LAYERS = [
     {"mlflow_store"},  # what tracking needs of MLflow's own
     {"algorithms", "tasks", "models", "compute", "tracking"},
     {"components", "jobfile"},
+    {"workers"},  # a section of the job of its own
     {"sections"},
     {"space"},
     {"job"},

@@ -95,7 +95,7 @@ def train(
         NumericsError: a non-finite meta-gradient under `run.on_nonfinite: stop`; saved.
     """
     reporter = reporter or Silent()
-    start = starting_point(job if isinstance(job, Job) else Job.load(job), resume)
+    start = starting_point(job if isinstance(job, Job) else Job.load(job), resume, reporter.say)
     problem, server, progress = _prepare(start, reporter.say)
     if _finished(progress, problem.job.run):
         reporter.say(f"{start.folder} is at step {progress.step} of {problem.job.run.steps}: nothing to do")

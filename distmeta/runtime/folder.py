@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
@@ -9,7 +10,8 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,12 +20,12 @@ from distmeta.compute.compiler import missing
 from distmeta.core import InputError
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.checkpoint import Checkpoint
+from distmeta.runtime.checkpoint import Checkpoint, SaveError
 
 MAY_CHANGE = {
     "run": {
         "steps", "workers", "cpus_per_worker", "gpus_per_worker", "address", "start_timeout",
-        "max_shard_failures", "name",
+        "shard_timeout", "max_shard_failures", "name",
     },
     "tracking": None,
     "output": None,
@@ -52,7 +54,7 @@ class Start:
     """None: from step 0, in a new folder."""
 
 
-def starting_point(job: Job, resume: str | Path | None) -> Start:
+def starting_point(job: Job, resume: str | Path | None, say: Callable[[str], None]) -> Start:
     """Decides between a new run and a resumed one; writes nothing.
 
     Args:
@@ -69,9 +71,10 @@ def starting_point(job: Job, resume: str | Path | None) -> Start:
             return Start(folder, job, None)
         resume = folder
     if resume is not None:
-        folder = run_folder(resume)
-        checkpoint = checkpoints.load(resume)
-        return Start(folder, _resumed_job(checkpoint.job, job, checkpoint.progress.step), checkpoint)
+        where, checkpoint = checkpoints.load_whole(resume, say)
+        return Start(
+            _run_of(where, resume), _resumed_job(checkpoint.job, job, checkpoint.progress.step), checkpoint
+        )
     if job.run.name is None:
         folder = Path(job.output) / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     else:
@@ -90,7 +93,12 @@ def run_folder(path: str | Path) -> Path:
     Raises:
         InputError: no checkpoint, or one outside a run folder.
     """
-    where = checkpoints.find(path)
+    if (Path(path) / "checkpoints").is_dir():
+        return Path(path)
+    return _run_of(checkpoints.find(path), path)
+
+
+def _run_of(where: Path, path: str | Path) -> Path:
     if where.parent.name != "checkpoints":
         where = where.resolve()  # named from within its own folder
     if where.parent.name != "checkpoints":
@@ -162,19 +170,23 @@ class RunFolder:
         self._lock = _locked(path)
         if checkpoint is None and (path / "checkpoints" / "latest").exists():
             raise InputError(f"run.name: the run folder {path} was started by another process meanwhile")
-        part = path / f".writing-job-{os.getpid()}"
-        part.write_text(job.dump(), encoding="utf-8")
-        os.replace(part, path / "job.yaml")
+        checkpoints.write_whole(path / "job.yaml", job.dump())
         metrics, progress = path / "metrics.jsonl", checkpoint and checkpoint.progress
+        checkpoints.clear(path)
         if progress:
             checkpoints.rewind(path, progress.step, progress.best_step)
         _cut_back(metrics, progress.step - (progress.pending is not None) if progress else 0)
         self._metrics = metrics.open("a", encoding="utf-8")
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a line; NaN and infinities become null."""
-        self._metrics.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
-        self._metrics.flush()
+        """Adds a line; NaN and infinities become null.
+
+        Raises:
+            SaveError: it cannot be written. A part of it may be: a resume cuts it off.
+        """
+        with self._saving():
+            self._metrics.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
+            self._metrics.flush()
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The lines so far."""
@@ -184,10 +196,23 @@ class RunFolder:
 
     def sync(self) -> None:
         """Makes the lines durable, before a checkpoint says that their steps are done."""
-        os.fsync(self._metrics.fileno())
+        with self._saving():
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SaveError(
+                f"{self.path / 'metrics.jsonl'}: cannot be written ({error}): make room, then distmeta train --resume "
+                f"{self.path}"
+            ) from error
 
     def close(self) -> None:
-        self._metrics.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take: said by then
+            self._metrics.close()
         self._lock.close()
 
 
@@ -239,6 +264,4 @@ def _cut_back(metrics: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # the half-written last line of a killed run
-    part = metrics.with_name(f".writing-metrics-{os.getpid()}")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, metrics)
+    checkpoints.write_whole(metrics, "".join(kept))

@@ -23,6 +23,7 @@ from typing import Any, Protocol
 
 from distmeta.core import InputError
 from distmeta.job import Job
+from distmeta.runtime.checkpoint import write_whole
 from distmeta.runtime.driver import settled
 from distmeta.runtime.interrupt import InterruptedRun
 from distmeta.space import Sweep
@@ -170,7 +171,7 @@ def _with_settled(job: Job, found: Job) -> Job:
 def _write_job(folder: Path, job: Job) -> None:
     for part in ("trials", "sweep", TUNE):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    (folder / "job.yaml").write_text(job.dump(), encoding="utf-8")
+    write_whole(folder / "job.yaml", job.dump())
 
 
 def _join_ray(job: Job, stack: ExitStack) -> None:
@@ -181,24 +182,22 @@ def _join_ray(job: Job, stack: ExitStack) -> None:
     """
     import ray
 
-    from distmeta.runtime.pool import connect
+    from distmeta.runtime.cluster import connect
     from distmeta.sweeps.search import resources
 
     os.environ |= {key: os.environ.get(key, value) for key, value in SETTINGS.items()}
     bundles = resources(job)
     need = {key: sum(bundle.get(key, 0.0) for bundle in bundles) for key in ("CPU", "GPU")}
-    if connect(ray, job.run.address, math.ceil(need["CPU"])):
-        stack.callback(ray.shutdown)
+    stack.callback(connect(ray, job.run.address, math.ceil(need["CPU"])))
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     have = {key: sum(node.get(key, 0.0) for node in nodes) for key in need}
     largest = max(bundles, key=lambda bundle: sum(bundle.values()))
     fits = any(all(node.get(key, 0.0) >= value for key, value in largest.items()) for node in nodes)
     if not fits or any(have[key] < need[key] for key in need):
-        workers = f"run.workers: {job.run.workers}" if job.run.workers else "run.workers: 0"
         raise InputError(
-            f"{workers}: a trial needs {need['CPU']:g} CPU and {need['GPU']:g} GPU, {largest.get('CPU', 0):g} and "
-            f"{largest.get('GPU', 0):g} of them on one node, but the cluster has {have['CPU']:g} CPU and "
-            f"{have['GPU']:g} GPU on {len(nodes)} node{'s' * (len(nodes) != 1)}"
+            f"run.workers: {job.run.min_workers}: a trial needs {need['CPU']:g} CPU and {need['GPU']:g} GPU, "
+            f"{largest.get('CPU', 0):g} and {largest.get('GPU', 0):g} of them on one node, but the cluster has "
+            f"{have['CPU']:g} CPU and {have['GPU']:g} GPU on {len(nodes)} node{'s' * (len(nodes) != 1)}"
         )
 
 
@@ -297,7 +296,7 @@ def _open_parent(
         run_id=known,
         say=say,
     )
-    state.write_text(json.dumps({"run_id": tracker.run_id}), encoding="utf-8")
+    write_whole(state, json.dumps({"run_id": tracker.run_id}))
     return tracker
 
 
