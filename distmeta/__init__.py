@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from distmeta.evaluation import load as load
     from distmeta.job import Job as Job
     from distmeta.runtime.driver import train as train
+    from distmeta.submission import submit as submit
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,7 @@ _WHERE = {
     "train": "distmeta.runtime.driver",
     "evaluate": "distmeta.evaluation",
     "load": "distmeta.evaluation",
+    "submit": "distmeta.submission",
 }
 
 

@@ -96,6 +96,52 @@ def evaluate(
 
 
 @app.command()
+def submit(
+    job: Annotated[
+        str | None, typer.Argument(metavar="JOB", help="Job file; not needed with --resume RUN.")
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option(help="URL of Ray's dashboard.")] = None,
+    following: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Show the log and end as the job does.")
+    ] = True,
+    working_dir: Annotated[str, typer.Option(help="Folder to package: the job, its modules.")] = ".",
+    resume: Annotated[str | None, typer.Option(help="Run on the cluster to go on with, or auto.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Run distmeta sweep instead of train.")] = False,
+    driver_cpus: Annotated[
+        float, typer.Option(help="CPUs of the driver, on any node; 0: it runs on the head and asks for none.")
+    ] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Run a job on a Ray cluster, and follow its log."""
+    from distmeta import jobs_api, submission
+
+    texts = list(overrides or [])
+    if job is not None and "=" in job:
+        texts, job = [job, *texts], None
+    try:
+        ended = submission.submit(
+            job, texts, address=address, working_dir=working_dir, resume=resume, sweep=sweep,
+            driver_cpus=driver_cpus, wait=following, show=_tell,
+        )  # fmt: skip
+    except jobs_api.LeftRunning as left:  # here: typer would swallow it
+        _say_next(left.submission, job, "not followed any more; the job goes on")
+        more = {"submission_id": left.submission.submission_id, "status": left.submission.status}
+        _fail("not followed any more; the job goes on", as_json, 130, more, quiet=True)
+    told = {"submission_id": ended.submission_id, "status": ended.status}
+    if ended.exit_code:
+        if ended.status == "STOPPED" and ended.run is not None:
+            _note(f"stopped; go on with: {_resubmit(ended, job)}")
+        _fail(ended.message or f"the job ended as {ended.status}", as_json, ended.exit_code, told)
+    if ended.exit_code is None:
+        _say_next(ended, job, "submitted")
+    if as_json:
+        _print_json(told)
+    else:
+        print(ended.submission_id)
+
+
+@app.command()
 def check(
     jobs: Annotated[list[str], typer.Argument(metavar="JOB... [key=value]...")],
     run_one_task: Annotated[
@@ -219,6 +265,26 @@ def _plain(value: Any) -> Any:
 
 def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _tell(text: str) -> None:
+    """A piece of a log: it brings its own ends of lines."""
+    print(text, end="", file=sys.stderr, flush=True)
+
+
+def _say_next(submission: Any, job: str | None, what: str) -> None:
+    """What one can do with a job that runs on without us."""
+    words = f"--address {submission.shown_address} {submission.submission_id}"
+    _note(f"\n{what}: {submission.submission_id}")
+    _note(f"  follow: ray job logs --follow {words}")
+    _note(f"  stop, with a checkpoint: ray job stop {words}")
+    _note(f"  resume after that: {_resubmit(submission, job)}")
+
+
+def _resubmit(submission: Any, job: str | None) -> str:
+    return (
+        f"distmeta submit {job or ''} --address {submission.shown_address} --resume {submission.run or 'RUN'}"
+    )
 
 
 def _number(value: float | None) -> str:

@@ -16,10 +16,10 @@ LAYERS = [
     {"core", "seeding"},
     {"mlflow_store"},  # what tracking needs of MLflow's own
     {"algorithms", "tasks", "models", "compute", "tracking"},
-    {"components", "jobfile"},
+    {"components", "jobfile", "packing", "jobs_api"},
     {"job"},
     {"runtime"},
-    {"evaluation", "onetask", "sweep", "submit"},
+    {"evaluation", "onetask", "sweep", "submission"},
     {"terminal"},
     {"cli"},
 ]
