@@ -130,9 +130,11 @@ def submit(
         _fail("not followed any more; the job goes on", as_json, 130, more, quiet=True)
     told = {"submission_id": ended.submission_id, "status": ended.status}
     if ended.exit_code:
-        if ended.status == "STOPPED" and ended.run is not None:
+        stopped = ended.status == "STOPPED"
+        if stopped:
             _note(f"stopped; go on with: {_resubmit(ended, job)}")
-        _fail(ended.message or f"the job ended as {ended.status}", as_json, ended.exit_code, told)
+        why = ended.message or "the job was stopped"
+        _fail(why, as_json, ended.exit_code, told, quiet=stopped or ended.in_log)
     if ended.exit_code is None:
         _say_next(ended, job, "submitted")
     if as_json:

@@ -39,6 +39,8 @@ class Submission:
     """What `distmeta train` would have exited with here: 0, 1, 2, 130; None while it runs."""
     message: str = ""
     """Why it failed: one line."""
+    in_log: bool = False
+    """Whether the log ended with that line."""
     run: str | None = None
     """The run folder that its log names, on the cluster."""
 
@@ -231,7 +233,8 @@ def _ended(submission: Submission, info: Any, tail: Tail) -> Submission:
         return replace(ended, exit_code=2, message=message)
     told = redact(" ".join((info.message or "no reason given").split()))[-300:]
     message = tail.error or (told if driver is None else f"its driver ended with exit code {driver}")
-    return replace(ended, exit_code=driver if driver in (2, 130) else 1, message=message)
+    code = driver if driver in (2, 130) else 1
+    return replace(ended, exit_code=code, message=message, in_log=bool(tail.error))
 
 
 def _line(error: BaseException) -> str:
