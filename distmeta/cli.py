@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -39,6 +40,7 @@ def train(
     from distmeta.job import Job
     from distmeta.runtime import driver
     from distmeta.runtime.folder import run_folder
+    from distmeta.runtime.mirror import join
     from distmeta.terminal import Terminal
 
     texts = list(overrides or [])
@@ -54,11 +56,11 @@ def train(
         summary = driver.train(loaded, resume, Terminal())
     except driver.InterruptedRun as stop:  # here: typer would swallow it
         _note(f"interrupted: the state after step {stop.step} is saved; go on with:")
-        _note(f"  distmeta train --resume {stop.folder}")
+        _note(f"  distmeta train --resume {shlex.quote(stop.folder)}")
         more = {"run": stop.folder, "step": stop.step}
         _fail(f"interrupted after step {stop.step}", as_json, 130, more, quiet=True)
     if as_json:
-        _print_json({"run": str(summary.run), "step": summary.step, "loss": summary.loss})
+        _print_json({"run": summary.place, "step": summary.step, "loss": summary.loss})
         return
     best = (
         f"; best validation figure {summary.best:.4f} at step {summary.best_step}"
@@ -66,10 +68,9 @@ def train(
         else ""
     )
     _note(f"done: step {summary.step}, loss {_number(summary.loss)}{best}")
-    _note(
-        f"next: distmeta evaluate {summary.run}" + ("/checkpoints/best" if summary.best is not None else "")
-    )
-    print(summary.run)
+    next_place = summary.place if summary.best is None else join(summary.place, "checkpoints", "best")
+    _note(f"next: distmeta evaluate {shlex.quote(next_place)}")
+    print(summary.place)
 
 
 @app.command()
@@ -284,9 +285,7 @@ def _say_next(submission: Any, job: str | None, what: str) -> None:
 
 
 def _resubmit(submission: Any, job: str | None) -> str:
-    return (
-        f"distmeta submit {job or ''} --address {submission.shown_address} --resume {submission.run or 'RUN'}"
-    )
+    return f"distmeta submit {job or ''} --address {submission.shown_address} --resume {shlex.quote(submission.run or 'RUN')}"
 
 
 def _number(value: float | None) -> str:

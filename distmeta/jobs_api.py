@@ -165,10 +165,16 @@ class Tail:
     """What of the log was shown: a connection that is opened anew starts from the log's beginning."""
 
     def __init__(self, show: Callable[[str], None]):
-        self._show, self._seen, self._line = show, 0, ""
+        self._show, self._seen, self._line, self._said = show, 0, "", ""
         self.run: str | None = None
         self.error = ""
         """The last line that begins with `error:`."""
+
+    def say(self, text: str) -> None:
+        """Says a line of ours, once."""
+        if text != self._said:
+            self._said = text
+            self._show(text + "\n")
 
     def take(self, start: int, text: str) -> int:
         """Shows what is new of `text`, which is at `start` of the log; returns where it ends."""
@@ -183,7 +189,7 @@ class Tail:
     def _note(self, new: str) -> None:
         *lines, self._line = (self._line + new).split("\n")
         for line in lines:
-            if found := re.match(r"run folder (\S.*)", line):
+            if found := re.match(r"(?:run folder|copied after each save to) (\S.*)", line):
                 self.run = found[1].strip()
             elif line.startswith("error: "):
                 self.error = line.removeprefix("error: ")
@@ -211,6 +217,8 @@ async def _followed(client: Any, submission: Submission, tail: Tail) -> Any:
             answered = time.monotonic()
             if info.status.is_terminal():
                 return info
+            if info.status == "PENDING" and not position:
+                tail.say(f"not started yet: {info.message}")
         except lost as error:
             failure = _line(error)
         if time.monotonic() - answered > LOST_SECONDS:

@@ -93,7 +93,7 @@ def _checked(
     job: str | Path | None, overrides: Sequence[str], folder: Path, resume: str | None
 ) -> tuple[str, Job | None]:
     """The job file's path within the working folder, and the job, read there as the cluster will."""
-    texts = [(text.partition("=")[0], text) for text in overrides]
+    texts = [("--resume", resume or ""), *((text.partition("=")[0], text) for text in overrides)]
     if job is None:
         if resume is None or resume == "auto":
             raise InputError("JOB: missing, expected a job file (only --resume RUN goes without)")

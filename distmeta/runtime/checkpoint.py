@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from distmeta.core import InputError, Theta
+from distmeta.runtime.mirror import fetch_checkpoint, is_uri
 
 FORMAT = 1
 
@@ -144,11 +146,14 @@ def find(path: str | Path) -> Path:
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Reads a checkpoint and checks every file against its checksum.
+    """Reads a checkpoint, also behind a URI, and checks every file against its checksum.
 
     Raises:
         InputError: no checkpoint, a truncated one, one of another format.
     """
+    if is_uri(path):
+        with tempfile.TemporaryDirectory() as scratch:
+            return load(fetch_checkpoint(str(path), Path(scratch)))
     folder = find(path)
     try:
         state = json.loads((folder / "state.json").read_text())

@@ -17,6 +17,7 @@ from distmeta.compute.flat import tree_sum
 from distmeta.core import NumericsError
 from distmeta.job import Job
 from distmeta.job import Run as RunSection
+from distmeta.mlflow_store import redact
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint, Progress
 from distmeta.runtime.folder import RunFolder, Start, starting_point
@@ -61,6 +62,13 @@ class Summary:
     best: float | None
     """Best validation figure."""
     best_step: int | None
+    uri: str | None = None
+    """Where the run is copied to, if the job's output is a URI."""
+
+    @property
+    def place(self) -> str:
+        """What to name the run by: its URI, else its folder."""
+        return self.uri or str(self.run)
 
 
 @dataclass
@@ -98,24 +106,27 @@ def train(
     start = starting_point(job if isinstance(job, Job) else Job.load(job), resume)
     problem, server, progress = _prepare(start, reporter.say)
     if _finished(progress, problem.job.run):
-        reporter.say(f"{start.folder} is at step {progress.step} of {problem.job.run.steps}: nothing to do")
-        return _summary(start.folder, progress)
+        reporter.say(f"{start.place} is at step {progress.step} of {problem.job.run.steps}: nothing to do")
+        return _summary(start, progress)
     with ExitStack() as stack:
         pool = open_pool(problem, server.layout, reporter.say)
         stack.callback(pool.close)
-        tracker = _open_tracker(problem.job, start.folder, progress, reporter)
+        tracker = _open_tracker(problem.job, start, progress, reporter)
         stack.callback(tracker.close, "FAILED")  # unless the loop got to say how it ended
-        folder = RunFolder(start.folder, problem.job, start.checkpoint)
+        folder = RunFolder(start.folder, problem.job, start.checkpoint, start.uri)
         stack.callback(folder.close)
         check = stack.enter_context(interruptions())
         reporter.begin(folder.path, problem.job, progress.step)
+        if start.uri is not None:
+            reporter.say(f"copied after each save to {redact(start.uri)}")
         if problem.job.compute.compile:
             reporter.say("compiling the gradient: the first step takes half a minute or more")
         stack.callback(reporter.end)
-        return _guarded(_Run(problem, server, pool, folder, tracker, reporter, check, progress))
+        progress = _guarded(_Run(problem, server, pool, folder, tracker, reporter, check, progress))
+        return _summary(start, progress)
 
 
-def _guarded(run: _Run) -> Summary:
+def _guarded(run: _Run) -> Progress:
     """Runs the loop; whatever ends it, the last completed state is saved and the tracker told."""
     status = "FAILED"
     try:
@@ -124,18 +135,20 @@ def _guarded(run: _Run) -> Summary:
             _save(run)
         _loop(run)
         final = _save(run)
+        if failure := run.folder.publish():  # tried once more
+            raise OSError(f"output: {failure}")
         run.tracker.log_artifact(final, "checkpoint")
         status = "FINISHED"
     except StopRequested:
         status = "KILLED"
         _save(run)
-        raise InterruptedRun(str(run.folder.path), run.progress.step) from None
+        raise InterruptedRun(str(run.folder.uri or run.folder.path), run.progress.step) from None
     except Exception:
         _save(run)
         raise
     finally:
         run.tracker.close(status)
-    return _summary(run.folder.path, run.progress)
+    return run.progress
 
 
 def _loop(run: _Run) -> None:
@@ -286,13 +299,13 @@ def _prepare(start: Start, say: Callable[[str], None]) -> tuple[Problem, Paramet
     return problem, server, start.checkpoint.progress
 
 
-def _open_tracker(job: Job, folder: Path, progress: Progress, reporter: Reporter) -> Tracker:
+def _open_tracker(job: Job, start: Start, progress: Progress, reporter: Reporter) -> Tracker:
     return open_tracker(
         job.tracking.type,
-        run_name=folder.name,
+        run_name=start.folder.name,
         experiment=job.tracking.experiment or job.name,
         params=job.tree(),
-        tags={"distmeta.run": str(folder.absolute())},
+        tags={"distmeta.run": start.uri or str(start.folder.absolute())},
         run_id=progress.tracking_id,
         say=reporter.say,
     )
@@ -316,8 +329,10 @@ def _save(run: _Run) -> Path:
     )
     path = checkpoints.save(run.folder.path, state, run.problem.job.run.keep)
     run.saved = (run.progress, path)
+    if failure := run.folder.publish():
+        run.reporter.say(f"output: {failure}; the next save tries again")
     return path
 
 
-def _summary(folder: Path, progress: Progress) -> Summary:
-    return Summary(folder, progress.step, progress.loss, progress.best, progress.best_step)
+def _summary(start: Start, progress: Progress) -> Summary:
+    return Summary(start.folder, progress.step, progress.loss, progress.best, progress.best_step, start.uri)
