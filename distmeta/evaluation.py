@@ -20,9 +20,9 @@ from distmeta.job import Job
 from distmeta.jobfile import override
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint
-from distmeta.runtime.driver import evaluate_tasks, mean_metrics, primary
 from distmeta.runtime.pool import open_pool
 from distmeta.runtime.problem import Problem, build, numerics_of, with_score
+from distmeta.runtime.scores import evaluate_tasks, mean_metrics, primary
 from distmeta.runtime.server import check_theta
 from distmeta.runtime.worker import evaluating
 

@@ -115,7 +115,8 @@ def open_tracker(
     uri = import_mlflow()
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment
     remote = uri.startswith(("http:", "https:", "databricks"))
-    folder = Path("mlartifacts").absolute() / (re.sub(r"[^\w.-]+", "_", name).strip(".") or "_")
+    beside = Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else Path()
+    folder = (beside / "mlartifacts").absolute() / (re.sub(r"[^\w.-]+", "_", name).strip(".") or "_")
     request = Request(
         uri=uri,
         run_id=run_id,

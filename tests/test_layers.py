@@ -16,13 +16,13 @@ LAYERS = [
     {"core", "seeding"},
     {"mlflow_store"},  # what tracking needs of MLflow's own
     {"algorithms", "tasks", "models", "compute", "tracking"},
-    {"components", "jobfile"},
+    {"components", "jobfile", "packing", "jobs_api"},
     {"workers"},  # a section of the job of its own
     {"sections"},
     {"space"},
     {"job"},
     {"runtime"},
-    {"evaluation", "onetask", "sweeps", "submit"},
+    {"evaluation", "onetask", "sweeps", "submission"},
     {"terminal"},
     {"cli"},
 ]

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from distmeta.core import InputError, Theta
+from distmeta.runtime.mirror import fetch_checkpoint, is_uri
 
 FORMAT = 1
 
@@ -224,11 +226,14 @@ def load_whole(path: str | Path, say: Callable[[str], None]) -> tuple[Path, Chec
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Reads a checkpoint and checks every file against its checksum.
+    """Reads a checkpoint, also behind a URI, and checks every file against its checksum.
 
     Raises:
         InputError: no checkpoint, a truncated one, one of another format.
     """
+    if is_uri(path):
+        with tempfile.TemporaryDirectory() as scratch:
+            return load(fetch_checkpoint(str(path), Path(scratch)))
     folder = find(path)
     try:
         state = json.loads((folder / "state.json").read_text())

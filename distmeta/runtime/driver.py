@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -16,6 +15,7 @@ import torch
 from distmeta.compute.flat import tree_sum
 from distmeta.core import NumericsError
 from distmeta.job import Job
+from distmeta.mlflow_store import redact
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint, Progress
 from distmeta.runtime.folder import RunFolder, Start, starting_point
@@ -23,13 +23,11 @@ from distmeta.runtime.interrupt import InterruptedRun, StopRequested, interrupti
 from distmeta.runtime.pool import Pool, open_pool
 from distmeta.runtime.problem import Problem, build, device_of, examples_of, numerics_of
 from distmeta.runtime.resolution import resolve
+from distmeta.runtime.scores import evaluate_tasks, mean_metrics, primary
 from distmeta.runtime.server import ParameterServer
-from distmeta.runtime.worker import ShardResult, shards_of
+from distmeta.runtime.worker import shards_of
 from distmeta.sections import Run as RunSection
 from distmeta.tracking import Tracker, open_tracker
-
-EVAL_SHARD = 25
-"""Tasks of one evaluation shard."""
 
 
 class Reporter(Protocol):
@@ -61,6 +59,13 @@ class Summary:
     best: float | None
     """Best validation figure."""
     best_step: int | None
+    uri: str | None = None
+    """Where the run is copied to, if the job's output is a URI."""
+
+    @property
+    def place(self) -> str:
+        """What to name the run by: its URI, else its folder."""
+        return self.uri or str(self.run)
 
 
 @dataclass
@@ -98,28 +103,31 @@ def train(
     start = starting_point(job if isinstance(job, Job) else Job.load(job), resume, reporter.say)
     problem, server, progress = _prepare(start, reporter.say)
     if _finished(progress, problem.job.run):
-        reporter.say(f"{start.folder} is at step {progress.step} of {problem.job.run.steps}: nothing to do")
-        return _summary(start.folder, progress)
+        reporter.say(f"{start.place} is at step {progress.step} of {problem.job.run.steps}: nothing to do")
+        return _summary(start, progress)
     with ExitStack() as stack:
         pool = open_pool(problem, server.layout, reporter.say)
         stack.callback(pool.close)
-        tracker = _open_tracker(problem.job, start.folder, progress, reporter)
+        tracker = _open_tracker(problem.job, start, progress, reporter)
         stack.callback(tracker.close, "FAILED")  # unless the loop got to say how it ended
-        folder = RunFolder(start.folder, problem.job, start.checkpoint)
+        folder = RunFolder(start.folder, problem.job, start.checkpoint, start.uri)
         stack.callback(folder.close)
-        for (
-            record
-        ) in folder.records():  # what a killed driver had queued; what the store has is not sent again
-            tracker.log_step(record)
+        for record in folder.records():
+            tracker.log_step(
+                record
+            )  # a killed driver may have had it queued; what the store has is not sent again
         check = stack.enter_context(interruptions())
         reporter.begin(folder.path, problem.job, progress.step)
+        if start.uri is not None:
+            reporter.say(f"copied after each save to {redact(start.uri)}")
         if problem.job.compute.compile:
             reporter.say("compiling the gradient: the first step takes half a minute or more")
         stack.callback(reporter.end)
-        return _guarded(_Run(problem, server, pool, folder, tracker, reporter, check, progress))
+        progress = _guarded(_Run(problem, server, pool, folder, tracker, reporter, check, progress))
+        return _summary(start, progress)
 
 
-def _guarded(run: _Run) -> Summary:
+def _guarded(run: _Run) -> Progress:
     """Runs the loop; whatever ends it, the last completed state is saved and the tracker told."""
     status = "FAILED"
     try:
@@ -128,18 +136,20 @@ def _guarded(run: _Run) -> Summary:
             _save(run)
         _loop(run)
         final = _save(run)
+        if failure := run.folder.publish():  # tried once more
+            raise OSError(f"output: {failure}")
         run.tracker.log_artifact(final, "checkpoint")
         status = "FINISHED"
     except StopRequested:
         status = "KILLED"
         _save(run)
-        raise InterruptedRun(str(run.folder.path), run.progress.step) from None
+        raise InterruptedRun(str(run.folder.uri or run.folder.path), run.progress.step) from None
     except Exception:
         _save(run)
         raise
     finally:
         run.tracker.close(status)
-    return _summary(run.folder.path, run.progress)
+    return run.progress
 
 
 def _loop(run: _Run) -> None:
@@ -240,54 +250,6 @@ def _validate(run: _Run) -> dict[str, float | None]:
     return record
 
 
-def evaluate_tasks(
-    problem: Problem,
-    pool: Pool,
-    flat: np.ndarray,
-    split: str,
-    count: int,
-    check: Callable[[], None],
-    inner_steps: int | None = None,
-    outputs: bool = False,
-) -> list[ShardResult]:
-    """Scores `count` tasks of a split in fixed shards; metrics [T, K+1] become `*_before` and `*_after` and `curve`."""
-    steps = problem.eval_steps if inner_steps is None else inner_steps
-    plan = shards_of(problem, split, 0, count, math.ceil(count / EVAL_SHARD), steps, outputs)
-    results = pool.map(flat, plan, check)
-    return [replace(r, metrics=_before_after(r.metrics, problem.algorithm.inner_steps > 0)) for r in results]
-
-
-def _before_after(curves: Mapping[str, np.ndarray], adapts: bool) -> dict[str, np.ndarray]:
-    columns = {f"{name}_curve": curve for name, curve in curves.items()}
-    columns |= {f"{name}_after": curve[:, -1] for name, curve in curves.items()}
-    if adapts:
-        columns |= {f"{name}_before": curve[:, 0] for name, curve in curves.items()}
-    return columns
-
-
-def mean_metrics(results: list[ShardResult], every: bool = False) -> dict[str, float | None]:
-    """Means by fsum in task order: over the finite tasks in training, over `every` task in evaluation.
-
-    Null where there is none: `loss_before` without an unadapted prediction, an evaluation in which a task diverged.
-    """
-    record: dict[str, float | None] = {"loss_before": None, "loss_after": None}
-    for name in results[0].metrics:
-        values = np.concatenate([result.metrics[name] for result in results])
-        if values.ndim == 1:
-            finite = [float(value) for value in values if math.isfinite(value)]
-            whole = finite and not (every and len(finite) < len(values))
-            record[name] = math.fsum(finite) / len(finite) if whole else None
-    return record
-
-
-def primary(metrics: Mapping[str, Any], prefix: str = "") -> tuple[str, int]:
-    """The figure that `best` and the interval are about, and whether more of it is better (1) or worse (−1)."""
-    for name in ("accuracy", "return"):
-        if f"{prefix}{name}_after" in metrics:
-            return f"{prefix}{name}_after", 1
-    return f"{prefix}loss_after", -1
-
-
 def _prepare(start: Start, say: Callable[[str], None]) -> tuple[Problem, ParameterServer, Progress]:
     """The problem as the driver sees it (beside workers it needs no GPU), the parameter server, where it stands."""
     if start.checkpoint is None:
@@ -312,13 +274,13 @@ def _device(job: Job) -> torch.device:
     return torch.device("cpu") if job.run.workers else device_of(job)
 
 
-def _open_tracker(job: Job, folder: Path, progress: Progress, reporter: Reporter) -> Tracker:
+def _open_tracker(job: Job, start: Start, progress: Progress, reporter: Reporter) -> Tracker:
     return open_tracker(
         job.tracking.type,
-        run_name=folder.name,
+        run_name=start.folder.name,
         experiment=job.tracking.experiment or job.name,
         params=job.tree(),
-        tags={"distmeta.run": str(folder.absolute())}
+        tags={"distmeta.run": start.uri or str(start.folder.absolute())}
         | ({"mlflow.parentRunId": job.tracking.parent} if job.tracking.parent else {}),
         run_id=progress.tracking_id,
         say=reporter.say,
@@ -343,8 +305,10 @@ def _save(run: _Run) -> Path:
     )
     path = checkpoints.save(run.folder.path, state, run.problem.job.run.keep)
     run.saved = (run.progress, path)
+    if failure := run.folder.publish():
+        run.reporter.say(f"output: {failure}; the next save tries again")
     return path
 
 
-def _summary(folder: Path, progress: Progress) -> Summary:
-    return Summary(folder, progress.step, progress.loss, progress.best, progress.best_step)
+def _summary(start: Start, progress: Progress) -> Summary:
+    return Summary(start.folder, progress.step, progress.loss, progress.best, progress.best_step, start.uri)

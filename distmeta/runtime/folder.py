@@ -19,8 +19,10 @@ from typing import IO, Any
 from distmeta.compute.compiler import missing
 from distmeta.core import InputError
 from distmeta.job import Job
+from distmeta.mlflow_store import redact
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint, SaveError
+from distmeta.runtime.mirror import Mirror, below_run, fetch_run, is_uri, join, local_folder, pointed, run_of
 
 MAY_CHANGE = {
     "run": {
@@ -52,6 +54,13 @@ class Start:
     job: Job
     checkpoint: Checkpoint | None
     """None: from step 0, in a new folder."""
+    uri: str | None = None
+    """Where the folder is copied to: a run of a job whose output is a URI, or one resumed from a URI."""
+
+    @property
+    def place(self) -> str:
+        """What to name the run by."""
+        return self.uri or str(self.folder)
 
 
 def starting_point(job: Job, resume: str | Path | None, say: Callable[[str], None]) -> Start:
@@ -66,33 +75,48 @@ def starting_point(job: Job, resume: str | Path | None, say: Callable[[str], Non
     if resume == "auto":
         if job.run.name is None:
             raise InputError("--resume auto: run.name is not set, expected a fixed name: add run.name=NAME")
-        folder = Path(job.output) / job.run.name
-        if not (folder / "checkpoints" / "latest").exists():
-            return Start(folder, job, None)
-        resume = folder
+        folder, uri = _places(job, job.run.name)
+        resume = uri if uri is not None and pointed(uri, "latest") is not None else folder
+        if resume is folder and not (folder / "checkpoints" / "latest").exists():
+            return Start(folder, job, None, uri)
     if resume is not None:
-        where, checkpoint = checkpoints.load_whole(resume, say)
-        return Start(
-            _run_of(where, resume), _resumed_job(checkpoint.job, job, checkpoint.progress.step), checkpoint
-        )
+        uri = run_of(str(resume)) if is_uri(resume) else None
+        named = run_folder(resume) / below_run(str(resume)) if is_uri(resume) else Path(resume)
+        where, checkpoint = checkpoints.load_whole(named, say)
+        folder = _run_of(where, resume)
+        resumed = _resumed_job(checkpoint.job, job, checkpoint.progress.step)
+        return Start(folder, resumed, checkpoint, uri or _places(job, folder.name)[1])
     if job.run.name is None:
-        folder = Path(job.output) / f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    else:
-        folder = Path(job.output) / job.run.name
-        if folder.exists() and any(folder.iterdir()):
-            raise InputError(
-                f"run.name: the run folder {folder} exists already: resume it with --resume auto, or take "
-                "another name"
-            )
-    return Start(folder, job, None)
+        name = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+        folder, uri = _places(job, name)
+        return Start(folder, job, None, uri)
+    folder, uri = _places(job, job.run.name)
+    if (folder.exists() and any(folder.iterdir())) or (
+        uri is not None and pointed(uri, "latest") is not None
+    ):
+        raise InputError(
+            f"run.name: the run folder {redact(uri) if uri else folder} exists already: resume it with --resume auto, "
+            "or take another name"
+        )
+    return Start(folder, job, None, uri)
+
+
+def _places(job: Job, name: str) -> tuple[Path, str | None]:
+    """The run's folder on this machine, and the URI that it is copied to."""
+    if not is_uri(job.output):
+        return Path(job.output) / name, None
+    uri = join(job.output, name)
+    return local_folder(uri), uri
 
 
 def run_folder(path: str | Path) -> Path:
-    """The run folder that a run, or one of its checkpoints, belongs to.
+    """The run folder that a run, or one of its checkpoints, belongs to; one behind a URI is fetched.
 
     Raises:
         InputError: no checkpoint, or one outside a run folder.
     """
+    if is_uri(path):
+        return fetch_run(str(path))
     if (Path(path) / "checkpoints").is_dir():
         return Path(path)
     return _run_of(checkpoints.find(path), path)
@@ -159,13 +183,14 @@ def _refuse_past_changes(stored: list[Any], asked: list[Any], step: int) -> None
 class RunFolder:
     """Owns metrics.jsonl: one line a completed step."""
 
-    def __init__(self, path: Path, job: Job, checkpoint: Checkpoint | None):
+    def __init__(self, path: Path, job: Job, checkpoint: Checkpoint | None, uri: str | None = None):
         """Creates the folder, or takes up an existing one after a checkpoint: what came later is dropped.
 
         Raises:
-            InputError: another process is writing there.
+            InputError: another process is writing there; the URI that it is copied to cannot be written.
         """
-        self.path = path
+        self.path, self.uri = path, uri
+        self._mirror = None if uri is None else Mirror(uri, path)
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
         self._lock = _locked(path)
         if checkpoint is None and (path / "checkpoints" / "latest").exists():
@@ -177,6 +202,13 @@ class RunFolder:
             checkpoints.rewind(path, progress.step, progress.best_step)
         _cut_back(metrics, progress.step - (progress.pending is not None) if progress else 0)
         self._metrics = metrics.open("a", encoding="utf-8")
+        if failure := self.publish():
+            self.close()
+            raise InputError(f"output: {failure}")
+
+    def publish(self) -> str:
+        """Copies what is new to the run's URI, if it has one; why that failed, if it did."""
+        return "" if self._mirror is None or self._mirror.push() else self._mirror.failure
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a line; NaN and infinities become null.

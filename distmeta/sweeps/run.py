@@ -8,7 +8,6 @@ FOLDER/tune/                 Tune's own state. It is pickled: go on only with sw
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
@@ -28,7 +27,8 @@ from distmeta.runtime.driver import settled
 from distmeta.runtime.interrupt import InterruptedRun
 from distmeta.space import Sweep
 from distmeta.sweeps.results import Trial, best_job, best_of, draw, trials_of, write_table
-from distmeta.tracking import Status, Tracker, left_running, open_tracker
+from distmeta.sweeps.tracked import experiment_of, open_parent, tell_mlflow
+from distmeta.tracking import Status, Tracker
 
 TUNE = "tune"
 """Tune's folder within the sweep's."""
@@ -105,7 +105,7 @@ def sweep(job: Job | str | Path, resume: str | Path | None = None, view: View | 
             _write_job(folder, job)
         else:
             job = Job.load(folder / "job.yaml")
-        parent = _open_parent(job, folder, view.say)
+        parent = open_parent(job, folder, view.say)
         stack.callback(parent.close, "FAILED")
         view.begin(folder, _section(job).count)
         stack.callback(view.end)
@@ -126,6 +126,8 @@ def _section(job: Job) -> Sweep:
 
 def _new_folder(job: Job) -> Path:
     name = job.run.name or f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    if "://" in job.output:
+        raise InputError(f"output: got {job.output!r}, expected a folder (that all nodes see) for a sweep")
     folder = Path(job.output).absolute() / name
     if folder.exists() and any(folder.iterdir()):
         raise InputError(
@@ -261,7 +263,7 @@ def _spec(job: Job, folder: Path, parent: str | None) -> Any:
         "keep": asked.steps if changing else max(asked.keep, 2),  # any may be another trial's start
         "address": None,  # a trial is on the cluster already
     }
-    tree["tracking"] |= {"experiment": asked_experiment(job), "parent": parent}
+    tree["tracking"] |= {"experiment": experiment_of(job), "parent": parent}
     return TrialSpec(
         tree,
         str(folder),
@@ -271,33 +273,6 @@ def _spec(job: Job, folder: Path, parent: str | None) -> Any:
         section.mode,
         changing,
     )
-
-
-def asked_experiment(job: Job) -> str:
-    return job.tracking.experiment or job.name
-
-
-def _open_parent(
-    job: Job, folder: Path, say: Callable[[str], None], best: Mapping[str, Any] | None = None
-) -> Tracker:
-    """The sweep's own MLflow run: the one it had, or a new one."""
-    state = folder / "sweep" / "mlflow.json"
-    known = json.loads(state.read_text(encoding="utf-8"))["run_id"] if state.exists() else None
-    params = {"best": best} if best is not None else job.tree()
-    tracker = open_tracker(
-        job.tracking.type,
-        run_name=folder.name,
-        experiment=asked_experiment(job),
-        params=params,
-        tags={
-            "distmeta.sweep": str(folder),
-            "mlflow.loggedArtifacts": json.dumps([{"path": "trials.json", "type": "table"}]),
-        },
-        run_id=known,
-        say=say,
-    )
-    write_whole(state, json.dumps({"run_id": tracker.run_id}))
-    return tracker
 
 
 def _conclude(
@@ -319,53 +294,13 @@ def _conclude(
         files += [place / "best.yaml", *draw(trials, job, place)]
     status: Status = "KILLED" if not ended else "FINISHED" if best is not None else "FAILED"
     parent.close(status)
-    _tell_mlflow(job, folder, trials, best, files, status, say)
+    tell_mlflow(job, folder, trials, best, files, status, say)
     if not ended:
         raise InterruptedRun(str(folder), sum(trial.steps for trial in trials))
     if best is None or best.run is None or best.value is None:
         reasons = sorted({trial.reason for trial in trials if trial.reason})
         raise RuntimeError(f"no trial came to an evaluation: {reasons[0] if reasons else 'none was run'}")
     return SweepSummary(folder, best.run, best.values, best.value, best.metric, list(trials))
-
-
-def _tell_mlflow(
-    job: Job,
-    folder: Path,
-    trials: Sequence[Trial],
-    best: Trial | None,
-    files: Sequence[Path],
-    status: Status,
-    say: Callable[[str], None],
-) -> None:
-    """The best values and the files to the parent run; to a trial's run what it could not say when it was stopped."""
-    if job.tracking.type == "none":
-        return
-    found = {} if best is None else {**best.values, "trial": best.name, best.metric: best.value}
-    tracker = _open_parent(job, folder, say, found)
-    left = left_running(tracker.run_id)
-    for path in files:
-        tracker.log_artifact(path)
-    tracker.close(status)
-    for trial in trials:
-        if trial.tracking_id in left and trial.run is not None:
-            _finish_trial(job, trial, say)
-
-
-def _finish_trial(job: Job, trial: Trial, say: Callable[[str], None]) -> None:
-    """Sends a trial's whole history again, of which MLflow keeps what it lacks, and how it ended."""
-    assert trial.run is not None
-    tracker = open_tracker(
-        job.tracking.type,
-        run_name=trial.run.name,
-        experiment=asked_experiment(job),
-        params={},
-        tags={"distmeta.trial": trial.status} | ({"distmeta.reason": trial.reason} if trial.reason else {}),
-        run_id=trial.tracking_id,
-        say=say,
-    )
-    for line in (trial.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        tracker.log_step(json.loads(line))
-    tracker.close("FAILED" if trial.status == "failed" else "KILLED")
 
 
 @contextmanager

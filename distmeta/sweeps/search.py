@@ -106,7 +106,7 @@ class Budget(tune.Stopper):
 
 
 def resources(job: Job) -> list[dict[str, float]]:
-    """A trial's bundles: its own process, which needs nothing where workers compute; the workers that it starts with."""
+    """A trial's bundles: its own process (nothing, where workers compute) and the workers that it starts with."""
     one = {"CPU": float(job.run.cpus_per_worker), "GPU": float(job.run.gpus_per_worker)}
     one = {key: value for key, value in one.items() if value}
     return [{}, *[one] * job.run.min_workers] if job.run.min_workers else [one]

@@ -22,9 +22,10 @@ from ray import tune
 from distmeta.core import NumericsError
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.driver import Silent, primary, train
+from distmeta.runtime.driver import Silent, train
 from distmeta.runtime.folder import adopt
 from distmeta.runtime.interrupt import InterruptedRun, StopRequested
+from distmeta.runtime.scores import primary
 
 POINTER = "run.json"
 SCORE, STEP, RUN = "score", "step", "run"
