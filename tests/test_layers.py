@@ -14,10 +14,10 @@ PACKAGE = REPOSITORY / "distmeta"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"core", "seeding"},
-    {"policies"},
+    {"policies", "components"},
     {"mlflow_store"},  # what tracking needs of MLflow's own
     {"algorithms", "tasks", "models", "compute", "tracking"},
-    {"components", "jobfile"},
+    {"jobfile"},
     {"job"},
     {"runtime"},
     {"evaluation", "onetask", "sweep", "submit"},

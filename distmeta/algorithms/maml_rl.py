@@ -41,6 +41,7 @@ class PolicyMAML:
     Args:
         inner_lr: α; 0.1 in the MAML paper's first step.
         inner_steps: K.
+        later_lr: α of steps past the K that were trained; null: half of α, as in the paper's evaluation.
         clip: PPO's ε; null: no clipping.
         kl: η.
         first_order: takes the policy gradients inside as constants.
@@ -55,6 +56,7 @@ class PolicyMAML:
         score: Score,
         inner_lr: Annotated[float, Field(gt=0)] = 0.1,
         inner_steps: Annotated[int, Field(ge=1)] = 1,
+        later_lr: Annotated[float, Field(gt=0)] | None = None,
         clip: Annotated[float, Field(gt=0, lt=1)] | None = 0.2,
         kl: NonNegative = 0.0,
         first_order: bool = False,
@@ -62,6 +64,7 @@ class PolicyMAML:
     ):
         self.model, self.score = model, score
         self.inner_lr, self.inner_steps, self.first_order = inner_lr, inner_steps, first_order
+        self.later_lr = inner_lr / 2 if later_lr is None else later_lr
         self.clip, self.kl, self.e_maml = clip, kl, e_maml
         self.names = adapted_names(model, "all")
 
@@ -74,7 +77,8 @@ class PolicyMAML:
     def step(self, theta: Theta, phi: Theta, support: Any, k: int) -> Theta:
         score = given_trajectories if self.e_maml else self.score
         gradient = support_gradient(self.model, score, phi, support, self.names, self.first_order)
-        return phi | {name: phi[name] - self.inner_lr * g for name, g in gradient.items()}
+        rate = self.inner_lr if k < self.inner_steps else self.later_lr
+        return phi | {name: phi[name] - rate * g for name, g in gradient.items()}
 
     def predict(self, theta: Theta, phi: Theta, x: Tensor) -> Tensor:
         return self.model(phi, x)

@@ -7,5 +7,6 @@ TASKS = {
     "copy": "distmeta.tasks.copying:Copy",
     "navigation": "distmeta.tasks.navigation:Navigation",
     "bandit": "distmeta.tasks.bandit:Bandit",
+    "gym": "distmeta.tasks.gym:Gym",
     "arrow": "distmeta.tasks.arrow:arrow",
 }
