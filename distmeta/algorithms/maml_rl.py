@@ -23,8 +23,8 @@ class PolicyMAML:
 
     Trajectories are collected first and are constants in the loss; the meta-gradient is its exact derivative through
     every inner step. With ratios inside, that is ProMP's low-variance-curvature estimator (Rothfuss et al. 2019, arXiv
-    1810.06784); `kl` η > 0 adds its penalty. Where each collection is stepped on once, ρ = 1: the clipping does
-    nothing and the penalty has no gradient.
+    1810.06784); `kl` η > 0 adds its penalty. In the first of `outer_epochs` steps on a collection ρ = 1: the clipping
+    does nothing and the penalty has no gradient.
 
     E-MAML (Stadie et al. 2018, arXiv 1803.01118; Al-Shedivat et al. 2018, 1710.03641) credits the trajectories that
     were adapted on with what was reached afterwards:
@@ -41,6 +41,8 @@ class PolicyMAML:
     Args:
         inner_lr: α; 0.1 in the MAML paper's first step.
         inner_steps: K.
+        outer_epochs: steps of the outer optimizer on one collection of trajectories; clipping and penalty are for more
+            than one.
         later_lr: α of steps past the K that were trained; null: half of α, as in the paper's evaluation.
         clip: PPO's ε; null: no clipping.
         kl: η.
@@ -56,6 +58,7 @@ class PolicyMAML:
         score: Score,
         inner_lr: Annotated[float, Field(gt=0)] = 0.1,
         inner_steps: Annotated[int, Field(ge=1)] = 1,
+        outer_epochs: Annotated[int, Field(ge=1)] = 1,
         later_lr: Annotated[float, Field(gt=0)] | None = None,
         clip: Annotated[float, Field(gt=0, lt=1)] | None = 0.2,
         kl: NonNegative = 0.0,
@@ -64,6 +67,7 @@ class PolicyMAML:
     ):
         self.model, self.score = model, score
         self.inner_lr, self.inner_steps, self.first_order = inner_lr, inner_steps, first_order
+        self.outer_epochs = outer_epochs
         self.later_lr = inner_lr / 2 if later_lr is None else later_lr
         self.clip, self.kl, self.e_maml = clip, kl, e_maml
         self.names = adapted_names(model, "all")
