@@ -92,7 +92,7 @@ class Schedule(Section):
 
     type: Literal["constant", "linear", "cosine", "exponential"] = "constant"
     steps: Positive | None = None
-    """Length of the schedule; null: run.steps at the run's start."""
+    """Length of the schedule in steps of the outer optimizer; null: the run's, as it starts."""
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Rate at the end, as a fraction of the first (linear, cosine; exponential needs more than 0)."""
 

@@ -20,9 +20,9 @@ def task_ids(seed: int, stream: str, step: int, count: int) -> np.ndarray:
     return sequence.generate_state(count, np.uint64)
 
 
-def task_generator(task_id: int | np.integer) -> np.random.Generator:
-    """The random numbers of one task."""
-    return np.random.Generator(np.random.Philox(key=int(task_id)))
+def task_generator(task_id: int | np.integer, part: int = 0) -> np.random.Generator:
+    """The random numbers of one task; `part` k + 1: the noise of what is collected after k inner steps."""
+    return np.random.Generator(np.random.Philox(key=(part << 64) | int(task_id)))
 
 
 def torch_generator(seed: int, stream: str) -> torch.Generator:

@@ -184,15 +184,31 @@ def _finished(progress: Progress, job: RunSection) -> bool:
 
 
 def _step(run: _Run) -> dict[str, Any]:
-    """Plan, map, aggregate, outer step: the record of one step."""
-    settings, step = run.problem.job.run, run.progress.step
-    _enter_phase(run, step)
-    problem = run.problem
+    """The outer epochs of one step: the record of the first, with all seconds. What fails on the way undoes all."""
+    _enter_phase(run, run.progress.step)
+    server, epochs, first = run.server, run.problem.outer_epochs, run.server.flat()
+    if epochs == 1:
+        return _epoch(run, first, 0)
+    before = server.theta(), *server.state()
+    try:
+        record = _epoch(run, first, 0)
+        for epoch in range(1, epochs):
+            later = _epoch(run, np.concatenate([server.flat(), first]), epoch)
+            record |= {key: record[key] + later[key] for key in record if key.startswith("seconds_")}
+    except BaseException:
+        server.load(*before)
+        raise
+    return record | {"tasks_per_second": run.problem.job.run.tasks_per_step / record["seconds_step"]}
+
+
+def _epoch(run: _Run, flat: np.ndarray, epoch: int) -> dict[str, Any]:
+    """Plan, map, aggregate, outer step: the record."""
+    problem, settings, step = run.problem, run.problem.job.run, run.progress.step
     started = time.perf_counter()
     assert settings.shards is not None, "resolved before step 0"
     steps = problem.algorithm.inner_steps
     plan = shards_of(problem, "train", step, settings.tasks_per_step, settings.shards, steps)
-    results = run.pool.map(run.server.flat(), plan, run.check)
+    results = run.pool.map(flat, [replace(shard, epoch=epoch) for shard in plan], run.check)
     mapped = time.perf_counter()
     tasks = sum(result.tasks for result in results)
     dropped = [task for result in results for task in result.dropped]

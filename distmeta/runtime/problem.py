@@ -58,6 +58,11 @@ class Problem:
         at = getattr(self.algorithm, "at", None)
         return self.algorithm if at is None else at(step)
 
+    @property
+    def outer_epochs(self) -> int:
+        """Steps of the outer optimizer on one step's episodes."""
+        return int(getattr(self.algorithm, "outer_epochs", 1))
+
     def init(self) -> Theta:
         """theta at step 0."""
         theta = self.algorithm.init(torch_generator(self.job.seed, "init"))

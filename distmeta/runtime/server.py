@@ -117,6 +117,7 @@ class ParameterServer:
                 for key, value in tensors.items()
                 if key.rpartition("/")[0] == name
             }
+            self._optimizer.state.pop(parameter, None)
             if state:
                 self._optimizer.state[parameter] = state
 

@@ -162,7 +162,8 @@ def _settled(job: Job, say: Callable[[str], None]) -> Job:
 
 def _with_settled(job: Job, found: Job) -> Job:
     outer = {
-        "schedule": job.outer.schedule.model_dump() | {"steps": job.outer.schedule.steps or job.run.steps}
+        "schedule": job.outer.schedule.model_dump()
+        | {"steps": job.outer.schedule.steps or found.outer.schedule.steps}
     }
     compute = {}
     if job.compute.execution == "measure":
