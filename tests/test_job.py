@@ -82,7 +82,7 @@ def test_an_unknown_key_is_met_by_the_nearest_name(changes: dict[Any, Any], expe
         ({"model": {"activation": "gelu"}}, "model.activation: got 'gelu', expected 'relu' or 'tanh'"),
         ({"model": {"freeze": 3}}, "model.freeze: got 3, expected string"),
         ({"model": 3}, "model.type: missing, expected one of mlp, gaussian, conv4 or package.module:Name"),
-        ({"model": {"type": "mpl"}}, "model.type: got 'mpl', expected one of mlp, conv4 or"),
+        ({"model": {"type": "mpl"}}, "model.type: got 'mpl', expected one of mlp, gaussian, conv4 or"),
         ({"algorithm": {"type": "maml", "inner_steps": True}}, "algorithm.inner_steps: got True"),
         ({"algorithm": {"type": "maml", "inner_lr": -1}}, "algorithm.inner_lr: got -1, expected a value"),
         ({"name": "two words"}, "name: got 'two words', expected letters, digits"),
@@ -202,7 +202,7 @@ def test_overrides() -> None:
         ("run.steps={a: 1}", "run.steps: got {'a': 1}, expected integer"),
         ("run.stpes=3", "run.stpes: unknown key; did you mean 'steps'?"),
         ("name.first=x", "override name.first: 'name' is not a section"),
-        ("model.type=conv5", "model.type: got 'conv5', expected one of mlp, conv4"),
+        ("model.type=conv5", "model.type: got 'conv5', expected one of mlp, gaussian, conv4"),
         ("outer.lr=.nan", "outer.lr: got nan, expected a finite number"),
     ],
 )
