@@ -377,6 +377,8 @@ def test_every_job_file_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     problem = build(job)
     theta = problem.init()
     assert all(value.dtype == torch.float32 for value in theta.values())
+    if hasattr(problem.family, "collect"):
+        return  # its data come of a policy
     for split in SPLITS:
         assert problem.family.draw(split, [1]).support.x.shape[2:] == problem.family.in_shape
 
