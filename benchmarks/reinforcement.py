@@ -46,9 +46,11 @@ def navigation(given: argparse.Namespace) -> dict[str, Any]:
     problem, theta = learned(given, job)
     pretrained = joint(given, job)
     tasks, own = given.tasks, dict.fromkeys(range(UPDATES + 1), problem.algorithm.inner_lr)  # type: ignore[attr-defined]
-    rows = [row("MAML", scores(problem, theta, "return", "test", tasks, UPDATES), own)]
+    meta = scores(problem, theta, "return", "test", tasks, UPDATES)
+    rows = [row("MAML", meta, own)]
     for name, start in (("pre-trained on all goals", pretrained), ("random", problem.init())):
-        rows.append(row(name, *fine_tuned(problem, start, tasks)))
+        returns, rates = fine_tuned(problem, start, tasks)
+        rows += [row(name, returns, rates), row(f"MAML less {name}, task by task", meta - returns, {})]
     header = ["return", "before", *(f"after {k}" for k in range(1, UPDATES + 1))]
     cells = [[r["system"], *(report.plain(r["updates"][str(k)]) for k in range(UPDATES + 1))] for r in rows]
     print(report.table(header, cells))
@@ -110,7 +112,7 @@ def plot(problem: Problem, theta: Theta, rows: list[dict[str, Any]]) -> None:
                 axis.plot(path[:, 0], path[:, 1], color=f"C{t}", linewidth=0.7)
             axis.plot(*goal, "*", color=f"C{t}", markersize=12, markeredgecolor="black")
         axis.set(title=name, xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), aspect="equal")
-    for r in rows:
+    for r in (r for r in rows if r["rates"]):
         figures = [r["updates"][str(k)] for k in range(UPDATES + 1)]
         means, spread = [f["mean"] for f in figures], [f["ci95"] for f in figures]
         axes[2].errorbar(range(UPDATES + 1), means, spread, label=r["system"], capsize=3)
