@@ -44,19 +44,28 @@ def navigation(given: argparse.Namespace) -> dict[str, Any]:
     """Return after 0 … 3 updates on goals never met: MAML, a pre-trained policy, a random one."""
     job = Job.load(JOBS / "navigation-maml.yaml", overrides(given))
     problem, theta = learned(given, job)
-    joint = {"type": "reptile", "inner_steps": 1, "inner_optimizer": "sgd", "inner_lr": 0.1}
-    said("pre-training on all goals: Reptile with one step, which is the gradient of the mean return")
-    _, pretrained, _ = trained(Job.parse(job.tree() | {"algorithm": joint}))
+    pretrained = joint(given, job)
     tasks, own = given.tasks, dict.fromkeys(range(UPDATES + 1), problem.algorithm.inner_lr)  # type: ignore[attr-defined]
-    rows = [row("MAML", scores(problem, theta, "return", "test", tasks, UPDATES), own)]
+    meta = scores(problem, theta, "return", "test", tasks, UPDATES)
+    rows = [row("MAML", meta, own)]
     for name, start in (("pre-trained on all goals", pretrained), ("random", problem.init())):
-        rows.append(row(name, *fine_tuned(problem, start, tasks)))
+        returns, rates = fine_tuned(problem, start, tasks)
+        rows += [row(name, returns, rates), row(f"MAML less {name}, task by task", meta - returns, {})]
     header = ["return", "before", *(f"after {k}" for k in range(1, UPDATES + 1))]
     cells = [[r["system"], *(report.plain(r["updates"][str(k)]) for k in range(UPDATES + 1))] for r in rows]
     print(report.table(header, cells))
     if not given.quick:
         plot(problem, theta, rows)
     return {"rows": rows, "test_tasks": tasks, "job": job.tree()}
+
+
+def joint(given: argparse.Namespace, job: Job) -> Theta:
+    """A policy trained on all goals: Reptile with one inner step, which is the gradient of the mean return."""
+    if given.pretrained:
+        return distmeta.load(given.pretrained).theta
+    said("pre-training on all goals")
+    algorithm = {"type": "reptile", "inner_steps": 1, "inner_optimizer": "sgd", "inner_lr": 0.1}
+    return trained(Job.parse(job.tree() | {"algorithm": algorithm}))[1]
 
 
 def fine_tuned(problem: Problem, theta: Theta, tasks: int) -> tuple[np.ndarray, dict[int, float]]:
@@ -103,7 +112,7 @@ def plot(problem: Problem, theta: Theta, rows: list[dict[str, Any]]) -> None:
                 axis.plot(path[:, 0], path[:, 1], color=f"C{t}", linewidth=0.7)
             axis.plot(*goal, "*", color=f"C{t}", markersize=12, markeredgecolor="black")
         axis.set(title=name, xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), aspect="equal")
-    for r in rows:
+    for r in (r for r in rows if r["rates"]):
         figures = [r["updates"][str(k)] for k in range(UPDATES + 1)]
         means, spread = [f["mean"] for f in figures], [f["ci95"] for f in figures]
         axes[2].errorbar(range(UPDATES + 1), means, spread, label=r["system"], capsize=3)
@@ -225,6 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("verb", choices=["navigation", "bandit", "cheetah"])
     parser.add_argument("--run", help="a run of the job to score, instead of training one")
+    parser.add_argument("--pretrained", help="navigation: a run of the job with algorithm.type=reptile")
     parser.add_argument("--steps", type=int, help="default: the job's")
     parser.add_argument("--tasks", type=int, help="test tasks; default: 100 goals, 600 bandits")
     parser.add_argument("--repeats", type=int, default=5)
@@ -235,7 +245,7 @@ def main() -> None:
         given.steps, given.tasks, given.repeats = 2, 4, 1
     start = report.environment()
     result = {"navigation": navigation, "bandit": bandit, "cheetah": cheetah}[given.verb](given)
-    report.write(given.verb, start, result | {"run_given": given.run}, given.quick)
+    report.write(given.verb, start, result, given.quick)
 
 
 if __name__ == "__main__":

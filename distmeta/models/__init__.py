@@ -6,6 +6,6 @@ A model is an ordinary `torch.nn.Module`. Its constructor gets the job's `model:
 
 MODELS = {
     "mlp": "distmeta.models.mlp:MLP",
-    "gaussian": "distmeta.models.policy:Gaussian",
     "conv4": "distmeta.models.conv4:Conv4",
+    "gaussian": "distmeta.models.policy:Gaussian",
 }

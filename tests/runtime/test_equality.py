@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ CASES = {name: tree(name, run=RUN) for name in ALGORITHMS} | {
         run=RUN,
     ),
 }
+if find_spec("mujoco"):
+    GYM = {"type": "gym", "trajectories": 2, "horizon": 5}
+    CASES["gym"] = tree("maml-rl", tasks=GYM, run=RUN)
 
 EVERY_NUMBER = ("maml", "contrastive")
 """Algorithms that meet one, two and four Ray workers."""
