@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -39,6 +42,7 @@ def train(
     from distmeta.job import Job
     from distmeta.runtime import driver
     from distmeta.runtime.folder import run_folder
+    from distmeta.runtime.mirror import join
     from distmeta.terminal import Terminal
 
     texts = list(overrides or [])
@@ -51,14 +55,15 @@ def train(
     else:
         loaded = Job.load(job, texts)
     try:
-        summary = driver.train(loaded, resume, Terminal())
+        with contextlib.redirect_stdout(sys.stderr):  # Ray tells there of workers that died, in its own words
+            summary = driver.train(loaded, resume, Terminal())
     except driver.InterruptedRun as stop:  # here: typer would swallow it
         _note(f"interrupted: the state after step {stop.step} is saved; go on with:")
-        _note(f"  distmeta train --resume {stop.folder}")
+        _note(f"  distmeta train --resume {shlex.quote(stop.folder)}")
         more = {"run": stop.folder, "step": stop.step}
         _fail(f"interrupted after step {stop.step}", as_json, 130, more, quiet=True)
     if as_json:
-        _print_json({"run": str(summary.run), "step": summary.step, "loss": summary.loss})
+        _print_json({"run": summary.place, "step": summary.step, "loss": summary.loss})
         return
     best = (
         f"; best validation figure {summary.best:.4f} at step {summary.best_step}"
@@ -66,10 +71,9 @@ def train(
         else ""
     )
     _note(f"done: step {summary.step}, loss {_number(summary.loss)}{best}")
-    _note(
-        f"next: distmeta evaluate {summary.run}" + ("/checkpoints/best" if summary.best is not None else "")
-    )
-    print(summary.run)
+    next_place = summary.place if summary.best is None else join(summary.place, "checkpoints", "best")
+    _note(f"next: distmeta evaluate {shlex.quote(next_place)}")
+    print(summary.place)
 
 
 @app.command()
@@ -88,11 +92,102 @@ def evaluate(
     from distmeta import evaluation
     from distmeta.terminal import evaluation_table
 
-    result = evaluation.evaluate(checkpoint, overrides or [], episodes, predictions)
+    with contextlib.redirect_stdout(sys.stderr):
+        result = evaluation.evaluate(checkpoint, overrides or [], episodes, predictions)
     if as_json:
         _print_json({"tasks": result.tasks, **result.figures, "ci95": result.ci95, "curve": result.curve})
     else:
         Console(highlight=False).print(evaluation_table(result))
+
+
+@app.command()
+def sweep(
+    job: Annotated[
+        str | None,
+        typer.Argument(metavar="JOB", help="Job file with a sweep section; not needed with --resume."),
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="Folder of a sweep to go on with.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search the space of a job's sweep section with Ray Tune; prints the sweep's folder."""
+    from distmeta.core import InputError
+    from distmeta.job import Job
+    from distmeta.runtime.interrupt import InterruptedRun
+    from distmeta.sweeps import run as sweeps
+    from distmeta.terminal import SweepTable
+
+    texts = list(overrides or [])
+    if job is not None and "=" in job:
+        texts, job = [job, *texts], None
+    if job is None and resume is None:
+        raise InputError("JOB: missing, expected a job file (only --resume FOLDER goes without)")
+    loaded = Job.load(job if job is not None else Path(str(resume)) / "job.yaml", texts)
+    try:
+        found = sweeps.sweep(loaded, resume, SweepTable())
+    except InterruptedRun as stop:
+        _note("interrupted: finished trials and checkpoints are kept; go on with:")
+        _note(f"  distmeta sweep --resume {stop.folder}")
+        _fail("interrupted", as_json, 130, {"sweep": stop.folder}, quiet=True)
+    best = {"best_run": str(found.best_run), "best": found.best, "trials": len(found.trials)}
+    if as_json:
+        _print_json(best)
+        return
+    ends = Counter(trial.status for trial in found.trials)
+    spent = sum(trial.steps for trial in found.trials)
+    _note(f"done: {', '.join(f'{n} {status}' for status, n in ends.items())}; {spent} steps")
+    shown = ", ".join(f"{key}={value}" for key, value in found.best.items())
+    _note(f"best: {found.metric} {found.value:.4f} with {shown} ({found.best_run})")
+    _note(f"next: distmeta train {found.folder}/sweep/best.yaml")
+    print(found.folder)
+
+
+@app.command()
+def submit(
+    job: Annotated[
+        str | None, typer.Argument(metavar="JOB", help="Job file; not needed with --resume RUN.")
+    ] = None,
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option(help="URL of Ray's dashboard.")] = None,
+    following: Annotated[
+        bool, typer.Option("--follow/--no-follow", help="Show the log and end as the job does.")
+    ] = True,
+    working_dir: Annotated[str, typer.Option(help="Folder to package: the job, its modules.")] = ".",
+    resume: Annotated[str | None, typer.Option(help="Run on the cluster to go on with, or auto.")] = None,
+    sweep: Annotated[bool, typer.Option("--sweep", help="Run distmeta sweep instead of train.")] = False,
+    driver_cpus: Annotated[
+        float, typer.Option(help="CPUs of the driver, on any node; 0: it runs on the head and asks for none.")
+    ] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Run a job on a Ray cluster, and follow its log."""
+    from distmeta import jobs_api, submission
+
+    texts = list(overrides or [])
+    if job is not None and "=" in job:
+        texts, job = [job, *texts], None
+    try:
+        ended = submission.submit(
+            job, texts, address=address, working_dir=working_dir, resume=resume, sweep=sweep,
+            driver_cpus=driver_cpus, wait=following, show=_tell,
+        )  # fmt: skip
+    except jobs_api.LeftRunning as left:  # here: typer would swallow it
+        _say_next(left.submission, job, "not followed any more; the job goes on")
+        more = {"submission_id": left.submission.submission_id, "status": left.submission.status}
+        _fail("not followed any more; the job goes on", as_json, 130, more, quiet=True)
+    told = {"submission_id": ended.submission_id, "status": ended.status}
+    if ended.exit_code:
+        stopped = ended.status == "STOPPED"
+        if stopped:
+            _note(f"stopped; go on with: {_resubmit(ended, job)}")
+        why = ended.message or "the job was stopped"
+        _fail(why, as_json, ended.exit_code, told, quiet=stopped or ended.in_log)
+    if ended.exit_code is None:
+        _say_next(ended, job, "submitted")
+    if as_json:
+        _print_json(told)
+    else:
+        print(ended.submission_id)
 
 
 @app.command()
@@ -179,7 +274,10 @@ def _handle(error: Exception, as_json: bool) -> NoReturn:
 
     if isinstance(error, InputError):
         _fail(str(error), as_json, 2)
-    if not isinstance(error, NumericsError):
+    from distmeta.runtime.checkpoint import SaveError
+    from distmeta.runtime.failure import LostShardError
+
+    if not isinstance(error, (NumericsError, LostShardError, SaveError)):
         import traceback
 
         traceback.print_exc()  # not the user's input: whoever mends it needs the place
@@ -219,6 +317,25 @@ def _plain(value: Any) -> Any:
 
 def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _tell(text: str) -> None:
+    """A piece of a log: it brings its own ends of lines."""
+    print(text, end="", file=sys.stderr, flush=True)
+
+
+def _say_next(submission: Any, job: str | None, what: str) -> None:
+    """What one can do with a job that runs on without us."""
+    words = f"--address {submission.shown_address} {submission.submission_id}"
+    _note(f"\n{what}: {submission.submission_id}")
+    _note(f"  follow: ray job logs --follow {words}")
+    _note(f"  stop, with a checkpoint: ray job stop {words}")
+    _note(f"  resume after that: {_resubmit(submission, job)}")
+
+
+def _resubmit(submission: Any, job: str | None) -> str:
+    run = shlex.quote(submission.run or "RUN")
+    return f"distmeta submit {job or ''} --address {submission.shown_address} --resume {run}"
 
 
 def _number(value: float | None) -> str:

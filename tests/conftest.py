@@ -39,7 +39,8 @@ def cluster() -> Iterator[None]:
 
     import ray
 
-    os.environ["PYTHONPATH"] = str(REPOSITORY / "tests")  # parts that tests name are found on workers too
+    # parts that tests name are found on workers too, and this clone before another that is installed
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     ray.init(
         address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
     )

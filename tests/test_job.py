@@ -43,7 +43,7 @@ def message(job: Any, overrides: tuple[str, ...] = ()) -> str:
             {"algorithm": {"type": "maml", "inner_rate": 0.1}},
             "algorithm.inner_rate: unknown key of algorithm type MAML; did you mean 'inner_lr'?",
         ),
-        ({"tracking": {"kind": "none"}}, "tracking.kind: unknown key; known: experiment, type"),
+        ({"tracking": {"kind": "none"}}, "tracking.kind: unknown key; known: experiment, parent, type"),
         ({3: 4}, "3: unknown key; known: "),
         ({"model": {"type": "mlp", 3: 4}}, "model.3: unknown key of model type MLP; known: "),
         ({"two\nlines": 4}, "two lines: unknown key; known: "),

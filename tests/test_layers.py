@@ -17,10 +17,13 @@ LAYERS = [
     {"policies", "components"},
     {"mlflow_store"},  # what tracking needs of MLflow's own
     {"algorithms", "tasks", "models", "compute", "tracking"},
-    {"jobfile"},
+    {"jobfile", "packing", "jobs_api"},
+    {"workers"},  # a section of the job of its own
+    {"sections"},
+    {"space"},
     {"job"},
     {"runtime"},
-    {"evaluation", "onetask", "sweep", "submit"},
+    {"evaluation", "onetask", "sweeps", "submission"},
     {"terminal"},
     {"cli"},
 ]

@@ -37,6 +37,8 @@ class Shard:
     inner_steps: int
     outputs: bool = False
     """Evaluation: also return the predictions."""
+    phase: int = 0
+    """How many of the job's changes hold."""
     epoch: int = 0
     """Training: which step of the outer optimizer on the same episodes. From 1 on the flat vector that comes with it is
     theta followed by the theta that the episodes are of."""
@@ -88,15 +90,20 @@ class Worker:
         return worker
 
     def _start(self, problem: Problem, layout: Layout) -> None:
-        self._problem, self._layout = problem, layout
-        compute = problem.job.compute
-        if compute.compile and (lacking := missing()):
+        self._layout = layout
+        if problem.job.compute.compile and (lacking := missing()):
             raise InputError(f"compute.compile: got true, but there is {lacking}: use compute.compile=false")
-        self._compiler = Compiler(compute.precision) if compute.compile else None
+        self._enter(problem)
         self._version: tuple[str, int, int] | None = None
         self._theta: Theta = {}
         self._kept: dict[tuple[int, int], Any] = {}
         """Episodes of this step by step and shard, where later epochs ask for them again."""
+
+    def _enter(self, problem: Problem) -> None:
+        """Takes up a problem; compiled code has the values of a phase written into it."""
+        compute = problem.job.compute
+        self._problem = problem
+        self._compiler = Compiler(compute.precision) if compute.compile else None
 
     def ready(self) -> int:
         """The process id, once the worker is built."""
@@ -104,6 +111,8 @@ class Worker:
 
     def compute(self, flat: np.ndarray, shard: Shard) -> ShardResult:
         """The shard's gradient sum (split "train"), or its scores."""
+        if shard.phase != self._problem.phase:
+            self._enter(self._problem.at(shard.phase))
         with numerics_of(self._problem.job, self._problem.device):
             self._receive(flat, shard)
             return self._gradient(flat, shard) if shard.split == "train" else self._scores(flat, shard)
@@ -212,6 +221,6 @@ def shards_of(
     """The plan of a step (or of an evaluation): which tasks each shard holds."""
     size = problem.algorithm.group_size if split == "train" else 1
     return [
-        Shard(index, split, step, count, piece.start, piece.stop, inner_steps, outputs)
+        Shard(index, split, step, count, piece.start, piece.stop, inner_steps, outputs, problem.phase)
         for index, piece in enumerate(shard_slices(count, pieces, size))
     ]

@@ -30,6 +30,11 @@ from distmeta.runtime.worker import Shard, ShardResult, Worker, shards_of
 
 EPOCHS = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}
 RUN = {"steps": 10, "eval_every": 5, "eval_tasks": 10}
+CHANGES = [
+    {"step": 0, "set": {"outer.lr": 0.02}},
+    {"step": 5, "set": {"outer.lr": 0.005, "algorithm.inner_lr": 0.1}},
+    {"step": 8, "set": {"algorithm.inner_lr": 0.02}},
+]
 CASES = {name: tree(name, run=RUN) for name in ALGORITHMS} | {
     "pairwise": tree({"type": "hard_cases:Pairwise"}, run=RUN),
     "policy-gradient": tree("maml", tasks={"type": "hard_cases:Bandit"}, run=RUN),
@@ -38,6 +43,7 @@ CASES = {name: tree(name, run=RUN) for name in ALGORITHMS} | {
     "compiled": tree("maml", compute={"compile": True}, run=RUN),
     "constant-memory": tree("maml", compute={"differentiation": "constant-memory"}, run=RUN),
     "bf16": tree("maml", compute={"precision": "bf16"}, run=RUN),
+    "changes": tree("maml", changes=CHANGES, run=RUN),
     "dropout": tree("maml", model={"type": "hard_cases:Dropout"}, run=RUN),
     "conv4": tree(
         "maml",
