@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,9 @@ def test_adapting_to_examples_is_refused(workplace: Path) -> None:
     learner = distmeta.load(distmeta.train(Job.parse(tree("maml-rl", run={"steps": 1}))).run)
     with pytest.raises(InputError, match=r"^adapt: navigation has no x and y"):
         learner.adapt([[0.0, 0.0]], [[0.0, 0.0, 0.0, 0.0]])
+
+
+def test_gym_without_gymnasium_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(InputError, match=r"^tasks.type: got gym, which needs Gymnasium .*distmeta\[rl\]"):
+        build(Job.parse(tree("maml-rl", tasks={"type": "gym"})))
