@@ -107,6 +107,8 @@ def train(
         stack.callback(tracker.close, "FAILED")  # unless the loop got to say how it ended
         folder = RunFolder(start.folder, problem.job, start.checkpoint)
         stack.callback(folder.close)
+        for record in folder.records():  # the tracker leaves out what its store has
+            _track(tracker, record)
         check = stack.enter_context(interruptions())
         reporter.begin(folder.path, problem.job, progress.step)
         if problem.job.compute.compile:
@@ -154,7 +156,7 @@ def _loop(run: _Run) -> None:
             record |= _validate(run)
         run.progress = replace(run.progress, pending=None)
         run.folder.append(record)
-        run.tracker.log_step({key: value for key, value in record.items() if not isinstance(value, list)})
+        _track(run.tracker, record)
         run.reporter.step(record)
         improved = run.progress.best_step == step
         if improved or (job.checkpoint_every and step % job.checkpoint_every == 0):
@@ -296,6 +298,10 @@ def _open_tracker(job: Job, folder: Path, progress: Progress, reporter: Reporter
         run_id=progress.tracking_id,
         say=reporter.say,
     )
+
+
+def _track(tracker: Tracker, record: Mapping[str, Any]) -> None:
+    tracker.log_step({key: value for key, value in record.items() if not isinstance(value, list)})
 
 
 def _save(run: _Run) -> Path:

@@ -162,6 +162,11 @@ class RunFolder:
         _cut_back(metrics, progress.step - (progress.pending is not None) if progress else 0)
         self._metrics = metrics.open("a", encoding="utf-8")
 
+    def records(self) -> list[dict[str, Any]]:
+        """The lines so far: a process that was killed, or a store that was away, may not have got them tracked."""
+        text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a line; NaN and infinities become null.
 
