@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,10 @@ from distmeta.compute.unroll import detached, unroll
 from distmeta.core import Algorithm, Batch, Episode, InputError, State, Theta, widened
 from distmeta.job import Job
 from distmeta.jobfile import override
+from distmeta.predictions import write_predictions
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint
+from distmeta.runtime.foreign import stored_job
 from distmeta.runtime.pool import open_pool
 from distmeta.runtime.problem import Problem, build, numerics_of, with_score
 from distmeta.runtime.scores import evaluate_tasks, mean_metrics, primary
@@ -86,19 +89,34 @@ def evaluate(
         rows = [
             pair for r in results if r.predictions is not None for pair in zip(*r.predictions, strict=True)
         ]
-        _write_predictions(predictions, list(range(len(rows))), rows)
+        write_predictions(predictions, list(range(len(rows))), rows)
     return _evaluation(columns, mean_metrics(results, every=True))
 
 
-def load(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Learner:
+def load(
+    checkpoint: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    model: Any = None,
+    tasks: Any = None,
+    algorithm: Any = None,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+) -> Learner:
     """A trained meta-learner, ready to adapt: `load(path).adapt(x, y)(x_query)`.
 
+    Args:
+        model, tasks, algorithm: a class to use instead of the one that the checkpoint names.
+        say: told of each module of its own that the checkpoint makes us import.
+
     Raises:
-        InputError: no such checkpoint, or a damaged one.
+        InputError: no such checkpoint, a damaged one, or one that names what is no class of the kind.
     """
     stored = checkpoints.load(checkpoint)
-    trained = Job.parse(stored.job).at(stored.progress.step - 1)  # with the values of the last step
-    job, steps = _evaluation_job(trained.tree(), overrides)
+    parts = {"model": model, "tasks": tasks, "algorithm": algorithm}
+    trained = stored_job(stored.job, overrides, parts, say)
+    if trained.get("changes"):  # the values of the last step
+        trained = Job.parse(trained).at(stored.progress.step - 1).tree()
+    job, steps = _evaluation_job(trained, overrides)
     constants = {name: value.numpy() for name, value in stored.constants.items()}
     problem = build(job, constants, examples=stored.examples)
     if steps and problem.algorithm.inner_steps == 0:
@@ -271,7 +289,7 @@ def _fixed_episodes(learner: Learner, path: str | Path, predictions: str | Path 
         predicted = scores.outputs[0][:, :ways].argmax(-1).cpu().numpy()
         rows.append((labels[fixed.query.y.numpy()], labels[predicted]))
     if predictions is not None:
-        _write_predictions(predictions, numbers, rows)
+        write_predictions(predictions, numbers, rows)
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
     means: dict[str, float | None] = {"loss_before": None}
     means |= {name: float(np.mean(column)) for name, column in joined.items() if column.ndim == 1}
@@ -320,31 +338,6 @@ def _evaluation(columns: Mapping[str, np.ndarray], means: dict[str, float | None
         key=lambda name: (name.partition("_")[0] != "loss", name.partition("_")[0], name.endswith("after")),
     )
     return Evaluation(len(values), {name: means[name] for name in order}, spread, main, curve)
-
-
-def _column(parts: Sequence[np.ndarray]) -> Any:
-    """One number a row, or a list where a target has several."""
-    values = np.concatenate([part.reshape(len(part), -1) for part in parts])
-    return values[:, 0] if values.shape[1] == 1 else values.tolist()
-
-
-def _write_predictions(
-    path: str | Path, numbers: Sequence[int], rows: Sequence[tuple[np.ndarray, np.ndarray]]
-) -> None:
-    """A Parquet of episode, row, label, prediction: one line a query row."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sizes = [len(label) for label, _ in rows]
-    table = pa.table(
-        {
-            "episode": np.repeat(np.asarray(numbers, np.int64), sizes),
-            "row": np.concatenate([np.arange(size) for size in sizes]),
-            "label": _column([label for label, _ in rows]),
-            "prediction": _column([predicted for _, predicted in rows]),
-        }
-    )
-    pq.write_table(table, path)
 
 
 __all__ = ["Adapted", "Evaluation", "Learner", "evaluate", "load"]

@@ -10,6 +10,9 @@ import yaml
 
 from distmeta.core import InputError
 
+MOST_NODES = 100_000
+"""Of a file with its aliases written out. A few lines of aliases of aliases stand for more than any memory holds."""
+
 
 def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The tree with `a.b=value` applied, values read as YAML."""
@@ -55,15 +58,48 @@ def line_of(text: str, key: str) -> int | None:
 
 
 def parse_yaml(text: str, source: str) -> Any:
+    """The tree that a YAML text stands for.
+
+    Raises:
+        InputError: what is not YAML, or stands for an endless amount of it.
+    """
     try:
-        return yaml.load(text, Loader=_Loader)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            if (nodes := _nodes(node, {})) > MOST_NODES:
+                raise InputError(
+                    f"{source}: {nodes:.0e} keys and values with its aliases written out, expected at most "
+                    f"{MOST_NODES:,}"
+                )
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise InputError(f"{source}: {where}not YAML: {getattr(error, 'problem', None) or error}") from None
+    except InputError:
+        raise
     except (ValueError, ArithmeticError, LookupError, AttributeError, TypeError, RecursionError) as error:
         # what PyYAML raises on a value that its tag or form does not fit: `!!int ""`, `!!bool maybe`, 2001-99-99
         raise InputError(f"{source}: not YAML: {error}") from None
+
+
+def _nodes(node: yaml.Node, counted: dict[int, float]) -> float:
+    """Nodes below and with this one, each alias counted as what it stands for; one in itself once: it is met later."""
+    if id(node) not in counted:
+        counted[id(node)] = 1.0
+        parts = (
+            [part for pair in node.value for part in pair]
+            if isinstance(node, yaml.MappingNode)
+            else node.value
+        )
+        inner = parts if isinstance(node, yaml.CollectionNode) else []
+        counted[id(node)] = 1.0 + sum(_nodes(part, counted) for part in inner)
+    return counted[id(node)]
 
 
 def dump_yaml(tree: Mapping[str, Any]) -> str:

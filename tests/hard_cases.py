@@ -243,6 +243,22 @@ class Faulty(Lethal):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Paced(Lethal):
+    """A family whose draws take a moment on Ray workers, so that a run lasts long enough to be harmed."""
+
+    def __init__(self, seconds: float):
+        super().__init__("/nonexistent")
+        self.seconds = seconds
+
+    def draw(self, split: str, ids: Any) -> Episode:
+        import sys
+        import time
+
+        if sys.argv[0].endswith("default_worker.py"):
+            time.sleep(self.seconds)
+        return super().draw(split, ids)
+
+
 class Slow(Lethal):
     """A family that takes `seconds` for every draw but the first."""
 

@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "distmeta"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"core", "seeding"},
+    {"core", "seeding", "predictions"},
     {"policies", "components"},
     {"mlflow_store"},  # what tracking needs of MLflow's own
     {"algorithms", "tasks", "models", "compute", "tracking"},

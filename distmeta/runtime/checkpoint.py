@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -250,13 +251,22 @@ def load(path: str | Path) -> Checkpoint:
             load_file(folder / "constants.safetensors"),
             load_file(folder / "optimizer.safetensors"),
             state["outer"],
-            Progress(**state["progress"]),
+            _progress(state["progress"]),
             state["examples"],
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
+
+
+def _progress(plain: Any) -> Progress:
+    """Raises ValueError where it cannot be a run's: the file may be anybody's."""
+    progress = TypeAdapter(Progress).validate_json(json.dumps(plain), strict=True)
+    pending = progress.pending
+    if not 0 <= progress.step < 2**63 or (pending is not None and pending.get("step") != progress.step):
+        raise ValueError("a progress that no run makes")
+    return progress
 
 
 def _prune(folder: Path, keep: int) -> None:

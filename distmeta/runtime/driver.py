@@ -113,9 +113,7 @@ def train(
         folder = RunFolder(start.folder, problem.job, start.checkpoint, start.uri)
         stack.callback(folder.close)
         for record in folder.records():
-            tracker.log_step(
-                record
-            )  # a killed driver may have had it queued; what the store has is not sent again
+            tracker.log_step(record)  # it leaves out what its store has
         check = stack.enter_context(interruptions())
         reporter.begin(folder.path, problem.job, progress.step)
         if start.uri is not None:

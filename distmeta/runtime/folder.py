@@ -210,6 +210,11 @@ class RunFolder:
         """Copies what is new to the run's URI, if it has one; why that failed, if it did."""
         return "" if self._mirror is None or self._mirror.push() else self._mirror.failure
 
+    def records(self) -> list[dict[str, Any]]:
+        """The lines so far: a process that was killed, or a store that was away, may not have got them tracked."""
+        text = (self.path / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
     def append(self, record: Mapping[str, Any]) -> None:
         """Adds a line; NaN and infinities become null.
 
@@ -219,12 +224,6 @@ class RunFolder:
         with self._saving():
             self._metrics.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
             self._metrics.flush()
-
-    def records(self) -> Iterator[dict[str, Any]]:
-        """The lines so far."""
-        with (self.path / "metrics.jsonl").open(encoding="utf-8") as file:
-            for line in file:
-                yield json.loads(line)
 
     def sync(self) -> None:
         """Makes the lines durable, before a checkpoint says that their steps are done."""

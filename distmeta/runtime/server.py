@@ -99,9 +99,10 @@ class ParameterServer:
         """Restores what `state` gave, and theta.
 
         Raises:
-            InputError: theta has other names or shapes than this job's.
+            InputError: theta, or the optimizer's state, has other names or shapes than this job's.
         """
         check_theta(theta, self._theta)
+        _check_state(tensors, plain, self._theta, self.state()[1])
         with torch.no_grad():
             for name, parameter in self._theta.items():
                 parameter.copy_(theta[name])
@@ -129,6 +130,33 @@ def check_theta(theta: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
         raise InputError(
             "checkpoint: its theta has other names or shapes than this job's model and algorithm"
         )
+
+
+def _check_state(
+    tensors: Mapping[str, torch.Tensor], plain: Any, theta: Mapping[str, torch.Tensor], expected: Any
+) -> None:
+    """Raises InputError where the optimizer's state cannot be that of a run of this job: the file may be anybody's."""
+    for key, value in tensors.items():
+        parameter = theta.get(key.rpartition("/")[0])
+        if parameter is None or value.shape not in (parameter.shape, ()):
+            raise InputError(f"checkpoint: its optimizer has a {key!r} that fits nothing of theta")
+    if not _like(expected, plain):
+        raise InputError("checkpoint: its outer rates and schedule are not those of this job's optimizer")
+
+
+def _like(expected: Any, got: Any) -> bool:
+    """Whether plain data have the same keys, lengths and types; any finite number stands for a number."""
+    if isinstance(expected, dict):
+        return (
+            isinstance(got, dict)
+            and got.keys() == expected.keys()
+            and all(_like(expected[key], got[key]) for key in expected)
+        )
+    if isinstance(expected, (list, tuple)):
+        return isinstance(got, list) and len(got) == len(expected) and all(map(_like, expected, got))
+    if isinstance(expected, (int, float)) and not isinstance(expected, bool):
+        return isinstance(got, (int, float)) and not isinstance(got, bool) and abs(got) < 2**63
+    return type(got) is type(expected)
 
 
 def _optimizer(theta: dict[str, torch.nn.Parameter], outer: Outer) -> torch.optim.Optimizer:

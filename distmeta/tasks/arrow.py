@@ -89,7 +89,7 @@ def arrow(
         eval_shots=eval_shots, eval_queries=eval_queries, min_ways=min_ways, min_shots=min_shots,
         unbalanced=unbalanced, order=order, within_group=within_group,
         jitter=None if jitter is None else Jitter(**jitter),
-        scale=store.preparation.scale, preparation=store.preparation,
+        scale=store.preparation.scale, preparation=store.preparation, check=store.check_unchanged,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ Shapes: T tasks, W ways, S shots, Q queries a class, n = S + Q drawings a class;
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Annotated, Any, Literal, final
@@ -72,6 +72,7 @@ class FewShot:
         jitter: warps.Jitter | None = None,
         scale: float = 1 / 255,
         preparation: Preparation | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         given = {"ways": eval_ways, "shots": eval_shots, "queries": eval_queries}
         largest = {"ways": ways, "shots": shots, "queries": queries}
@@ -93,7 +94,7 @@ class FewShot:
         assert {"train"} <= set(splits) <= set(SPLITS), splits.keys()
         field = "ways" if eval_ways is None else "eval_ways"
         self._images, self._scale, self._order, self._unbalanced = images, scale, order, unbalanced
-        self._jitter = jitter
+        self._jitter, self._check = jitter, check
         self._settings = {"train": training, "val": fixed, "test": fixed}
         self._tables = {
             split: table_of(
@@ -122,7 +123,9 @@ class FewShot:
         drawn = draw_rows(table, ids, self._order == "random", self._unbalanced)
         # One gather for all: support rows first, so that both parts are contiguous.
         rows, turns = (np.concatenate([s.ravel(), q.ravel()]) for s, q in (drawn.rows, drawn.turns))
+        self._check()  # before, for a file cut short would end the process; and after, for what was just read
         x = torch.from_numpy(unit(_gather(self._images, rows, turns), self._scale))
+        self._check()
         y_s, y_q = (torch.from_numpy(y) for y in drawn.labels)
         if self._jitter is not None and split == "train":
             x = warps.jittered(x, self._jitter, ids, y_s.shape[1])

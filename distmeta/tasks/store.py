@@ -56,6 +56,18 @@ class Store:
     counts: list[int]
     preparation: Preparation
     domains: Domains | None = None
+    file: Path | None = None
+    """The file that is mapped."""
+    identity: tuple[int, ...] = ()
+    """Its device, number, size and time of change when it was opened."""
+
+    def check_unchanged(self) -> None:
+        """Raises InputError where the file is not what was opened: numbers drawn from it would be neither run's."""
+        if self.file is not None and _identity(self.file) != self.identity:
+            raise InputError(
+                f"tasks.path: {str(self.file)!r} changed on disk while it was in use, expected a store that stays "
+                "as it is: write a new one under another name"
+            )
 
     @staticmethod
     def open(path: str, field: str = "tasks.path") -> Store:
@@ -64,6 +76,7 @@ class Store:
         Raises InputError, naming `field`, for anything that is not a complete store of this version.
         """
         file = local_copy(path, field)
+        identity = _identity(file)
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(file), "r"))
             schema, names = reader.schema, reader.schema.names
@@ -100,9 +113,8 @@ class Store:
             if wrong := _wrong(domains, labels):
                 raise _bad(field, path, wrong)
         images = _view(batch.column("image"), shape)
-        return Store(
-            images, metadata["classes"], metadata["groups"], counts, metadata["preparation"], domains
-        )
+        described = (metadata["classes"], metadata["groups"], counts, metadata["preparation"])
+        return Store(images, *described, domains, file, identity)
 
 
 def write_store(
@@ -256,6 +268,15 @@ def _view(column: Any, shape: tuple[int, ...]) -> np.ndarray:
     size = math.prod(shape)
     pixels = np.frombuffer(column.buffers()[1], np.uint8, len(column) * size, column.offset * size)
     return pixels.reshape(len(column), *shape)
+
+
+def _identity(file: Path) -> tuple[int, ...]:
+    """Nothing where the file is gone."""
+    try:
+        found = file.stat()
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _line(error: BaseException) -> str:

@@ -70,3 +70,18 @@ def test_a_wrong_address_writes_nothing(workplace: Path, monkeypatch: pytest.Mon
     with pytest.raises(distmeta.core.InputError, match="MLFLOW_TRACKING_URI"):
         distmeta.train(Job.parse(tree("maml", tracking=TRACKED)))
     assert not (workplace / "runs").exists()
+
+
+def test_what_a_killed_process_had_not_sent_yet_is_sent_by_the_resume(client: Any, workplace: Path) -> None:
+    """Steps that a checkpoint has, and the run folder, but not the store."""
+    settings = {"steps": 4, "name": "killed", "eval_every": 2, "eval_tasks": 5}
+    folder = distmeta.train(Job.parse(tree("maml", run=settings, tracking=TRACKED))).run
+    run_id = checkpoints.load(folder).progress.tracking_id
+    more = Job.load(folder / "job.yaml", ["run.steps=7"])
+    distmeta.train(
+        more.replace(tracking={"type": "none"}), resume=folder
+    )  # as if it had never been delivered
+    assert steps_of(client, run_id, "loss_after") == [1, 2, 3, 4]
+    distmeta.train(Job.load(folder / "job.yaml", ["run.steps=9", "tracking.type=mlflow"]), resume=folder)
+    assert steps_of(client, run_id, "loss_after") == list(range(1, 10))
+    assert steps_of(client, run_id, "val_loss_after") == [2, 4, 6, 7, 8, 9]

@@ -1,0 +1,79 @@
+"""Random faults of every kind on a real cluster: the same theta to the bit, every step counted once, nothing left.
+
+The long one, by hand: `pytest -m slow tests/chaos` (500 faults over thousands of steps; an hour or two).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import HOME, tree
+from injector import Injector, Nodes, clockless
+
+import distmeta
+from distmeta.job import Job
+from distmeta.mlflow_store import import_mlflow
+from distmeta.runtime import checkpoint as checkpoints
+
+PACE = 0.15
+"""Seconds that a draw takes: the run has to outlast the faults."""
+
+
+def bits(run: Path) -> bytes:
+    theta = checkpoints.load(run).theta
+    return b"".join(name.encode() + theta[name].numpy().tobytes() for name in sorted(theta))
+
+
+@pytest.mark.parametrize(
+    ("seed", "faults", "steps"),
+    [(7, 9, 110), pytest.param(0, 500, 8000, marks=pytest.mark.slow)],
+    ids=["short", "long"],
+)
+def test_chaos(seed: int, faults: int, steps: int, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace}/mlflow.db")
+    run: dict[str, Any] = {
+        "steps": steps, "eval_every": 20, "eval_tasks": 30, "checkpoint_every": 3, "keep": 3, "name": "shaken",
+        "start_timeout": 200.0, "shard_timeout": 40.0, "max_shard_failures": 12,
+    }  # fmt: skip
+    job = tree("maml", tasks={"type": "hard_cases:Paced", "seconds": PACE}, run=run)
+    calm = distmeta.train(Job.parse(job | {"run": run | {"name": "calm"}})).run
+
+    shared, begun = set(Path("/dev/shm").iterdir()), time.monotonic()
+    folder = HOME / f"chaos{seed}"
+    folder.mkdir()
+    nodes = Nodes(folder)
+    placed = run | {"workers": {"min": 1, "max": 4}, "address": nodes.address}
+    (workplace / "job.yaml").write_text(yaml.safe_dump(job | {"run": placed, "tracking": {"type": "mlflow"}}))
+    injector = None
+    try:
+        nodes.add()
+        nodes.add()
+        injector = Injector(nodes, workplace / "runs" / "shaken", seed)
+        for _ in range(faults):
+            injector.until(min(injector.steps() + 2, steps))
+            injector.harm()
+        injector.finish()
+    finally:
+        if injector is not None:
+            injector.close()
+            print(*injector.log, f"{time.monotonic() - begun:.0f} s", sep="\n")
+        nodes.close()
+    shaken = workplace / "runs" / "shaken"
+    assert sum(step < steps for step, _ in injector.log) >= 0.7 * faults, "too many met a run that was done"
+    assert bits(shaken) == bits(calm)
+    assert clockless(shaken) == clockless(calm)
+    assert set(Path("/dev/shm").iterdir()) <= shared
+
+    import_mlflow()
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+    run_id = checkpoints.load(shaken).progress.tracking_id
+    assert [
+        m.step for m in sorted(client.get_metric_history(run_id, "loss_after"), key=lambda m: m.step)
+    ] == list(range(1, steps + 1))
