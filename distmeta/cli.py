@@ -285,7 +285,8 @@ def _say_next(submission: Any, job: str | None, what: str) -> None:
 
 
 def _resubmit(submission: Any, job: str | None) -> str:
-    return f"distmeta submit {job or ''} --address {submission.shown_address} --resume {shlex.quote(submission.run or 'RUN')}"
+    run = shlex.quote(submission.run or "RUN")
+    return f"distmeta submit {job or ''} --address {submission.shown_address} --resume {run}"
 
 
 def _number(value: float | None) -> str:
