@@ -136,6 +136,9 @@ def test_what_is_not_there_is_one_line(bucket: str, workplace: Path) -> None:
         train(job(f"s3://no-such-bucket/x{bucket}", name="x"))
     with pytest.raises(InputError, match=r"wrong://x/.*expected a URI such as s3://BUCKET/PREFIX"):
         train(job("wrong://x", name="x"))
+    with pytest.raises(InputError, match=r"output: got 's3://runs/x' with credentials") as caught:
+        train(job("s3://me:hunter2@runs/x"))
+    assert "hunter2" not in str(caught.value)
 
 
 def test_an_existing_run_is_not_written_over(bucket: str) -> None:

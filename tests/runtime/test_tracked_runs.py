@@ -70,3 +70,14 @@ def test_a_wrong_address_writes_nothing(workplace: Path, monkeypatch: pytest.Mon
     with pytest.raises(distmeta.core.InputError, match="MLFLOW_TRACKING_URI"):
         distmeta.train(Job.parse(tree("maml", tracking=TRACKED)))
     assert not (workplace / "runs").exists()
+
+
+def test_artifacts_lie_beside_their_database(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A submitted job's working folder goes after it."""
+    (workplace / "kept").mkdir()
+    (workplace / "gone").mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace}/kept/mlflow.db")
+    monkeypatch.chdir(workplace / "gone")
+    distmeta.train(Job.parse(tree("maml", run={"steps": 1}, tracking={"type": "mlflow"}, output="../runs")))
+    assert list((workplace / "kept" / "mlartifacts" / "small").glob("*/artifacts/job.yaml"))
+    assert not list((workplace / "gone").iterdir())
