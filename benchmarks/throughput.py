@@ -35,10 +35,10 @@ from distmeta.compute.flat import tree_sum
 from distmeta.compute.shard import shard_gradient
 from distmeta.core import Theta
 from distmeta.job import Job
-from distmeta.runtime.driver import mean_metrics
 from distmeta.runtime.pool import Pool, open_pool
 from distmeta.runtime.problem import Problem, build, numerics_of
 from distmeta.runtime.resolution import resolve
+from distmeta.runtime.scores import mean_metrics
 from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.worker import shards_of
 from distmeta.seeding import task_ids

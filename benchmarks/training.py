@@ -15,9 +15,10 @@ import distmeta
 from distmeta.compute.flat import Layout
 from distmeta.core import Theta
 from distmeta.job import Job
-from distmeta.runtime.driver import Silent, evaluate_tasks
+from distmeta.runtime.driver import Silent
 from distmeta.runtime.pool import LocalPool
 from distmeta.runtime.problem import Problem
+from distmeta.runtime.scores import evaluate_tasks
 from distmeta.seeding import task_ids
 
 

@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from distmeta.job import Job as Job
     from distmeta.runtime.driver import train as train
     from distmeta.submission import submit as submit
+    from distmeta.sweeps.run import sweep as sweep
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "Job": "distmeta.job",
     "train": "distmeta.runtime.driver",
+    "sweep": "distmeta.sweeps.run",
     "evaluate": "distmeta.evaluation",
     "load": "distmeta.evaluation",
     "submit": "distmeta.submission",

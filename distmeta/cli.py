@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -53,7 +55,8 @@ def train(
     else:
         loaded = Job.load(job, texts)
     try:
-        summary = driver.train(loaded, resume, Terminal())
+        with contextlib.redirect_stdout(sys.stderr):  # Ray tells there of workers that died, in its own words
+            summary = driver.train(loaded, resume, Terminal())
     except driver.InterruptedRun as stop:  # here: typer would swallow it
         _note(f"interrupted: the state after step {stop.step} is saved; go on with:")
         _note(f"  distmeta train --resume {shlex.quote(stop.folder)}")
@@ -89,11 +92,54 @@ def evaluate(
     from distmeta import evaluation
     from distmeta.terminal import evaluation_table
 
-    result = evaluation.evaluate(checkpoint, overrides or [], episodes, predictions)
+    with contextlib.redirect_stdout(sys.stderr):
+        result = evaluation.evaluate(checkpoint, overrides or [], episodes, predictions)
     if as_json:
         _print_json({"tasks": result.tasks, **result.figures, "ci95": result.ci95, "curve": result.curve})
     else:
         Console(highlight=False).print(evaluation_table(result))
+
+
+@app.command()
+def sweep(
+    job: Annotated[
+        str | None,
+        typer.Argument(metavar="JOB", help="Job file with a sweep section; not needed with --resume."),
+    ] = None,
+    overrides: Overrides = None,
+    resume: Annotated[str | None, typer.Option(help="Folder of a sweep to go on with.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Search the space of a job's sweep section with Ray Tune; prints the sweep's folder."""
+    from distmeta.core import InputError
+    from distmeta.job import Job
+    from distmeta.runtime.interrupt import InterruptedRun
+    from distmeta.sweeps import run as sweeps
+    from distmeta.terminal import SweepTable
+
+    texts = list(overrides or [])
+    if job is not None and "=" in job:
+        texts, job = [job, *texts], None
+    if job is None and resume is None:
+        raise InputError("JOB: missing, expected a job file (only --resume FOLDER goes without)")
+    loaded = Job.load(job if job is not None else Path(str(resume)) / "job.yaml", texts)
+    try:
+        found = sweeps.sweep(loaded, resume, SweepTable())
+    except InterruptedRun as stop:
+        _note("interrupted: finished trials and checkpoints are kept; go on with:")
+        _note(f"  distmeta sweep --resume {stop.folder}")
+        _fail("interrupted", as_json, 130, {"sweep": stop.folder}, quiet=True)
+    best = {"best_run": str(found.best_run), "best": found.best, "trials": len(found.trials)}
+    if as_json:
+        _print_json(best)
+        return
+    ends = Counter(trial.status for trial in found.trials)
+    spent = sum(trial.steps for trial in found.trials)
+    _note(f"done: {', '.join(f'{n} {status}' for status, n in ends.items())}; {spent} steps")
+    shown = ", ".join(f"{key}={value}" for key, value in found.best.items())
+    _note(f"best: {found.metric} {found.value:.4f} with {shown} ({found.best_run})")
+    _note(f"next: distmeta train {found.folder}/sweep/best.yaml")
+    print(found.folder)
 
 
 @app.command()
@@ -228,7 +274,10 @@ def _handle(error: Exception, as_json: bool) -> NoReturn:
 
     if isinstance(error, InputError):
         _fail(str(error), as_json, 2)
-    if not isinstance(error, NumericsError):
+    from distmeta.runtime.checkpoint import SaveError
+    from distmeta.runtime.failure import LostShardError
+
+    if not isinstance(error, (NumericsError, LostShardError, SaveError)):
         import traceback
 
         traceback.print_exc()  # not the user's input: whoever mends it needs the place

@@ -12,9 +12,10 @@ import os
 import sys
 import typing
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
-from pydantic import ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from distmeta.core import InputError, nearest
 
@@ -57,20 +58,13 @@ def check_options(
     Raises:
         InputError: an unknown key, a missing one, a wrong type.
     """
-    fields, open_ended = _fields(part, filled)
+    fields, open_ended, schema = _schema(part, tuple(filled))
     for key in options:
         if key not in fields and not open_ended:
             known = [name for name in fields if name not in filled]
             raise InputError(
                 f"{section}.{key}: unknown key of {section} type {_name(part)}; {nearest(str(key), known or ['type'])}"
             )
-    schema = create_model(
-        _name(part),
-        __config__=ConfigDict(
-            extra="allow", strict=True, arbitrary_types_allowed=True, protected_namespaces=()
-        ),
-        **{f"field_{name}": value for name, value in fields.items()},
-    )
     try:
         checked = schema.model_validate({f"field_{name}": value for name, value in options.items()})
     except ValidationError as error:
@@ -97,14 +91,18 @@ def describe(error: ValidationError, prefix: str = "") -> str:
         text = str(cause)
     elif first["type"] == "missing":
         text = f"{field}: missing"
+    elif first["type"] == "extra_forbidden":
+        text = f"{field}: unknown key"
+    elif first["type"] == "too_short" and not first["input"]:
+        text = f"{field}: got nothing, expected at least one entry"
     elif first["type"] == "value_error":
         text = f"{field}: {cause}"
     else:
-        text = f"{field}: got {_shown(first['input'])}, expected {_expected(first['msg'])}"
+        text = f"{field}: got {shown(first['input'])}, expected {_expected(first['msg'])}"
     return text + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """What the user gave, not longer than a line."""
     try:
         text = repr(value)
@@ -117,6 +115,22 @@ def _expected(message: str) -> str:
     """'Input should be greater than 0' -> 'a value greater than 0'."""
     text = message.removeprefix("Input should be ").removeprefix("a valid ")
     return f"a value {text}" if text.startswith(("greater", "less")) else text
+
+
+@lru_cache
+def _schema(
+    part: Callable[..., Any], filled: tuple[str, ...]
+) -> tuple[dict[str, Any], bool, type[BaseModel]]:
+    """What `_fields` gives, and a model that checks it: made once a part, for that takes milliseconds."""
+    fields, open_ended = _fields(part, filled)
+    schema = create_model(
+        _name(part),
+        __config__=ConfigDict(
+            extra="allow", strict=True, arbitrary_types_allowed=True, protected_namespaces=()
+        ),
+        **{f"field_{name}": value for name, value in fields.items()},
+    )
+    return fields, open_ended, schema
 
 
 def _fields(part: Callable[..., Any], filled: Collection[str]) -> tuple[dict[str, Any], bool]:

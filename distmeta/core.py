@@ -134,6 +134,13 @@ class Algorithm(Protocol):
 
     An optional sixth, `at(step) -> Algorithm`, gives the algorithm as it trains in outer step `step` (from 0), for
     what changes on a schedule. Evaluation uses the algorithm itself.
+
+    An optional attribute `outer_epochs` is the number of steps that the outer optimizer takes on the episodes of one
+    step of the run: those of the theta that the step began with.
+
+    An optional seventh, `act(theta, state, x) -> (outputs, state)`, is for policies with a memory: it predicts one time
+    step while data are collected and gives the state to act from next; `predict` has the same outputs for all time
+    steps at once.
     """
 
     group_size: int

@@ -20,9 +20,9 @@ from distmeta.job import Job
 from distmeta.jobfile import override
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint
-from distmeta.runtime.driver import evaluate_tasks, mean_metrics, primary
 from distmeta.runtime.pool import open_pool
 from distmeta.runtime.problem import Problem, build, numerics_of, with_score
+from distmeta.runtime.scores import evaluate_tasks, mean_metrics, primary
 from distmeta.runtime.server import check_theta
 from distmeta.runtime.worker import evaluating
 
@@ -97,7 +97,8 @@ def load(checkpoint: str | Path, overrides: Sequence[str] = ()) -> Learner:
         InputError: no such checkpoint, or a damaged one.
     """
     stored = checkpoints.load(checkpoint)
-    job, steps = _evaluation_job(stored.job, overrides)
+    trained = Job.parse(stored.job).at(stored.progress.step - 1)  # with the values of the last step
+    job, steps = _evaluation_job(trained.tree(), overrides)
     constants = {name: value.numpy() for name, value in stored.constants.items()}
     problem = build(job, constants, examples=stored.examples)
     if steps and problem.algorithm.inner_steps == 0:
@@ -221,7 +222,7 @@ def _evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[
     if gpus == 0 and compute["precision"] == "tf32":
         compute["precision"] = "float32"
     run = {**tree["run"], "workers": 0, "gpus_per_worker": gpus}
-    job = Job.parse({**tree, "run": run, "compute": compute}, kept)
+    job = Job.parse({**tree, "run": run, "compute": compute, "sweep": None}, kept)
     if job.compute.execution == "measure":
         raise InputError("compute.execution: got measure, which is for training, expected auto, loop or vmap")
     steps = asked.get("algorithm", {}).get("inner_steps")

@@ -2,225 +2,38 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from distmeta.algorithms import ALGORITHMS
-from distmeta.components import check_options, describe, locate
+from distmeta.components import describe
 from distmeta.core import InputError, nearest
-from distmeta.jobfile import dump_yaml, override, parse_yaml
-from distmeta.models import MODELS
-from distmeta.tasks import TASKS
+from distmeta.jobfile import dump_yaml, line_of, override, parse_yaml, put, value_at
+from distmeta.sections import (
+    AlgorithmSection,
+    Change,
+    Component,
+    Compute,
+    Count,
+    ModelSection,
+    Outer,
+    Run,
+    Section,
+    TasksSection,
+    Tracking,
+    plain_name,
+)
+from distmeta.space import Sweep
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
-    )
-
-
-class Component(Section):
-    """`type`, keys of distmeta's own, and the options of the part that the type names."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, protected_namespaces=())
-    section: ClassVar[str]
-    table: ClassVar[Mapping[str, str]]
-    given: ClassVar[tuple[str, ...]] = ()
-    """Arguments that distmeta fills in."""
-    given_for_good: ClassVar[bool] = False
-
-    type: str
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not isinstance(data.get("type"), str):
-            raise InputError(
-                f"{cls.section}.type: missing, expected one of {', '.join(cls.table)} or package.module:Name"
-            )
-        own = {key: value for key, value in data.items() if key in cls.model_fields}
-        options = {key: value for key, value in data.items() if key not in cls.model_fields}
-        for key in cls.given:
-            if key in options and cls.given_for_good:
-                raise InputError(f"{cls.section}.{key}: distmeta gives this argument, a job cannot")
-        part = locate(f"{cls.section}.type", data["type"], cls.table)
-        return own | check_options(cls.section, part, options, cls.given)
-
-    @property
-    def part(self) -> Any:
-        return locate(f"{self.section}.type", self.type, self.table)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class ModelSection(Component):
-    section = "model"
-    table = MODELS
-    given = ("in_shape", "out_features")
-    freeze: str | None = None
-    """Glob over parameter names: what it matches is not trained."""
-    init_from: str | None = None
-    """safetensors file of parameters and buffers to start from."""
-    head: Literal["linear", "shared", "prototype"] = "linear"
-    """How a task's last linear layer starts: theta's own, one row copied to every class, or the classes' prototypes;
-    the last two leave the number of ways free."""
-
-
-class TasksSection(Component):
-    section = "tasks"
-    table = TASKS
-
-
-class AlgorithmSection(Component):
-    section = "algorithm"
-    table = ALGORITHMS
-    given = ("model", "score")
-    given_for_good = True
-
-
-class Schedule(Section):
-    """The outer rate over the steps, by torch.optim.lr_scheduler; past its length the rate stays."""
-
-    type: Literal["constant", "linear", "cosine", "exponential"] = "constant"
-    steps: Positive | None = None
-    """Length of the schedule; null: run.steps at the run's start."""
-    final: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Rate at the end, as a fraction of the first (linear, cosine; exponential needs more than 0)."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Schedule:
-        if self.type == "exponential" and self.final == 0:
-            raise InputError(
-                "outer.schedule.final: got 0.0, expected more than 0 for an exponential schedule"
-            )
-        return self
-
-
-class Outer(Section):
-    """The outer optimizer, one of torch.optim's; options that an optimizer lacks are refused."""
-
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "adam"
-    lr: Rate = 1e-3
-    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    nesterov: bool | None = None
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = (
-        None
-    )
-    eps: Rate | None = None
-    weight_decay: Annotated[float, Field(ge=0)] | None = None
-    clip_norm: Rate | None = None
-    """Largest norm of the meta-gradient; null: not clipped."""
-    rates: dict[str, Rate] = {}
-    """Rates of named parts of theta, by glob over its keys; the first that matches counts."""
-    schedule: Schedule = Schedule()
-
-    @model_validator(mode="after")
-    def _check(self) -> Outer:
-        allowed = {
-            "sgd": ("momentum", "nesterov", "weight_decay"),
-            "adam": ("betas", "eps", "weight_decay"),
-            "adamw": ("betas", "eps", "weight_decay"),
-            "rmsprop": ("momentum", "eps", "weight_decay"),
-        }[self.optimizer]
-        for key in ("momentum", "nesterov", "betas", "eps", "weight_decay"):
-            if getattr(self, key) is not None and key not in allowed:
-                raise InputError(
-                    f"outer.{key}: not an option of {self.optimizer}, which has {', '.join(allowed)}"
-                )
-        if self.nesterov and not self.momentum:
-            raise InputError("outer.nesterov: got true without outer.momentum, expected a momentum above 0")
-        return self
-
-
-class Run(Section):
-    steps: Positive = 1000
-    tasks_per_step: Positive = 32
-    shards: Positive | None = None
-    """Fixed pieces that a step's tasks are cut into; null: min(8, groups of tasks). The bits depend on it."""
-    workers: Count = 0
-    """Ray actors; 0 computes in this process, without Ray."""
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    """May be a fraction; above 0 the worker computes on its GPU."""
-    address: str | None = None
-    """Ray cluster to use; null: RAY_ADDRESS, else a local one started for this run."""
-    start_timeout: Rate = 300.0
-    """Seconds to wait for the workers to be placed and ready."""
-    max_shard_failures: Positive = 3
-    """Workers that one shard may lose before the run stops."""
-    on_nonfinite: Literal["skip", "stop"] = "skip"
-    name: str | None = None
-    """Fixed name of the run folder; null: NAME-ID."""
-    eval_every: Count = 200
-    """Steps between evaluations on validation tasks; 0: never."""
-    eval_tasks: Positive = 600
-    eval_inner_steps: Count | None = None
-    """Inner steps at evaluation; null: the algorithm's own."""
-    patience: Positive | None = None
-    """Evaluations without a better one after which the run stops; null: never."""
-    checkpoint_every: Count = 200
-    """Steps between checkpoints; 0: only at the end."""
-    keep: Positive = 3
-    """Latest checkpoints that are kept, besides the best."""
-
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str | None) -> str | None:
-        return name if name is None else _plain_name("run.name", name)
-
-    @model_validator(mode="after")
-    def _check(self) -> Run:
-        if self.shards is not None and self.shards > self.tasks_per_step:
-            raise InputError(
-                f"run.shards: got {self.shards}, expected at most run.tasks_per_step = {self.tasks_per_step}"
-            )
-        if self.patience is not None and self.eval_every == 0:
-            raise InputError(
-                "run.patience: got a number with run.eval_every: 0, expected evaluations to wait for"
-            )
-        return self
-
-
-class Compute(Section):
-    execution: Literal["auto", "loop", "vmap", "measure"] = "auto"
-    """Task after task, or vectorised. Settled before step 0: auto by a fixed rule; measure by trying both, so that two
-    runs of one job may differ in it, and in their bits. The run's job.yaml has what was settled."""
-    chunk: Positive | None = None
-    """Groups of tasks vectorised at once; null: a whole shard."""
-    threads: Positive = 1
-    """Threads of one worker's operations. The bits depend on it."""
-    deterministic: bool = False
-    differentiation: Literal["auto", "reverse", "constant-memory"] = "auto"
-    """Through the whole graph of the inner loop, or step by step; the same gradient. auto is settled before step 0."""
-    compile: bool = False
-    """torch.compile of a shard's gradient; every worker checks it on the first shard of each shape."""
-    precision: Literal["float32", "bf16", "tf32"] = "float32"
-    """Of products and convolutions; theta, the optimizer and sums over tasks are float32. tf32 is for GPUs."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Compute:
-        if self.chunk is not None and self.execution == "loop":
-            raise InputError(
-                f"compute.chunk: got {self.chunk} with compute.execution: loop, which takes one task after the other: "
-                "leave it out, or use vmap"
-            )
-        return self
-
-
-class Tracking(Section):
-    type: Literal["mlflow", "none"] = "mlflow"
-    experiment: str | None = None
-    """MLflow experiment; null: MLFLOW_EXPERIMENT_NAME, else the job's name."""
+CHANGING = ("outer.lr", "outer.momentum", "outer.weight_decay", "outer.clip_norm")
+"""Keys whose values may take over during a run, besides the algorithm's floats."""
+NOT_SEARCHED = (
+    "name", "output", "tracking", "sweep", "changes", "run.steps", "run.workers", "run.cpus", "run.gpus", "run.address",
+    "run.start", "run.name", "run.eval", "run.checkpoint", "run.keep", "run.patience",
+)  # fmt: skip
+"""Beginnings of keys that say where, how long and against what a trial runs."""
 
 
 class Job(Section):
@@ -236,9 +49,16 @@ class Job(Section):
     compute: Compute = Compute()
     tracking: Tracking = Tracking()
     output: str = "runs"
+    changes: list[Change] = Field(default=[])
+    """In the order of their steps. A run of population based training is one job, with its changes."""
+    sweep: Sweep | None = None
+    """What `distmeta sweep` searches; a training does not look at it."""
 
     @model_validator(mode="after")
     def _check(self) -> Job:
+        self._check_changes()
+        if self.sweep is not None:
+            self._check_sweep(self.sweep)
         if self.compute.precision == "tf32" and self.run.gpus_per_worker == 0:
             raise InputError(
                 "compute.precision: got tf32 without GPUs (run.gpus_per_worker: 0), expected float32 or bf16"
@@ -248,7 +68,83 @@ class Job(Section):
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str) -> str:
-        return _plain_name("name", name)
+        return plain_name("name", name)
+
+    def _check_changes(self) -> None:
+        for i, change in enumerate(self.changes):
+            if i and change.step <= self.changes[i - 1].step:
+                before = self.changes[i - 1].step
+                raise InputError(f"changes.{i}.step: got {change.step}, expected more than {before}")
+            for key in change.set:
+                if not self.may_change(key):
+                    raise InputError(
+                        f"changes.{i}.set: {key} cannot change during a run, expected {', '.join(CHANGING)} or "
+                        f"an option of {self.algorithm.type} that is a float"
+                    )
+            try:
+                self.at(change.step)
+            except InputError as error:
+                raise InputError(f"changes.{i}.set: {error}") from None
+
+    def _check_sweep(self, sweep: Sweep) -> None:
+        """Every key is the job's, and takes every value (of a range: its bounds)."""
+        if self.run.eval_every == 0:
+            raise InputError("sweep: got run.eval_every: 0, expected evaluations to compare trials by")
+        if self.changes:
+            raise InputError("sweep: got a job with changes, expected one without")
+        for key, domain in sweep.space.items():
+            field = f"sweep.space.{key}"
+            if key.startswith(NOT_SEARCHED):
+                raise InputError(f"{field}: this key is not a trial's to choose")
+            if sweep.scheduler.type == "pbt" and not (
+                self.may_change(key) and domain.kind in ("uniform", "loguniform")
+            ):
+                raise InputError(
+                    f"{field}: pbt changes it during a run, expected a range of {', '.join(CHANGING)} or "
+                    f"of an option of {self.algorithm.type} that is a float"
+                )
+            for value in domain.values:
+                try:
+                    self.with_values({key: value})
+                except InputError as error:
+                    raise InputError(f"{field}: {domain.kind} gives {value!r}: {error}") from None
+
+    def may_change(self, key: str) -> bool:
+        """Whether a key's value may take over during a run."""
+        section, _, name = key.partition(".")
+        return key in CHANGING or (section == "algorithm" and type(self.algorithm.options.get(name)) is float)
+
+    def with_values(self, values: Mapping[str, Any], **top: Any) -> Job:
+        """The job of a trial: without `sweep`, other values at dotted keys; `top`: other sections as a whole."""
+        tree = self.tree() | {"sweep": None} | top
+        for key, value in values.items():
+            put(tree, key, value, key)
+        return Job.parse(tree)
+
+    @property
+    def trial_steps(self) -> int:
+        """Steps of one of the sweep's trials: no more than the job's."""
+        asked = self.sweep.steps if self.sweep is not None else None
+        return min(asked or self.run.steps, self.run.steps)
+
+    def value(self, key: str) -> Any:
+        """The value at a dotted key."""
+        return value_at(self.tree(), key)
+
+    def phase(self, step: int) -> int:
+        """How many of the changes hold in the step after `step` completed ones."""
+        return sum(change.step <= step for change in self.changes)
+
+    def at(self, step: int) -> Job:
+        """The job as it is in the step after `step` completed ones: with the values that hold then, without changes."""
+        values = {key: v for change in self.changes[: self.phase(step)] for key, v in change.set.items()}
+        return self.with_values(values, changes=[]) if self.changes else self
+
+    def changing(self, step: int) -> dict[str, float]:
+        """The values that hold in that step, of the keys that change at any time."""
+        keys = {key for change in self.changes for key in change.set}
+        now = self.at(step)
+        return {key: now.value(key) for key in sorted(keys)}
 
     @staticmethod
     def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
@@ -265,7 +161,11 @@ class Job(Section):
             return Job.parse(parse_yaml(text, str(path)), overrides)
         except InputError as error:
             message = str(error)
-            raise InputError(message if message.startswith(str(path)) else f"{path}: {message}") from None
+            raise InputError(
+                message
+                if message.startswith(str(path))
+                else f"{path}: {_line(text, message, overrides)}{message}"
+            ) from None
 
     @staticmethod
     def parse(tree: Any, overrides: Sequence[str] = ()) -> Job:
@@ -298,21 +198,24 @@ class Job(Section):
         return Job.parse(tree)
 
 
+def _line(text: str, message: str, overrides: Sequence[str]) -> str:
+    """`line 12: ` where a message begins with a key of the file."""
+    key = message.partition(": ")[0]
+    if any(text.partition("=")[0] in key for text in overrides):
+        return ""
+    line = line_of(text, key)
+    return "" if line is None else f"line {line}: "
+
+
 def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
     for key, value in tree.items():
         field = section.model_fields.get(key) if isinstance(key, str) else None
         if field is None:
             raise InputError(f"{prefix}{key}: unknown key; {nearest(str(key), list(section.model_fields))}")
         kind = field.annotation
+        if kind == Sweep | None and value is not None:
+            kind = Sweep
         if isinstance(kind, type) and issubclass(kind, Section) and not issubclass(kind, Component):
             if not isinstance(value, dict):
                 raise InputError(f"{prefix}{key}: got {value!r}, expected a section of keys")
             _refuse_unknown(value, kind, f"{prefix}{key}.")
-
-
-def _plain_name(field: str, name: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise InputError(
-            f"{field}: got {name!r}, expected letters, digits, '.', '_' and '-' (it names a folder)"
-        )
-    return name

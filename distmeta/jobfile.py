@@ -18,14 +18,40 @@ def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise InputError(f"override: got {text!r}, expected key=value, such as run.workers=4")
-        *parents, last = key.split(".")
-        node = result
-        for parent in parents:
-            node = node.setdefault(parent, {})
-            if not isinstance(node, dict):
-                raise InputError(f"override {key}: {parent!r} is not a section")
-        node[last] = parse_yaml(value, f"override {key}")
+        put(result, key, parse_yaml(value, f"override {key}"), f"override {key}")
     return result
+
+
+def put(tree: dict[str, Any], key: str, value: Any, field: str) -> None:
+    """Sets tree["a"]["b"] for the key a.b. Raises InputError, which names `field`, where a is not a section."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise InputError(f"{field}: {parent!r} is not a section")
+    tree[last] = value
+
+
+def value_at(tree: Mapping[str, Any], key: str) -> Any:
+    """tree["a"]["b"] for the key a.b; None where there is none."""
+    node: Any = tree
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node
+
+
+def line_of(text: str, key: str) -> int | None:
+    """The line of a YAML text that a dotted key stands on, or the nearest key above it; None: not even that."""
+    node, rest, line = yaml.compose(text, Loader=_Loader), key.split("."), None
+    while rest and isinstance(node, yaml.MappingNode):
+        for size in range(len(rest), 0, -1):  # a key may have dots of its own: sweep.space's do
+            found = [pair for pair in node.value if pair[0].value == ".".join(rest[:size])]
+            if found:
+                line, node, rest = found[0][0].start_mark.line + 1, found[0][1], rest[size:]
+                break
+        else:
+            break
+    return line
 
 
 def parse_yaml(text: str, source: str) -> Any:

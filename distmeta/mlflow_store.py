@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PARENT = "mlflow.parentRunId"
+"""The tag by which MLflow shows a run under another."""
 MAX_PARAMS, MAX_VALUE, MAX_NAME = 100, 6000, 250  # MLflow's limits on one call
 
 
@@ -117,7 +119,20 @@ def create_run(client: Any, request: Request) -> Any:
     """A new run in the experiment that the environment or the job names."""
     origin = {} if request.run_id is None else {"distmeta.resumed_from": request.run_id}
     experiment = find_experiment(client, request)
+    if PARENT in request.tags and request.run_id is None:  # a trial killed before it could save its run's id
+        same = f"tags.`{PARENT}` = '{request.tags[PARENT]}' AND tags.`mlflow.runName` = '{request.run_name}'"
+        found = client.search_runs([experiment], same, max_results=1)
+        if found:
+            return found[0]
+        origin[PARENT] = request.tags[PARENT]
     return client.create_run(experiment, run_name=request.run_name, tags=origin)
+
+
+def running_children(client: Any, parent: str) -> set[str]:
+    """Ids of the runs under a parent whose status is RUNNING."""
+    experiment = client.get_run(parent).info.experiment_id
+    of_parent = f"attributes.status = 'RUNNING' AND tags.`{PARENT}` = '{parent}'"
+    return {run.info.run_id for run in client.search_runs([experiment], of_parent)}
 
 
 def find_experiment(client: Any, request: Request) -> str:

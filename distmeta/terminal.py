@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -27,7 +28,9 @@ class Terminal:
         self._steps = 0
 
     def begin(self, folder: Path, job: Job, step: int) -> None:
-        workers = f"{job.run.workers} Ray workers" if job.run.workers else "this process"
+        least, most = job.run.min_workers, job.run.max_workers
+        workers = f"{least} to {most} Ray workers" if least < most else f"{most} Ray workers"
+        workers = workers if most else "this process"
         after = f", resumed at step {step}" if step else ""
         self.console.print(
             f"[bold]{job.name}[/]: {job.algorithm.type} on {job.tasks.type}, {workers}, "
@@ -69,6 +72,60 @@ class Terminal:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+class SweepTable:
+    """A `sweeps.run.View`: a short table that is refreshed in place, or a line a trial that ended."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._rows: dict[str, tuple[str, Mapping[str, Any], Mapping[str, Any]]] = {}
+        self._live: Live | None = None
+        self._count = 0
+
+    def begin(self, folder: Path, count: int) -> None:
+        self._count = count
+        self.say(f"sweep folder {folder}")
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, refresh_per_second=2, get_renderable=self._table)
+            self._live.start()
+
+    def trial(self, name: str, status: str, values: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+        self._rows[name] = (status, values, figures)
+        if self._live is None and status != "running":
+            ended = sum(row[0] != "running" for row in self._rows.values())
+            shown = ", ".join(f"{key} {_short(value)}" for key, value in values.items())
+            figure = "" if figures["value"] is None else f": {figures['metric']} {figures['value']:.4f}"
+            self.say(
+                f"{ended}/{self._count} {name} {status} at step {figures['step'] or 0}{figure} ({shown})"
+            )
+
+    def say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    def end(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _table(self) -> Table:
+        """Trials that run, and the eight that ended last."""
+        running = [item for item in self._rows.items() if item[1][0] == "running"]
+        ended = [item for item in self._rows.items() if item[1][0] != "running"]
+        keys = list(next(iter(self._rows.values()))[1]) if self._rows else []
+        table = Table(title=f"{len(ended)} of {self._count} trials ended", title_justify="left")
+        for column in ("trial", "", *keys, "step", "figure"):
+            table.add_column(column)
+        for name, (status, values, found) in [*ended[-8:], *running]:
+            figure = "" if found["value"] is None else f"{found['value']:.4f}"
+            table.add_row(
+                name, status, *(_short(values[key]) for key in keys), str(found["step"] or 0), figure
+            )
+        return table
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def figures(record: Mapping[str, Any], prefix: str = "") -> str:

@@ -32,6 +32,7 @@ from distmeta.mlflow_store import (
     quiet_thread,
     reason,
     redact,
+    running_children,
 )
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -53,8 +54,8 @@ class Tracker(Protocol):
         """The store's name for the run; None until the store has answered."""
         ...
 
-    def log_step(self, record: Mapping[str, float | int | None]) -> None:
-        """Queue one line of metrics.jsonl. It has `step`; Nones are left out, and what was sent before."""
+    def log_step(self, record: Mapping[str, Any]) -> None:
+        """Queue one line of metrics.jsonl. It has `step`; what is no number is left out, and what was sent before."""
         ...
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
@@ -71,7 +72,7 @@ class Step(NamedTuple):
 
     step: int
     time_ms: int
-    values: dict[str, float | int | None]
+    values: dict[str, Any]
 
 
 def points(step: Step, seen: Mapping[str, int]) -> list[tuple[str, float]]:
@@ -131,12 +132,24 @@ def open_tracker(
     return tracker
 
 
+def left_running(parent: str | None) -> set[str]:
+    """Ids of the runs under a parent that were not told how they ended; empty where the store does not answer."""
+    if parent is None:
+        return set()
+    client = open_client(import_mlflow())
+    try:
+        with quiet_thread():
+            return running_children(client, parent)
+    except Exception:  # whatever a database driver or a cloud's client may raise; the tracker has said it
+        return set()
+
+
 class NoTracker:
     """Keeps nothing: the run folder has it all."""
 
     run_id: str | None = None
 
-    def log_step(self, record: Mapping[str, float | int | None]) -> None:
+    def log_step(self, record: Mapping[str, Any]) -> None:
         pass
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
@@ -179,7 +192,7 @@ class MlflowTracker:
             remedy = "expected sqlite:///FILE, a database or an http(s) server, or tracking.type: none"
             raise InputError(f"MLFLOW_TRACKING_URI: {got}; {remedy}") from None
 
-    def log_step(self, record: Mapping[str, float | int | None]) -> None:
+    def log_step(self, record: Mapping[str, Any]) -> None:
         self._steps.append(Step(int(record["step"] or 0), time.time_ns() // 1_000_000, dict(record)))
 
     def log_artifact(self, path: Path, folder: str = "") -> None:

@@ -39,7 +39,8 @@ def cluster() -> Iterator[None]:
 
     import ray
 
-    os.environ["PYTHONPATH"] = str(REPOSITORY / "tests")  # parts that tests name are found on workers too
+    # parts that tests name are found on workers too, and this clone before another that is installed
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     ray.init(
         address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
     )
@@ -87,6 +88,11 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "mann": {"type": "mann", "controller": 12, "slots": 8, "width": 6, "reads": 2},
     "mann-ntm": {"type": "mann", "memory": "ntm", "controller": 12, "slots": 8, "width": 6, "reads": 2},
     "mann-dnc": {"type": "mann", "memory": "dnc", "controller": 12, "slots": 8, "width": 6, "reads": 2},
+    "maml-rl": {"type": "maml-rl", "inner_lr": 0.1, "inner_steps": 2},
+    "e-maml": {"type": "maml-rl", "inner_lr": 0.1, "e_maml": True, "kl": 0.1},
+    "meta-sgd-policy": {"type": "meta-sgd", "inner_steps": 2},
+    "reptile-policy": {"type": "reptile", "inner_lr": 0.05, "inner_steps": 2, "inner_optimizer": "sgd"},
+    "rl2": {"type": "rl2", "memory": 8},
     "snail": {"type": "snail", "length": 8, "filters": 8, "attention": [[8, 4], [8, 4]], "embedding": 8},
 }
 """Every algorithm that a test runs over."""
@@ -94,11 +100,17 @@ CLASSES: dict[str, Any] = {
     "model": {"type": "mlp", "hidden": [12], "activation": "tanh"},
     "tasks": {"type": "digits", "ways": 3, "shots": 2, "queries": 3, "order": "random"},
 }
+POLICIES: dict[str, Any] = {
+    "model": {"type": "gaussian", "hidden": [12], "activation": "tanh"},
+    "tasks": {"type": "navigation", "trajectories": 4, "horizon": 6},
+}
 SETTINGS: dict[str, dict[str, Any]] = dict.fromkeys(
     ("protonet", "matching-fce", "relation", "imp", "mann", "mann-ntm", "mann-dnc", "snail", "hypernet"),
     CLASSES,
 )
-"""What else an algorithm's small job needs: those that learn classes."""
+SETTINGS |= dict.fromkeys(("maml-rl", "e-maml", "meta-sgd-policy", "reptile-policy"), POLICIES)
+SETTINGS["rl2"] = {"model": {"type": "mlp"}, "tasks": {"type": "bandit", "arms": 3, "horizon": 6}}
+"""What else an algorithm's small job needs: those that learn classes, or policies."""
 
 
 def tree(algorithm: str | dict[str, Any] = "maml", **changes: Any) -> dict[str, Any]:

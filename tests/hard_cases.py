@@ -186,6 +186,63 @@ class Lethal(Poisoned):
         return Episode(Batch(x_s, y_s), Batch(x_q, y_q))
 
 
+class Faulty(Lethal):
+    """A family that does harm on workers: `times` in all, whichever workers meet it, counted by files in `folder`.
+
+    kill: "build", or the split whose draw ends the process; fail: the error a training draw raises; sleep: the seconds
+    one takes. `after`: training draws of a process that go well first.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        kill: str | None = None,
+        fail: str | None = None,
+        sleep: float = 0.0,
+        times: int = 0,
+        after: int = 0,
+    ):
+        super().__init__("/nonexistent")
+        self.folder, self.times, self.after = folder, times, after
+        self.kill, self.fail, self.sleep, self.draws = kill, fail, sleep, 0
+        if kill == "build" and self._turn():
+            self._end()
+
+    def draw(self, split: str, ids: Any) -> Episode:
+        import builtins
+        import time
+
+        self.draws += split == "train"
+        hit = self.kill in (None, split) and self.draws > self.after and self._turn()
+        if hit and self.kill:
+            self._end()
+        if hit and self.fail:
+            raise getattr(builtins, self.fail)("as a test asked for")
+        if hit:
+            time.sleep(self.sleep)
+        return super().draw(split, ids)
+
+    def _turn(self) -> bool:
+        """Whether harm is to be done, by this process, now."""
+        import os
+        import sys
+
+        on_a_worker = sys.argv[0].endswith("default_worker.py")
+        for number in range(self.times if on_a_worker else 0):
+            try:
+                os.close(os.open(f"{self.folder}/fault-{number}", os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                continue
+            return True
+        return False
+
+    def _end(self) -> None:
+        import os
+        import signal
+
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Slow(Lethal):
     """A family that takes `seconds` for every draw but the first."""
 

@@ -41,7 +41,11 @@ def test_two_steps(path: Path, workplace: Path, request: pytest.FixtureRequest) 
         small.append(f"tasks.path={request.getfixturevalue('omniglot')}")
         small += ["run.tasks_per_step=2", "run.shards=1"]
         small += ["model.width=16"] if Job.load(path).model.type == "conv4" else []
+    if "trajectories" in Job.load(path).tasks.options:
+        small += ["tasks.trajectories=3", "tasks.horizon=10"]
     job = Job.load(path, small)
+    if job.tasks.type == "gym":
+        pytest.importorskip("mujoco", reason="needs the extra rl")
     assert job.name == path.stem
     run = distmeta.train(job).run
     held_out = ["tasks.split_by=group", "tasks.test=[Sanskrit]"]  # for a job that trains on all there is

@@ -14,12 +14,16 @@ PACKAGE = REPOSITORY / "distmeta"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"core", "seeding"},
+    {"policies", "components"},
     {"mlflow_store"},  # what tracking needs of MLflow's own
     {"algorithms", "tasks", "models", "compute", "tracking"},
-    {"components", "jobfile", "packing", "jobs_api"},
+    {"jobfile", "packing", "jobs_api"},
+    {"workers"},  # a section of the job of its own
+    {"sections"},
+    {"space"},
     {"job"},
     {"runtime"},
-    {"evaluation", "onetask", "sweep", "submission"},
+    {"evaluation", "onetask", "sweeps", "submission"},
     {"terminal"},
     {"cli"},
 ]

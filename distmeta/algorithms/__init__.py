@@ -21,5 +21,7 @@ ALGORITHMS = {
     "imp": "distmeta.algorithms.imp:IMP",
     "lstm": "distmeta.algorithms.lstm:LSTMLearner",
     "mann": "distmeta.algorithms.mann:MANN",
+    "maml-rl": "distmeta.algorithms.maml_rl:PolicyMAML",
+    "rl2": "distmeta.algorithms.rl2:RL2",
     "snail": "distmeta.algorithms.snail:SNAIL",
 }

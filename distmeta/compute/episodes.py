@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ def episodes_of(
 
     A family with `collect(split, ids, k, policy)` is asked for the batch of every inner step k = 0 … steps, and for
     the query set, each collected by the policy after k steps on the batches before; `policy(x)` gives the outputs of
-    all tasks for inputs stacked over tasks. The others are asked for `draw(split, ids)`.
+    all tasks for inputs stacked over tasks. It is called in the order of time: an algorithm with `act` remembers what
+    it was called with in this batch. Families without `collect` are asked for `draw(split, ids)`.
     """
     collect = getattr(family, "collect", None)
     kind = torch.device(device).type
@@ -37,13 +39,11 @@ def episodes_of(
     over_tasks = torch.func.vmap
     batches, state = [], None
     for k in range(steps + 1):
+        acting = _acting(algorithm, theta, state)
 
-        def policy(x: Any, state: Any = state) -> Any:
+        def policy(x: Any, acting: Callable[[Any], Any] = acting) -> Any:
             with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=reduced, cache_enabled=False):
-                if state is None:  # before any data: what the algorithm predicts from theta alone
-                    first = over_tasks(lambda x: algorithm.predict(theta, algorithm.begin(theta, None), x))
-                    return widened(first(x))
-                return widened(over_tasks(lambda s, x: algorithm.predict(theta, s, x))(state, x))
+                return widened(acting(x))
 
         with exact:
             batch = to_device(collect(split, ids, k, policy), device)
@@ -54,6 +54,28 @@ def episodes_of(
             state = detached(over_tasks(lambda b: algorithm.begin(theta, b))(batch))
         state = detached(over_tasks(lambda s, b, k=k: algorithm.step(theta, s, b, k))(state, batch))
     return Episode(PerStep(tuple(batches[:-1])) if steps else batches[-1], batches[-1])
+
+
+def _acting(algorithm: Algorithm, theta: Theta, state: Any) -> Callable[[Any], Any]:
+    """x [T, ...] -> outputs of the policies that stand at `state`, stacked over tasks; None: before any data, what the
+    algorithm predicts from theta alone. With `act` each call goes on from the memory of the one before.
+    """
+    over_tasks = torch.func.vmap
+    act = getattr(algorithm, "act", None)
+    if act is None and state is None:
+        return over_tasks(lambda x: algorithm.predict(theta, algorithm.begin(theta, None), x))
+    if act is None:
+        return lambda x: over_tasks(lambda s, x: algorithm.predict(theta, s, x))(state, x)
+    memory = [state]
+
+    def remembering(x: Any) -> Any:
+        if memory[0] is None:
+            outputs, memory[0] = over_tasks(lambda x: act(theta, algorithm.begin(theta, None), x))(x)
+        else:
+            outputs, memory[0] = over_tasks(lambda s, x: act(theta, s, x))(memory[0], x)
+        return outputs
+
+    return remembering
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:

@@ -7,4 +7,5 @@ A model is an ordinary `torch.nn.Module`. Its constructor gets the job's `model:
 MODELS = {
     "mlp": "distmeta.models.mlp:MLP",
     "conv4": "distmeta.models.conv4:Conv4",
+    "gaussian": "distmeta.models.policy:Gaussian",
 }

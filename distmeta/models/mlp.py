@@ -13,7 +13,7 @@ ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
 class MLP(nn.Sequential):
-    """x [N, *in_shape] -> [N, out_features]: linear layers with an activation between them.
+    """x [..., *in_shape] -> [..., out_features]: linear layers with an activation between them.
 
     The default is the regressor of MAML §5.1: two hidden layers of 40, ReLU. Weights start as in the MAML
     paper's code, from a normal distribution of deviation 0.01 cut at two deviations, biases at zero, when
@@ -29,7 +29,7 @@ class MLP(nn.Sequential):
         init: Literal["torch", "normal"] = "torch",
     ):
         sizes = [math.prod(in_shape), *hidden, out_features]
-        layers: list[nn.Module] = [nn.Flatten()]
+        layers: list[nn.Module] = [nn.Flatten(-len(in_shape))]
         for fan_in, fan_out in pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
         super().__init__(*layers[:-1])

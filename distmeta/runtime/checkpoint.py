@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -56,15 +57,41 @@ class Checkpoint:
     """What the tasks' examples are (`runtime.problem.examples_of`), for use without their data."""
 
 
+class SaveError(RuntimeError):
+    """The run folder cannot be written to: a full disk, most of the time."""
+
+    def __init__(self, message: str):
+        super().__init__(message)  # one argument: survives pickling
+
+
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes RUN/checkpoints/step-…, then points `latest` at it, then deletes all but the last `keep` and the best."""
+    """Writes RUN/checkpoints/step-…, then points `latest` at it, then deletes all but the last `keep` and the best.
+
+    Raises:
+        SaveError: it could not be written; the last one is as it was.
+    """
     folder = run / "checkpoints"
+    part = folder / f".writing-step-{checkpoint.progress.step:08d}"
+    try:
+        return _save(run, folder, part, checkpoint, keep)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        latest = folder / "latest"
+        kept = latest.read_text().strip() if latest.exists() else "none"
+        raise SaveError(
+            f"{folder}: step {checkpoint.progress.step} cannot be saved ({error}); the last whole checkpoint is "
+            f"{kept}: make room, then distmeta train --resume {run}"
+        ) from error
+
+
+def _save(run: Path, folder: Path, part: Path, checkpoint: Checkpoint, keep: int) -> Path:
     final = folder / f"step-{checkpoint.progress.step:08d}"
-    part, old = (folder / f".{word}-{final.name}-{os.getpid()}" for word in ("writing", "old"))
+    old = folder / f".old-{final.name}"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     _write(part, checkpoint)
     if final.exists():  # saved before its evaluation, or before an interruption
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(final, old)
     os.rename(part, final)
     _sync(folder)
@@ -78,14 +105,30 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 def point(run: Path, name: str, target: str) -> None:
     """Makes RUN/checkpoints/NAME, a text file, say `target`; at once or not at all."""
-    path = run / "checkpoints" / name
-    part = path.with_name(f".writing-{name}-{os.getpid()}")
-    with part.open("w") as file:
-        file.write(target + "\n")
+    write_whole(run / "checkpoints" / name, target + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A text file that is there as a whole or not at all, also where the machine dies."""
+    part = path.with_name(f".writing-{path.name}")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
     _sync(path.parent)
+
+
+def clear(run: Path) -> None:
+    """Deletes what a process that was killed left half-done; the run folder has one writer, so nobody is at it."""
+    for old in (run / "checkpoints").glob(".old-step-*"):
+        final = old.with_name(old.name.removeprefix(".old-"))
+        if final.exists():  # renamed there as a whole
+            shutil.rmtree(old)
+        else:
+            os.rename(old, final)
+    for path in [*run.glob(".writing-*"), *(run / "checkpoints").glob(".writing-*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def rewind(run: Path, step: int, best_step: int | None) -> None:
@@ -100,6 +143,14 @@ def rewind(run: Path, step: int, best_step: int | None) -> None:
         point(run, "best", f"step-{best_step:08d}")
     else:
         (folder / "best").unlink(missing_ok=True)
+
+
+def retrack(checkpoint: Path, tracking_id: str | None) -> None:
+    """Makes a checkpoint go on in another MLflow run."""
+    path = checkpoint / "state.json"
+    state = json.loads(path.read_text())
+    state["progress"]["tracking_id"] = tracking_id
+    write_whole(path, json.dumps(state, indent=1))
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
@@ -143,6 +194,35 @@ def find(path: str | Path) -> Path:
             return target
         raise InputError(f"{path}: names {name!r}, which is not a checkpoint beside it")
     raise InputError(f"{path}: got no checkpoint, expected a run folder or RUN/checkpoints/step-…")
+
+
+def load_whole(path: str | Path, say: Callable[[str], None]) -> tuple[Path, Checkpoint]:
+    """The checkpoint that a path means, and its folder; where that one is damaged, the newest whole one of its run.
+
+    A checkpoint that is named itself is taken or refused; RUN and its `latest` mean the last state there is.
+
+    Raises:
+        InputError: no whole one is left.
+    """
+    path = Path(path)
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path.parent
+    if folder == path.parent and path.name != "latest":
+        return find(path), load(path)
+    try:
+        return find(path), load(path)
+    except InputError as error:
+        damaged = str(error)
+    # `.old-` is a checkpoint whose successor of the same step was about to take its place
+    found = [*folder.glob("step-*"), *folder.glob(".old-step-*")]
+    for candidate in sorted(found, key=lambda f: f.name.removeprefix(".old-"), reverse=True):
+        try:
+            checkpoint = load(candidate)
+        except InputError:
+            continue
+        say(f"passed over: {damaged}")
+        say(f"going on from step {checkpoint.progress.step}, the last whole checkpoint")
+        return candidate, checkpoint
+    raise InputError(damaged)
 
 
 def load(path: str | Path) -> Checkpoint:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -16,7 +15,6 @@ import torch
 from distmeta.compute.flat import tree_sum
 from distmeta.core import NumericsError
 from distmeta.job import Job
-from distmeta.job import Run as RunSection
 from distmeta.mlflow_store import redact
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint, Progress
@@ -25,12 +23,11 @@ from distmeta.runtime.interrupt import InterruptedRun, StopRequested, interrupti
 from distmeta.runtime.pool import Pool, open_pool
 from distmeta.runtime.problem import Problem, build, device_of, examples_of, numerics_of
 from distmeta.runtime.resolution import resolve
+from distmeta.runtime.scores import evaluate_tasks, mean_metrics, primary
 from distmeta.runtime.server import ParameterServer
-from distmeta.runtime.worker import ShardResult, shards_of
+from distmeta.runtime.worker import shards_of
+from distmeta.sections import Run as RunSection
 from distmeta.tracking import Tracker, open_tracker
-
-EVAL_SHARD = 25
-"""Tasks of one evaluation shard."""
 
 
 class Reporter(Protocol):
@@ -103,7 +100,7 @@ def train(
         NumericsError: a non-finite meta-gradient under `run.on_nonfinite: stop`; saved.
     """
     reporter = reporter or Silent()
-    start = starting_point(job if isinstance(job, Job) else Job.load(job), resume)
+    start = starting_point(job if isinstance(job, Job) else Job.load(job), resume, reporter.say)
     problem, server, progress = _prepare(start, reporter.say)
     if _finished(progress, problem.job.run):
         reporter.say(f"{start.place} is at step {progress.step} of {problem.job.run.steps}: nothing to do")
@@ -115,6 +112,10 @@ def train(
         stack.callback(tracker.close, "FAILED")  # unless the loop got to say how it ended
         folder = RunFolder(start.folder, problem.job, start.checkpoint, start.uri)
         stack.callback(folder.close)
+        for record in folder.records():
+            tracker.log_step(
+                record
+            )  # a killed driver may have had it queued; what the store has is not sent again
         check = stack.enter_context(interruptions())
         reporter.begin(folder.path, problem.job, progress.step)
         if start.uri is not None:
@@ -167,11 +168,11 @@ def _loop(run: _Run) -> None:
             record |= _validate(run)
         run.progress = replace(run.progress, pending=None)
         run.folder.append(record)
-        run.tracker.log_step({key: value for key, value in record.items() if not isinstance(value, list)})
-        run.reporter.step(record)
+        run.tracker.log_step(record)
         improved = run.progress.best_step == step
         if improved or (job.checkpoint_every and step % job.checkpoint_every == 0):
             _save(run)
+        run.reporter.step(record)  # last: who is told may look at what is saved
     if run.progress.step < job.steps:
         run.reporter.say(f"validation stood still for {run.progress.stale} evaluations: stopped")
 
@@ -183,13 +184,31 @@ def _finished(progress: Progress, job: RunSection) -> bool:
 
 
 def _step(run: _Run) -> dict[str, Any]:
-    """Plan, map, aggregate, outer step: the record of one step."""
+    """The outer epochs of one step: the record of the first, with all seconds. What fails on the way undoes all."""
+    _enter_phase(run, run.progress.step)
+    server, epochs, first = run.server, run.problem.outer_epochs, run.server.flat()
+    if epochs == 1:
+        return _epoch(run, first, 0)
+    before = server.theta(), *server.state()
+    try:
+        record = _epoch(run, first, 0)
+        for epoch in range(1, epochs):
+            later = _epoch(run, np.concatenate([server.flat(), first]), epoch)
+            record |= {key: record[key] + later[key] for key in record if key.startswith("seconds_")}
+    except BaseException:
+        server.load(*before)
+        raise
+    return record | {"tasks_per_second": run.problem.job.run.tasks_per_step / record["seconds_step"]}
+
+
+def _epoch(run: _Run, flat: np.ndarray, epoch: int) -> dict[str, Any]:
+    """Plan, map, aggregate, outer step: the record."""
     problem, settings, step = run.problem, run.problem.job.run, run.progress.step
     started = time.perf_counter()
     assert settings.shards is not None, "resolved before step 0"
     steps = problem.algorithm.inner_steps
     plan = shards_of(problem, "train", step, settings.tasks_per_step, settings.shards, steps)
-    results = run.pool.map(run.server.flat(), plan, run.check)
+    results = run.pool.map(flat, [replace(shard, epoch=epoch) for shard in plan], run.check)
     mapped = time.perf_counter()
     tasks = sum(result.tasks for result in results)
     dropped = [task for result in results for task in result.dropped]
@@ -208,6 +227,7 @@ def _step(run: _Run) -> dict[str, Any]:
     stepped = time.perf_counter()
     busy = sum(r.seconds_draw + r.seconds_compute for r in results) / run.pool.size
     record |= {"grad_norm": size, "outer_lr": rate, "tasks": tasks, "tasks_dropped": len(dropped)}
+    record |= problem.job.changing(step)
     if dropped:
         record["dropped"] = dropped
     return record | {
@@ -219,6 +239,15 @@ def _step(run: _Run) -> dict[str, Any]:
         "seconds_aggregate": added - mapped,
         "seconds_outer": stepped - added,
     }
+
+
+def _enter_phase(run: _Run, step: int) -> None:
+    """Takes up the values that the job's `changes` give the step after `step` completed ones."""
+    job = run.problem.job
+    phase = job.phase(step)
+    if phase != run.problem.phase:
+        run.problem = run.problem.at(phase)
+        run.server.retune(job.at(step).outer)
 
 
 def _validate(run: _Run) -> dict[str, float | None]:
@@ -237,66 +266,28 @@ def _validate(run: _Run) -> dict[str, float | None]:
     return record
 
 
-def evaluate_tasks(
-    problem: Problem,
-    pool: Pool,
-    flat: np.ndarray,
-    split: str,
-    count: int,
-    check: Callable[[], None],
-    inner_steps: int | None = None,
-    outputs: bool = False,
-) -> list[ShardResult]:
-    """Scores `count` tasks of a split in fixed shards; metrics [T, K+1] become `*_before` and `*_after` and `curve`."""
-    steps = problem.eval_steps if inner_steps is None else inner_steps
-    plan = shards_of(problem, split, 0, count, math.ceil(count / EVAL_SHARD), steps, outputs)
-    results = pool.map(flat, plan, check)
-    return [replace(r, metrics=_before_after(r.metrics, problem.algorithm.inner_steps > 0)) for r in results]
-
-
-def _before_after(curves: Mapping[str, np.ndarray], adapts: bool) -> dict[str, np.ndarray]:
-    columns = {f"{name}_curve": curve for name, curve in curves.items()}
-    columns |= {f"{name}_after": curve[:, -1] for name, curve in curves.items()}
-    if adapts:
-        columns |= {f"{name}_before": curve[:, 0] for name, curve in curves.items()}
-    return columns
-
-
-def mean_metrics(results: list[ShardResult], every: bool = False) -> dict[str, float | None]:
-    """Means by fsum in task order: over the finite tasks in training, over `every` task in evaluation.
-
-    Null where there is none: `loss_before` without an unadapted prediction, an evaluation in which a task diverged.
-    """
-    record: dict[str, float | None] = {"loss_before": None, "loss_after": None}
-    for name in results[0].metrics:
-        values = np.concatenate([result.metrics[name] for result in results])
-        if values.ndim == 1:
-            finite = [float(value) for value in values if math.isfinite(value)]
-            whole = finite and not (every and len(finite) < len(values))
-            record[name] = math.fsum(finite) / len(finite) if whole else None
-    return record
-
-
-def primary(metrics: Mapping[str, Any], prefix: str = "") -> tuple[str, int]:
-    """The figure that `best` and the interval are about, and whether more of it is better (1) or worse (−1)."""
-    for name in ("accuracy", "return"):
-        if f"{prefix}{name}_after" in metrics:
-            return f"{prefix}{name}_after", 1
-    return f"{prefix}loss_after", -1
-
-
 def _prepare(start: Start, say: Callable[[str], None]) -> tuple[Problem, ParameterServer, Progress]:
     """The problem as the driver sees it (beside workers it needs no GPU), the parameter server, where it stands."""
-    device = torch.device("cpu") if start.job.run.workers else device_of(start.job)
     if start.checkpoint is None:
-        with numerics_of(start.job, device):
-            problem = resolve(build(start.job, device=device), say)
+        problem = settled(start.job, say)
         return problem, ParameterServer(problem.init(), problem.job.outer), Progress(0)
     constants = {name: value.numpy() for name, value in start.checkpoint.constants.items()}
-    problem = build(start.job, constants, device)
-    server = ParameterServer(problem.init(), problem.job.outer)
+    last = start.checkpoint.progress.step - 1  # a pending evaluation belongs to the last step
+    problem = build(start.job, constants, _device(start.job)).at(start.job.phase(last))
+    server = ParameterServer(problem.init(), start.job.at(last).outer)
     server.load(start.checkpoint.theta, start.checkpoint.optimizer, start.checkpoint.outer)
     return problem, server, start.checkpoint.progress
+
+
+def settled(job: Job, say: Callable[[str], None] = lambda text: None) -> Problem:
+    """The problem of a new run, with what its job leaves open decided."""
+    device = _device(job)
+    with numerics_of(job, device):
+        return resolve(build(job, device=device), say)
+
+
+def _device(job: Job) -> torch.device:
+    return torch.device("cpu") if job.run.workers else device_of(job)
 
 
 def _open_tracker(job: Job, start: Start, progress: Progress, reporter: Reporter) -> Tracker:
@@ -305,7 +296,8 @@ def _open_tracker(job: Job, start: Start, progress: Progress, reporter: Reporter
         run_name=start.folder.name,
         experiment=job.tracking.experiment or job.name,
         params=job.tree(),
-        tags={"distmeta.run": redact(start.uri or str(start.folder.absolute()))},
+        tags={"distmeta.run": redact(start.uri or str(start.folder.absolute()))}
+        | ({"mlflow.parentRunId": job.tracking.parent} if job.tracking.parent else {}),
         run_id=progress.tracking_id,
         say=reporter.say,
     )

@@ -1,57 +1,73 @@
-"""What to do when a worker is lost: a pure function from what happened to what comes next. Touches no actor."""
+"""What to do about workers that are lost, slow or silent: pure functions from what happened to what comes next."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import statistics
+from collections.abc import Sequence
+
+import torch
 
 BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0
 """Seconds before a worker is replaced: doubled with each loss in a row."""
+STRAGGLER_FACTOR, STRAGGLER_SECONDS = 4.0, 5.0
+"""A shard is slow past so many times its peers' median, and never before so many seconds."""
+HUNG_FACTOR, HUNG_SECONDS = 20.0, 60.0
+"""A worker counts as hung past so many times the slowest shard that was timed, and never before so many seconds."""
 
 
 class LostShardError(RuntimeError):
-    """A shard whose every worker died: something in its tasks kills the process."""
+    """A shard whose every worker died, or no worker left to compute one."""
 
     def __init__(self, message: str):
         super().__init__(message)  # one argument: survives pickling
 
 
-@dataclass(frozen=True)
-class Loss:
-    """A worker died while it held a shard."""
+def gives_up(shard: int, tasks: range, failures: int, limit: int, reason: str) -> str | None:
+    """What the run ends with, where a shard has cost as many workers as it may; None: it is computed again.
 
-    shard: int
-    tasks: range
-    failures: int
-    """Workers this shard has lost, this one included."""
-    in_a_row: int
-    """Workers lost since a shard was last computed, this one included."""
-    reason: str
-
-
-@dataclass(frozen=True)
-class Replace:
-    """Start another worker after `delay` seconds and give the shard to whichever is free."""
-
-    delay: float
-
-
-@dataclass(frozen=True)
-class Stop:
-    """End the run with its last state saved."""
-
-    message: str
-
-
-def after_loss(loss: Loss, max_failures: int) -> Replace | Stop:
-    """The first loss is replaced at once, further ones in a row with back-off, up to `run.max_shard_failures`."""
-    if loss.failures >= max_failures:
-        return Stop(
-            f"shard {loss.shard} (tasks {loss.tasks.start} to {loss.tasks.stop - 1}) lost {loss.failures} workers, "
-            f"the last by: {loss.reason}; run.max_shard_failures is {max_failures}"
-        )
-    return Replace(backoff(loss.in_a_row))
+    Args:
+        failures: workers that the shard has cost; those that went with their node are not held against it.
+        limit: `run.max_shard_failures`.
+    """
+    if failures < limit:
+        return None
+    return (
+        f"shard {shard} (tasks {tasks.start} to {tasks.stop - 1}) lost {failures} worker{'s' * (failures > 1)}, "
+        f"the last by: {reason}; run.max_shard_failures is {limit}"
+    )
 
 
 def backoff(in_a_row: int) -> float:
-    """Seconds before the next start, after so many losses in a row."""
-    return 0.0 if in_a_row <= 1 else min(BACKOFF_FIRST * 2 ** (in_a_row - 2), BACKOFF_LAST)
+    """Seconds before a worker is replaced, after so many losses in its place in a row: the first one at once."""
+    return 0.0 if in_a_row <= 1 else min(BACKOFF_FIRST * 2 ** min(in_a_row - 2, 20), BACKOFF_LAST)
+
+
+def straggles(elapsed: float, timed: Sequence[float], copies: int) -> bool:
+    """Whether an idle worker should start a shard again that another one is still computing: the first answer wins.
+
+    Args:
+        elapsed: seconds since it was given out.
+        timed: seconds that shards of its kind took lately.
+        copies: workers that compute it already.
+    """
+    if copies > 1 or not timed:
+        return False
+    return elapsed > max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * statistics.median(timed))
+
+
+def hung(elapsed: float, timed: Sequence[float], failures: int, limit: float) -> bool:
+    """Whether a worker is silent for so long that it is replaced: past `run.shard_timeout`, or sooner where its peers
+    were timed; each replacement that the shard has cost doubles the time, should the shard just be a slow one."""
+    if timed:
+        limit = min(limit, max(HUNG_SECONDS, HUNG_FACTOR * max(timed)) * 2.0 ** min(failures, 20))
+    return elapsed > limit
+
+
+def another_may_fare_better(error: BaseException) -> bool:
+    """Whether what a worker raised lies in its circumstances (memory, files, devices) rather than in the computation.
+
+    Code and numbers are the same everywhere: what they raise once, they raise on every worker.
+    """
+    circumstances = (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
+    from_ray = any(kind.__name__ == "RayError" for kind in type(error).__mro__)  # nobody else may have Ray
+    return isinstance(error, circumstances) or from_ray

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import math
 import os
 import secrets
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,16 +21,17 @@ from distmeta.core import InputError
 from distmeta.job import Job
 from distmeta.mlflow_store import redact
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.checkpoint import Checkpoint
+from distmeta.runtime.checkpoint import Checkpoint, SaveError
 from distmeta.runtime.mirror import Mirror, below_run, fetch_run, is_uri, join, local_folder, pointed, run_of
 
 MAY_CHANGE = {
     "run": {
         "steps", "workers", "cpus_per_worker", "gpus_per_worker", "address", "start_timeout",
-        "max_shard_failures", "name",
+        "shard_timeout", "max_shard_failures", "name",
     },
     "tracking": None,
     "output": None,
+    "sweep": None,
 }  # fmt: skip
 """What a resume may change: steps, workers, placement, tracking, output. The rest would be another job."""
 
@@ -59,7 +63,7 @@ class Start:
         return self.uri or str(self.folder)
 
 
-def starting_point(job: Job, resume: str | Path | None) -> Start:
+def starting_point(job: Job, resume: str | Path | None, say: Callable[[str], None]) -> Start:
     """Decides between a new run and a resumed one; writes nothing.
 
     Args:
@@ -76,10 +80,12 @@ def starting_point(job: Job, resume: str | Path | None) -> Start:
         if resume is folder and not (folder / "checkpoints" / "latest").exists():
             return Start(folder, job, None, uri)
     if resume is not None:
-        folder = run_folder(resume)
-        uri = run_of(str(resume)) if is_uri(resume) else _places(job, folder.name)[1]
-        checkpoint = checkpoints.load(folder / below_run(str(resume)) if is_uri(resume) else resume)
-        return Start(folder, _resumed_job(checkpoint.job, job), checkpoint, uri)
+        uri = run_of(str(resume)) if is_uri(resume) else None
+        named = run_folder(resume) / below_run(str(resume)) if is_uri(resume) else Path(resume)
+        where, checkpoint = checkpoints.load_whole(named, say)
+        folder = _run_of(where, resume)
+        resumed = _resumed_job(checkpoint.job, job, checkpoint.progress.step)
+        return Start(folder, resumed, checkpoint, uri or _places(job, folder.name)[1])
     if job.run.name is None:
         name = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         folder, uri = _places(job, name)
@@ -115,7 +121,12 @@ def run_folder(path: str | Path) -> Path:
     """
     if is_uri(path):
         return fetch_run(str(path))
-    where = checkpoints.find(path)
+    if (Path(path) / "checkpoints").is_dir():
+        return Path(path)
+    return _run_of(checkpoints.find(path), path)
+
+
+def _run_of(where: Path, path: str | Path) -> Path:
     if where.parent.name != "checkpoints":
         where = where.resolve()  # named from within its own folder
     if where.parent.name != "checkpoints":
@@ -125,7 +136,7 @@ def run_folder(path: str | Path) -> Path:
     return where.parent.parent
 
 
-def _resumed_job(stored: Mapping[str, Any], job: Job) -> Job:
+def _resumed_job(stored: Mapping[str, Any], job: Job, step: int) -> Job:
     """The stored job, with what a resume may change taken from `job`; anything else that differs is refused.
 
     What `job` leaves open (null, auto) is what the run resolved at its start.
@@ -135,6 +146,9 @@ def _resumed_job(stored: Mapping[str, Any], job: Job) -> Job:
     for section, value in stored.items():
         free = MAY_CHANGE.get(section, set())
         if free is None:
+            merged[section] = asked[section]
+        elif section == "changes":
+            _refuse_past_changes(value, asked[section], step)
             merged[section] = asked[section]
         elif isinstance(value, dict):
             _refuse_changes(section, value, asked[section], free)
@@ -161,6 +175,15 @@ def _refuse_changes(prefix: str, stored: Any, asked: Any, free: set[str]) -> Non
         )
 
 
+def _refuse_past_changes(stored: list[Any], asked: list[Any], step: int) -> None:
+    """Changes are free in the steps to come: the run so far is the same."""
+    past = [[change for change in changes if change["step"] < step] for changes in (stored, asked)]
+    if past[0] != past[1]:
+        raise InputError(
+            f"changes: got {past[1]} before step {step}, but the run to resume had {past[0]}: what is done stays"
+        )
+
+
 class RunFolder:
     """Owns metrics.jsonl: one line a completed step."""
 
@@ -176,10 +199,9 @@ class RunFolder:
         self._lock = _locked(path)
         if checkpoint is None and (path / "checkpoints" / "latest").exists():
             raise InputError(f"run.name: the run folder {path} was started by another process meanwhile")
-        part = path / f".writing-job-{os.getpid()}"
-        part.write_text(job.dump(), encoding="utf-8")
-        os.replace(part, path / "job.yaml")
+        checkpoints.write_whole(path / "job.yaml", job.dump())
         metrics, progress = path / "metrics.jsonl", checkpoint and checkpoint.progress
+        checkpoints.clear(path)
         if progress:
             checkpoints.rewind(path, progress.step, progress.best_step)
         _cut_back(metrics, progress.step - (progress.pending is not None) if progress else 0)
@@ -193,17 +215,61 @@ class RunFolder:
         return "" if self._mirror is None or self._mirror.push() else self._mirror.failure
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Adds a line; NaN and infinities become null."""
-        self._metrics.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
-        self._metrics.flush()
+        """Adds a line; NaN and infinities become null.
+
+        Raises:
+            SaveError: it cannot be written. A part of it may be: a resume cuts it off.
+        """
+        with self._saving():
+            self._metrics.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
+            self._metrics.flush()
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The lines so far."""
+        with (self.path / "metrics.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                yield json.loads(line)
 
     def sync(self) -> None:
         """Makes the lines durable, before a checkpoint says that their steps are done."""
-        os.fsync(self._metrics.fileno())
+        with self._saving():
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise SaveError(
+                f"{self.path / 'metrics.jsonl'}: cannot be written ({error}): make room, then distmeta train --resume "
+                f"{self.path}"
+            ) from error
 
     def close(self) -> None:
-        self._metrics.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take: said by then
+            self._metrics.close()
         self._lock.close()
+
+
+def adopt(checkpoint: Path, folder: Path, tracking_id: str | None) -> None:
+    """Makes a run folder that goes on from another run's checkpoint: that checkpoint, the best one before it, and the
+    steps up to it. What was in the folder is lost.
+
+    Args:
+        tracking_id: the MLflow run that goes on; None: a new one.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "checkpoints").mkdir(parents=True)
+    progress = checkpoints.load(checkpoint).progress
+    for step in {progress.step, progress.best_step} - {None}:
+        source = checkpoint.with_name(f"step-{step:08d}")
+        if source.exists():
+            shutil.copytree(source, folder / "checkpoints" / source.name)
+    shutil.copyfile(checkpoint.parents[1] / "metrics.jsonl", folder / "metrics.jsonl")
+    _cut_back(folder / "metrics.jsonl", progress.step - (progress.pending is not None))
+    checkpoints.retrack(folder / "checkpoints" / checkpoint.name, tracking_id)
+    checkpoints.rewind(folder, progress.step, progress.best_step)
 
 
 def _locked(path: Path) -> IO[str]:
@@ -234,6 +300,4 @@ def _cut_back(metrics: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # the half-written last line of a killed run
-    part = metrics.with_name(f".writing-metrics-{os.getpid()}")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, metrics)
+    checkpoints.write_whole(metrics, "".join(kept))

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -34,6 +34,15 @@ class Problem:
     algorithm: Algorithm
     device: torch.device
     execution: Execution = field(default_factory=lambda: Execution("loop", 1))
+    phase: int = 0
+    """How many of the job's changes the algorithm is made with."""
+
+    def at(self, phase: int) -> Problem:
+        """The problem after so many of the job's changes."""
+        if phase == self.phase:
+            return self
+        job = self.job.at(self.job.changes[phase - 1].step if phase else -1)
+        return replace(self, algorithm=_algorithm(job, self.model, self.family), phase=phase)
 
     def score(self, split: str) -> Score:
         """The family's loss and metrics; evaluation may have other ways than training."""
@@ -48,6 +57,11 @@ class Problem:
         """The algorithm as it trains in an outer step."""
         at = getattr(self.algorithm, "at", None)
         return self.algorithm if at is None else at(step)
+
+    @property
+    def outer_epochs(self) -> int:
+        """Steps of the outer optimizer on one step's episodes."""
+        return int(getattr(self.algorithm, "outer_epochs", 1))
 
     def init(self) -> Theta:
         """theta at step 0."""
@@ -104,13 +118,17 @@ def build(
     if constants is not None:
         model.constants = {name: torch.from_numpy(np.array(value)) for name, value in constants.items()}
     model.to(device)
-    algorithm = construct(job.algorithm.part, job.algorithm.options, {"model": model, "score": family.score})
+    algorithm = _algorithm(job, model, family)
     if job.run.tasks_per_step % algorithm.group_size:
         raise InputError(
             f"run.tasks_per_step: got {job.run.tasks_per_step}, expected a multiple of {algorithm.group_size}: "
             f"{job.algorithm.type} compares {algorithm.group_size} tasks at a time"
         )
     return Problem(job, family, model, algorithm, device, _execution(job))
+
+
+def _algorithm(job: Job, model: Functional, family: TaskFamily) -> Algorithm:
+    return construct(job.algorithm.part, job.algorithm.options, {"model": model, "score": family.score})
 
 
 class AbsentTasks:

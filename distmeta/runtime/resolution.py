@@ -33,7 +33,7 @@ def resolve(problem: Problem, say: Callable[[str], None] = lambda text: None) ->
     _check_evaluation(problem, theta)
     execution = _execution(problem, theta, say)
     schedule = problem.job.outer.schedule.model_dump()
-    schedule["steps"] = schedule["steps"] or problem.job.run.steps
+    schedule["steps"] = schedule["steps"] or problem.job.run.steps * problem.outer_epochs
     compute = {
         "execution": execution.mode,
         "chunk": None if execution.mode == "loop" or execution.chunk == WHOLE_SHARD else execution.chunk,

@@ -13,7 +13,7 @@ import torch
 
 from distmeta.compute.flat import Layout, norm
 from distmeta.core import InputError, Theta
-from distmeta.job import Outer
+from distmeta.sections import Outer
 
 OPTIMIZERS = {
     "sgd": torch.optim.SGD,
@@ -58,6 +58,20 @@ class ParameterServer:
         self._advance()
         return size
 
+    def retune(self, outer: Outer) -> None:
+        """Goes on with other settings; theta, the optimizer's state and the schedule's clock stay."""
+        tensors, _ = self.state()
+        clock = self._scheduler.last_epoch
+        self.outer = outer
+        self._optimizer = _optimizer(self._theta, outer)
+        self._load_optimizer(tensors)
+        self._scheduler = _scheduler(self._optimizer, outer)
+        self._scheduler.last_epoch = clock
+        for group, rate, factor in zip(
+            self._optimizer.param_groups, self._scheduler.base_lrs, self._scheduler.lr_lambdas, strict=True
+        ):
+            group["lr"] = rate * factor(clock)
+
     def skip(self) -> float:
         """A step without a finite task: neither theta nor the optimizer moves, only the schedule's clock."""
         self._advance()
@@ -91,16 +105,21 @@ class ParameterServer:
         with torch.no_grad():
             for name, parameter in self._theta.items():
                 parameter.copy_(theta[name])
-                state = {
-                    key.removeprefix(f"{name}/"): value
-                    for key, value in tensors.items()
-                    if key.rpartition("/")[0] == name
-                }
-                if state:
-                    self._optimizer.state[parameter] = state
+        self._load_optimizer(tensors)
         for group, rate in zip(self._optimizer.param_groups, plain["rates"], strict=True):
             group["lr"] = rate
         self._scheduler.load_state_dict(plain["schedule"])
+
+    def _load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self._theta.items():
+            state = {
+                key.removeprefix(f"{name}/"): value
+                for key, value in tensors.items()
+                if key.rpartition("/")[0] == name
+            }
+            self._optimizer.state.pop(parameter, None)
+            if state:
+                self._optimizer.state[parameter] = state
 
 
 def check_theta(theta: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:

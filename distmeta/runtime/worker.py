@@ -37,6 +37,11 @@ class Shard:
     inner_steps: int
     outputs: bool = False
     """Evaluation: also return the predictions."""
+    phase: int = 0
+    """How many of the job's changes hold."""
+    epoch: int = 0
+    """Training: which step of the outer optimizer on the same episodes. From 1 on the flat vector that comes with it is
+    theta followed by the theta that the episodes are of."""
 
 
 @dataclass(frozen=True)
@@ -85,13 +90,20 @@ class Worker:
         return worker
 
     def _start(self, problem: Problem, layout: Layout) -> None:
-        self._problem, self._layout = problem, layout
-        compute = problem.job.compute
-        if compute.compile and (lacking := missing()):
+        self._layout = layout
+        if problem.job.compute.compile and (lacking := missing()):
             raise InputError(f"compute.compile: got true, but there is {lacking}: use compute.compile=false")
-        self._compiler = Compiler(compute.precision) if compute.compile else None
-        self._version: tuple[str, int] | None = None
+        self._enter(problem)
+        self._version: tuple[str, int, int] | None = None
         self._theta: Theta = {}
+        self._kept: dict[tuple[int, int], Any] = {}
+        """Episodes of this step by step and shard, where later epochs ask for them again."""
+
+    def _enter(self, problem: Problem) -> None:
+        """Takes up a problem; compiled code has the values of a phase written into it."""
+        compute = problem.job.compute
+        self._problem = problem
+        self._compiler = Compiler(compute.precision) if compute.compile else None
 
     def ready(self) -> int:
         """The process id, once the worker is built."""
@@ -99,35 +111,43 @@ class Worker:
 
     def compute(self, flat: np.ndarray, shard: Shard) -> ShardResult:
         """The shard's gradient sum (split "train"), or its scores."""
+        if shard.phase != self._problem.phase:
+            self._enter(self._problem.at(shard.phase))
         with numerics_of(self._problem.job, self._problem.device):
             self._receive(flat, shard)
-            return self._gradient(shard) if shard.split == "train" else self._scores(shard)
+            return self._gradient(flat, shard) if shard.split == "train" else self._scores(flat, shard)
 
     def _receive(self, flat: np.ndarray, shard: Shard) -> None:
         """Unflattens theta once a step, however many of its shards come here."""
-        version = (shard.split, shard.step)
+        version = (shard.split, shard.step, shard.epoch)
         if version != self._version or shard.split != "train":
-            self._theta = self._layout.unflatten(flat, self._problem.device)
+            self._theta = self._layout.unflatten(flat[: self._layout.size], self._problem.device)
             self._version = version
 
-    def _episodes(self, shard: Shard) -> tuple[Any, np.ndarray, float]:
-        problem = self._problem
+    def _episodes(self, flat: np.ndarray, shard: Shard) -> tuple[Any, np.ndarray, float]:
+        """The shard's episodes, their tasks' ids, and the seconds it took.
+
+        Later epochs on them find them here, or collect them again from the theta that they are of: the same to the bit.
+        """
+        problem, name = self._problem, (shard.step, shard.index)
         started = time.perf_counter()
         ids = task_ids(problem.job.seed, shard.split, shard.step, shard.count)[shard.start : shard.stop]
-        episodes = episodes_of(
-            problem.family,
-            problem.algorithm,
-            self._theta,
-            shard.split,
-            ids,
-            shard.inner_steps,
-            problem.device,
-        )
+        episodes = self._kept.get(name) if shard.epoch else None
+        if episodes is None:
+            theta = self._theta
+            if shard.epoch:
+                theta = self._layout.unflatten(flat[self._layout.size :], problem.device)
+            episodes = episodes_of(
+                problem.family, problem.algorithm, theta, shard.split, ids, shard.inner_steps, problem.device
+            )
+        if shard.split == "train" and problem.outer_epochs > 1:
+            self._kept = {key: kept for key, kept in self._kept.items() if key[0] == shard.step}
+            self._kept[name] = episodes
         return episodes, ids, time.perf_counter() - started
 
-    def _gradient(self, shard: Shard) -> ShardResult:
+    def _gradient(self, flat: np.ndarray, shard: Shard) -> ShardResult:
         problem = self._problem
-        episodes, ids, drawing = self._episodes(shard)
+        episodes, ids, drawing = self._episodes(flat, shard)
         started = time.perf_counter()
         result = shard_gradient(
             problem.training_at(shard.step),
@@ -151,9 +171,9 @@ class Worker:
             time.perf_counter() - started,
         )
 
-    def _scores(self, shard: Shard) -> ShardResult:
+    def _scores(self, flat: np.ndarray, shard: Shard) -> ShardResult:
         problem = self._problem
-        episodes, ids, drawing = self._episodes(shard)
+        episodes, ids, drawing = self._episodes(flat, shard)
         started = time.perf_counter()
         with evaluating(problem.model.module):
             scores = score_tasks(
@@ -201,6 +221,6 @@ def shards_of(
     """The plan of a step (or of an evaluation): which tasks each shard holds."""
     size = problem.algorithm.group_size if split == "train" else 1
     return [
-        Shard(index, split, step, count, piece.start, piece.stop, inner_steps, outputs)
+        Shard(index, split, step, count, piece.start, piece.stop, inner_steps, outputs, phase=problem.phase)
         for index, piece in enumerate(shard_slices(count, pieces, size))
     ]

@@ -5,5 +5,8 @@ TASKS = {
     "linear": "distmeta.tasks.regression:Linear",
     "digits": "distmeta.tasks.digits:digits",
     "copy": "distmeta.tasks.copying:Copy",
+    "navigation": "distmeta.tasks.navigation:Navigation",
+    "bandit": "distmeta.tasks.bandit:Bandit",
+    "gym": "distmeta.tasks.gym:Gym",
     "arrow": "distmeta.tasks.arrow:arrow",
 }

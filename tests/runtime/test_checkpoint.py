@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import distmeta
 from distmeta.core import InputError
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
+from distmeta.runtime import driver
 from distmeta.runtime.checkpoint import Checkpoint, Progress
 
 
@@ -91,9 +93,39 @@ def test_an_unfinished_write_is_not_seen(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(
+        checkpoints.SaveError, match=r"step 2 cannot be saved .*No space.* is step-00000001: make room"
+    ):
         checkpoints.save(tmp_path, state(2), keep=3)
     assert checkpoints.load(tmp_path).progress.step == 1
+
+
+@pytest.mark.parametrize("file", ["theta.safetensors", "optimizer.safetensors", "state.json", "all of it"])
+def test_a_damaged_checkpoint_is_passed_over(file: str, workplace: Path) -> None:
+    """By a resume, with a line; one that is named itself is refused, and `evaluate` says so too."""
+    whole = trained(checkpoint_every=1)
+    run = trained(checkpoint_every=1, name="mine")
+    latest = checkpoints.find(run)
+    if file == "all of it":
+        shutil.rmtree(latest)
+    else:
+        (latest / file).write_bytes((latest / file).read_bytes()[:-7])
+        with pytest.raises(InputError, match=r"damaged|not a whole checkpoint"):
+            distmeta.train(Job.load(run / "job.yaml"), resume=latest)
+    with pytest.raises(InputError):
+        distmeta.evaluate(run)
+
+    class Heard(driver.Silent):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    said: list[str] = []
+    assert distmeta.train(Job.load(run / "job.yaml"), resume=run, reporter=Heard()).step == 6
+    assert said[0].startswith("passed over: runs/mine/checkpoints/")
+    assert said[1] == "going on from step 5, the last whole checkpoint"
+    theta, expected = checkpoints.load(run).theta, checkpoints.load(whole).theta
+    assert all(torch.equal(theta[name], expected[name]) for name in expected)
+    assert metric_steps(run) == [1, 2, 3, 4, 5, 6]
 
 
 def trained(**run: object) -> Path:
@@ -219,8 +251,6 @@ def test_named_from_within_its_own_folder(workplace: Path, monkeypatch: pytest.M
 
 
 def test_a_checkpoint_outside_a_run_folder_is_not_resumed(workplace: Path) -> None:
-    import shutil
-
     run = trained(name="mine")
     shutil.copytree(checkpoints.find(run), workplace / "copied")
     assert distmeta.evaluate(workplace / "copied").tasks == 600

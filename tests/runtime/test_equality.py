@@ -5,30 +5,45 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ALGORITHMS, tree
+from conftest import ALGORITHMS, POLICIES, tree
 from hosts import Host, HostPool
 
 import distmeta
 import distmeta.core
+from distmeta.core import NumericsError
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime import driver
 from distmeta.runtime.driver import Silent
+from distmeta.runtime.problem import build
+from distmeta.runtime.resolution import resolve
+from distmeta.runtime.server import ParameterServer
+from distmeta.runtime.worker import Shard, ShardResult, Worker, shards_of
 
+EPOCHS = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}
 RUN = {"steps": 10, "eval_every": 5, "eval_tasks": 10}
+CHANGES = [
+    {"step": 0, "set": {"outer.lr": 0.02}},
+    {"step": 5, "set": {"outer.lr": 0.005, "algorithm.inner_lr": 0.1}},
+    {"step": 8, "set": {"algorithm.inner_lr": 0.02}},
+]
 CASES = {name: tree(name, run=RUN) for name in ALGORITHMS} | {
     "pairwise": tree({"type": "hard_cases:Pairwise"}, run=RUN),
     "policy-gradient": tree("maml", tasks={"type": "hard_cases:Bandit"}, run=RUN),
     "memory": tree({"type": "hard_cases:Memory"}, run=RUN),
+    "outer-epochs": tree(EPOCHS, run=RUN, **POLICIES),
     "compiled": tree("maml", compute={"compile": True}, run=RUN),
     "constant-memory": tree("maml", compute={"differentiation": "constant-memory"}, run=RUN),
     "bf16": tree("maml", compute={"precision": "bf16"}, run=RUN),
+    "changes": tree("maml", changes=CHANGES, run=RUN),
     "dropout": tree("maml", model={"type": "hard_cases:Dropout"}, run=RUN),
     "conv4": tree(
         "maml",
@@ -37,6 +52,9 @@ CASES = {name: tree(name, run=RUN) for name in ALGORITHMS} | {
         run=RUN,
     ),
 }
+if find_spec("mujoco"):
+    GYM = {"type": "gym", "trajectories": 2, "horizon": 5}
+    CASES["gym"] = tree("maml-rl", tasks=GYM, run=RUN)
 
 EVERY_NUMBER = ("maml", "contrastive")
 """Algorithms that meet one, two and four Ray workers."""
@@ -210,3 +228,42 @@ def test_stop_at_a_non_finite_gradient(workplace: Path) -> None:
     with pytest.raises(distmeta.core.NumericsError, match=r"step 1: .* tasks \[0, 1"):
         distmeta.train(Job.parse(job))
     assert checkpoints.load(workplace / "runs" / "bad").progress.step == 0
+
+
+def test_a_worker_without_the_trajectories_collects_them_again() -> None:
+    problem = resolve(build(Job.parse(CASES["outer-epochs"])))
+    server = ParameterServer(problem.init(), problem.job.outer)
+    first = server.flat()
+    shard = shards_of(problem, "train", 0, 8, 4, 1)[2]
+    one, other = (Worker.of(problem, server.layout) for _ in range(2))
+    gradient = one.compute(first, shard).gradient
+    assert gradient is not None
+    server.step(gradient)
+    both, later = np.concatenate([server.flat(), first]), replace(shard, epoch=1)
+    results = [worker.compute(both, later).gradient for worker in (one, other)]
+    assert results[0] is not None
+    assert np.array_equal(results[0], results[1])
+    assert not np.array_equal(results[0], gradient)
+
+
+def test_what_stops_a_step_between_its_epochs_undoes_them(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = trained(CASES["outer-epochs"], steps=3, eval_every=0)
+    compute = Worker.compute
+
+    def stopping(worker: Worker, flat: np.ndarray, shard: Shard) -> ShardResult:
+        if (shard.step, shard.epoch) == (stop, 2):
+            raise NumericsError("on the way")
+        return compute(worker, flat, shard)
+
+    for stop in (0, 2):
+        monkeypatch.setattr(Worker, "compute", stopping)
+        name = f"stopped-{stop}"
+        with pytest.raises(NumericsError):
+            trained(CASES["outer-epochs"], steps=3, eval_every=0, name=name)
+        monkeypatch.setattr(Worker, "compute", compute)
+        run = workplace / "runs" / name
+        assert checkpoints.load(run).progress.step == stop
+        distmeta.train(Job.load(run / "job.yaml"), resume=run)
+        assert bits(run) == bits(calm)

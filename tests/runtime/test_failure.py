@@ -1,26 +1,79 @@
-"""The failure policy, without Ray."""
+"""The failure policy and the bookkeeping of shards, without Ray."""
 
 from __future__ import annotations
 
-from distmeta.runtime.failure import Loss, Replace, Stop, after_loss
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distmeta.core import InputError
+from distmeta.runtime.failure import another_may_fare_better, backoff, gives_up, hung, straggles
+from distmeta.runtime.outstanding import Outstanding
 
 
-def loss(failures: int, in_a_row: int) -> Loss:
-    return Loss(3, range(12, 16), failures, in_a_row, "ActorDiedError: killed")
-
-
-def test_the_first_loss_is_replaced_at_once() -> None:
-    assert after_loss(loss(1, 1), 3) == Replace(0.0)
-
-
-def test_losses_in_a_row_back_off_up_to_a_limit() -> None:
-    delays = [action.delay for n in range(2, 12) if isinstance(action := after_loss(loss(1, n), 99), Replace)]
-    assert delays[:4] == [0.5, 1.0, 2.0, 4.0]
-    assert max(delays) == delays[-1] == 30.0
+def test_the_first_loss_is_replaced_at_once_further_ones_in_a_row_back_off_up_to_a_limit() -> None:
+    assert [backoff(n) for n in range(6)] == [0.0, 0.0, 0.5, 1.0, 2.0, 4.0]
+    assert backoff(12) == backoff(10_000) == 30.0
 
 
 def test_a_shard_that_keeps_killing_stops_the_run_and_is_named() -> None:
-    action = after_loss(loss(3, 3), 3)
-    assert isinstance(action, Stop)
+    assert gives_up(3, range(12, 16), 2, 3, "ActorDiedError: killed") is None
+    message = gives_up(3, range(12, 16), 3, 3, "ActorDiedError: killed")
     for part in ("shard 3", "tasks 12 to 15", "3 workers", "ActorDiedError", "run.max_shard_failures is 3"):
-        assert part in action.message
+        assert part in str(message)
+
+
+def test_a_straggler_is_one_that_takes_far_longer_than_its_peers() -> None:
+    assert not straggles(1e9, [], 1), "nothing to compare with"
+    assert not straggles(4.9, [0.001] * 5, 1), "too short to matter"
+    assert straggles(5.1, [0.001] * 5, 1)
+    assert not straggles(39.0, [10.0] * 5, 1)
+    assert straggles(41.0, [10.0] * 5, 1)
+    assert not straggles(1e9, [10.0] * 5, 2), "two workers have it already"
+
+
+def test_a_worker_is_hung_after_the_limit_or_sooner_where_its_peers_were_timed() -> None:
+    assert not hung(1799.0, [], 0, 1800.0)
+    assert hung(1801.0, [], 0, 1800.0)
+    assert not hung(59.0, [0.1], 0, 1800.0)
+    assert hung(61.0, [0.1], 0, 1800.0)
+    assert not hung(199.0, [0.1, 10.0], 0, 1800.0)
+    assert hung(201.0, [0.1, 10.0], 0, 1800.0)
+    assert not hung(399.0, [0.1, 10.0], 1, 1800.0), "it has cost a worker already: it may be a slow one"
+    assert hung(4.0, [100.0], 9, 3.0), "never past the limit"
+
+
+def test_only_a_workers_circumstances_are_tried_elsewhere() -> None:
+    import torch
+
+    for error in (MemoryError(), FileNotFoundError("store"), torch.OutOfMemoryError("CUDA out of memory")):
+        assert another_may_fare_better(error)
+    for error in (InputError("tasks.path"), RuntimeError("shapes"), ZeroDivisionError()):
+        assert not another_may_fare_better(error)
+
+
+@given(st.integers(1, 9), st.lists(st.tuples(st.integers(0, 3), st.sampled_from("GGGAL")), max_size=200))
+def test_whatever_happens_every_shard_is_answered_once(count: int, events: list[tuple[int, str]]) -> None:
+    """Workers take shards (G), also those of stragglers, answer (A) and are lost (L) in any order."""
+    work: Outstanding[int] = Outstanding(count)
+    held: dict[int, int] = {}  # worker -> position
+    answers = 0
+    for now, (worker, event) in enumerate([*events, *((0, e) for e in "AGA" * 3 * count)], start=1):
+        if event == "G" and worker not in held:
+            position = work.next()
+            position = work.straggler(now * 100.0, [1.0]) if position is None else position
+            if position is not None:
+                assert position not in work.results
+                assert list(held.values()).count(position) < 2
+                work.given(position, now * 100.0)
+                held[worker] = position
+        elif event == "A" and worker in held:
+            answers += work.answered(held.pop(worker), worker)
+        elif event == "L" and worker in held:
+            work.lost(held.pop(worker), blamed=True)
+    for worker in list(held):
+        answers += work.answered(held.pop(worker), worker)
+    while (position := work.next()) is not None:
+        work.given(position, 1e9)
+        answers += work.answered(position, 0)
+    assert work.done
+    assert answers == count == len(work.in_order())

@@ -1,0 +1,124 @@
+"""The Ray cluster a run computes on: joined or started, its resources, and which of its nodes are going away."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from distmeta.core import InputError
+
+CONNECT_SECONDS = 5.0
+"""Longest wait for a cluster's head to answer at all."""
+REAPER_SECONDS = 10.0
+"""Longest wait, at the end, for the process that clears up after a local Ray."""
+LOOK_SECONDS = 2.0
+"""Between two looks at the nodes: one small question to the head."""
+
+
+def connect(ray: Any, address: str | None, cpus: int) -> Callable[[], None]:
+    """Joins the cluster that is named or running, else starts a local one; what leaves it again.
+
+    Raises:
+        InputError: no cluster answers at the address, or it refuses.
+    """
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns about its own default
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if ray.is_initialized():
+        return lambda: None
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    address = address or os.environ.get("RAY_ADDRESS")
+    if not address or address == "local":
+        before = _raylets()
+        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus), include_dashboard=False, **quiet)
+        return partial(_shut_down, ray, [_reaper(raylet) for raylet in _raylets() - before])
+    _check_reachable(address)
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"run.address: cannot join the Ray cluster at {address!r} ({str(error).splitlines()[0]}): is it running, "
+            "and are RAY_AUTH_MODE and RAY_AUTH_TOKEN the cluster's?"
+        ) from None
+    return ray.shutdown
+
+
+def _shut_down(ray: Any, reapers: list[subprocess.Popen[bytes]]) -> None:
+    ray.shutdown()
+    for reaper in reapers:
+        assert reaper.stdin is not None
+        reaper.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            reaper.wait(REAPER_SECONDS)
+
+
+def _reaper(raylet: int) -> subprocess.Popen[bytes]:
+    """A process in a session of its own that outlives this one, however this one ends, and cleans up after it."""
+    words = [sys.executable, "-S", "-E", str(Path(__file__).with_name("reaper.py")), str(raylet)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+
+
+def _raylets() -> set[int]:
+    """Children of this process that are raylets; none where there is no /proc."""
+    found = set()
+    for path in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        for pid in path.read_text().split():
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/comm").read_text().strip() == "raylet":
+                    found.add(int(pid))
+    return found
+
+
+def resources(ray: Any) -> str:
+    """What the cluster has, in words."""
+    have, free = ray.cluster_resources(), ray.available_resources()
+    parts = [f"{have.get(key, 0):g} {key} ({free.get(key, 0):g} free)" for key in ("CPU", "GPU")]
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    return f"the cluster has {' and '.join(parts)} on {nodes} node{'s' * (nodes != 1)}"
+
+
+class Nodes:
+    """Which nodes are alive, and which were told to go; looked up at most every LOOK_SECONDS."""
+
+    def __init__(self, ray: Any):
+        self._ray = ray
+        self._looked = -LOOK_SECONDS
+        self._draining: frozenset[str] = frozenset()
+
+    def draining(self) -> frozenset[str]:
+        """Ids of nodes that will be taken away: a spot instance's notice, an autoscaler's decision, a person's."""
+        now = time.monotonic()
+        if now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            # not in Ray's public interface (2.60); Ray Train asks the same way
+            self._draining = frozenset(self._ray._private.state.state.get_draining_nodes())
+        return self._draining
+
+    def died(self, node: str | None) -> bool:
+        """Whether a node is gone, as far as the cluster's head knows."""
+        return node is not None and all(n["NodeID"] != node or not n["Alive"] for n in self._ray.nodes())
+
+
+def _check_reachable(address: str) -> None:
+    """Tries HOST:PORT for a few seconds: Ray itself tries for minutes.
+
+    Raises:
+        InputError: nothing listens there.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if not host or not port.isdigit():
+        return  # auto, or another of Ray's own names
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"run.address: nothing answers at {address!r} ({error}), expected a Ray cluster's head"
+        ) from None

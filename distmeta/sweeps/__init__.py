@@ -1,0 +1,1 @@
+"""`distmeta sweep`: a job's `sweep:` section, searched by Ray Tune."""

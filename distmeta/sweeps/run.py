@@ -1,0 +1,320 @@
+"""The sweep itself: a folder, Tune's search over it, MLflow's parent run, and what was found.
+
+FOLDER/job.yaml              the job with its sweep, as it was settled
+FOLDER/trials/trial-00003/   the trials' run folders
+FOLDER/sweep/best.yaml       the best trial's job; trials.parquet, trials.json, curves.png, values.png
+FOLDER/tune/                 Tune's own state. It is pickled: go on only with sweeps that you trust as code.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from distmeta.core import InputError
+from distmeta.job import Job
+from distmeta.runtime.checkpoint import write_whole
+from distmeta.runtime.driver import settled
+from distmeta.runtime.interrupt import InterruptedRun
+from distmeta.space import Sweep
+from distmeta.sweeps.results import Trial, best_job, best_of, draw, trials_of, write_table
+from distmeta.sweeps.tracked import experiment_of, open_parent, tell_mlflow
+from distmeta.tracking import Status, Tracker
+
+TUNE = "tune"
+"""Tune's folder within the sweep's."""
+RETRIES = 2
+"""Further starts of a trial whose process or node was lost."""
+SETTINGS = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "RAY_TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # it prints on stdout
+}
+"""What Tune reads from the environment; a user's own values stay."""
+
+
+class View(Protocol):
+    """Who watches the trials."""
+
+    def begin(self, folder: Path, count: int) -> None: ...
+    def trial(
+        self, name: str, status: str, values: Mapping[str, Any], figures: Mapping[str, Any]
+    ) -> None: ...
+    def say(self, text: str) -> None: ...
+    def end(self) -> None: ...
+
+
+class NoView:
+    """Nobody watches."""
+
+    def begin(self, folder: Path, count: int) -> None: ...
+    def trial(
+        self, name: str, status: str, values: Mapping[str, Any], figures: Mapping[str, Any]
+    ) -> None: ...
+    def say(self, text: str) -> None: ...
+    def end(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class SweepSummary:
+    """What a sweep leaves behind."""
+
+    folder: Path
+    best_run: Path
+    best: dict[str, Any]
+    """The best trial's values."""
+    value: float
+    """Its figure."""
+    metric: str
+    trials: list[Trial]
+
+
+def sweep(job: Job | str | Path, resume: str | Path | None = None, view: View | None = None) -> SweepSummary:
+    """Searches the space of a job's `sweep:` section; FOLDER/sweep/best.yaml is ready to train.
+
+    Args:
+        resume: a sweep's folder: finished trials are kept, the others go on from their checkpoints.
+
+    Raises:
+        InputError: the job has no sweep, the cluster has no room for one trial, the folder is another job's; nothing
+            was written.
+        InterruptedRun: Ctrl-C or SIGTERM; what was found so far is written, the sweep can go on.
+        RuntimeError: no trial came to an evaluation.
+    """
+    job = job if isinstance(job, Job) else Job.load(job)
+    if job.sweep is None:
+        raise InputError("sweep: the job has no such section, expected one with a space")
+    view = view or NoView()
+    folder = _new_folder(job) if resume is None else _same_job(Path(resume).absolute(), job)
+    with ExitStack() as stack:
+        _join_ray(job, stack)
+        if resume is None:
+            job = _settled(job, view.say)
+            _write_job(folder, job)
+        else:
+            job = Job.load(folder / "job.yaml")
+        parent = open_parent(job, folder, view.say)
+        stack.callback(parent.close, "FAILED")
+        view.begin(folder, _section(job).count)
+        stack.callback(view.end)
+        with _sigterm_as_sigint():
+            results = _tuner(job, folder, parent.run_id, view, resume is not None).fit()
+        trials = trials_of(results, folder, job)
+        spent = sum(trial.steps for trial in trials)
+        ended = len(trials) == _section(job).count and all(t.status != "unfinished" for t in trials)
+        ended = ended or spent >= (_section(job).budget or math.inf)
+        view.end()
+        return _conclude(job, folder, trials, parent, ended, view.say)
+
+
+def _section(job: Job) -> Sweep:
+    assert job.sweep is not None
+    return job.sweep
+
+
+def _new_folder(job: Job) -> Path:
+    name = job.run.name or f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    if "://" in job.output:
+        raise InputError(f"output: got {job.output!r}, expected a folder (that all nodes see) for a sweep")
+    folder = Path(job.output).absolute() / name
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(
+            f"run.name: the folder {folder} exists already: go on with --resume {folder}, or take another name"
+        )
+    return folder
+
+
+def _same_job(folder: Path, job: Job) -> Path:
+    """The folder to go on in, if it is of this job; what the sweep settled at its start may be open in the job."""
+    path = folder / "job.yaml"
+    if not (folder / TUNE).is_dir() or not path.is_file():
+        raise InputError(f"--resume: {folder} is not a sweep's folder")
+    stored = Job.load(path)
+    asked = _with_settled(job, stored)
+    for section in asked.tree():
+        old, new = stored.tree()[section], asked.tree()[section]
+        if old != new:
+            raise InputError(
+                f"{section}: got {new!r}, but the sweep to go on with has {old!r}: take its own job, or start anew"
+            )
+    return folder
+
+
+def _settled(job: Job, say: Callable[[str], None]) -> Job:
+    """What measuring decides is decided once; a schedule is as long as the job's full length, whatever a trial's is.
+
+    Also builds the job's parts: what is missing shows before anything is written.
+    """
+    return _with_settled(job, settled(job, say).job)
+
+
+def _with_settled(job: Job, found: Job) -> Job:
+    outer = {
+        "schedule": job.outer.schedule.model_dump()
+        | {"steps": job.outer.schedule.steps or found.outer.schedule.steps}
+    }
+    compute = {}
+    if job.compute.execution == "measure":
+        compute = {"execution": found.compute.execution, "chunk": found.compute.chunk}
+    return job.replace(compute=compute, outer=outer)
+
+
+def _write_job(folder: Path, job: Job) -> None:
+    for part in ("trials", "sweep", TUNE):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "job.yaml", job.dump())
+
+
+def _join_ray(job: Job, stack: ExitStack) -> None:
+    """Joins or starts a cluster with room for a trial.
+
+    Raises:
+        InputError: the cluster has no room for one, ever.
+    """
+    import ray
+
+    from distmeta.runtime.cluster import connect
+    from distmeta.sweeps.search import resources
+
+    os.environ |= {key: os.environ.get(key, value) for key, value in SETTINGS.items()}
+    bundles = resources(job)
+    need = {key: sum(bundle.get(key, 0.0) for bundle in bundles) for key in ("CPU", "GPU")}
+    stack.callback(connect(ray, job.run.address, math.ceil(need["CPU"])))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = {key: sum(node.get(key, 0.0) for node in nodes) for key in need}
+    largest = max(bundles, key=lambda bundle: sum(bundle.values()))
+    fits = any(all(node.get(key, 0.0) >= value for key, value in largest.items()) for node in nodes)
+    if not fits or any(have[key] < need[key] for key in need):
+        raise InputError(
+            f"run.workers: {job.run.min_workers}: a trial needs {need['CPU']:g} CPU and {need['GPU']:g} GPU, "
+            f"{largest.get('CPU', 0):g} and {largest.get('GPU', 0):g} of them on one node, but the cluster has "
+            f"{have['CPU']:g} CPU and {have['GPU']:g} GPU on {len(nodes)} node{'s' * (len(nodes) != 1)}"
+        )
+
+
+def _tuner(job: Job, folder: Path, parent: str | None, view: View, restored: bool) -> Any:
+    from ray import tune
+
+    from distmeta.sweeps import search
+    from distmeta.sweeps.trial import SCORE, run_trial
+    from distmeta.sweeps.watch import Watch
+
+    section = _section(job)
+    Watch.view = view
+    trainable = tune.with_resources(
+        tune.with_parameters(run_trial, spec=_spec(job, folder, parent)),
+        tune.PlacementGroupFactory(search.resources(job)),
+    )
+    for name in ("ray.tune", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if restored:
+        return tune.Tuner.restore(str(folder / TUNE), trainable=trainable)
+    seed = job.seed if section.seed is None else section.seed
+    space, algorithm, samples = search.search(section, seed)
+    return tune.Tuner(
+        trainable,
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric=None if algorithm is not None else SCORE,
+            mode=None if algorithm is not None else "max",
+            search_alg=algorithm,
+            scheduler=search.scheduler(section, job),
+            num_samples=samples,
+            max_concurrent_trials=section.concurrent,
+            reuse_actors=True,
+            trial_dirname_creator=_trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name=TUNE,
+            storage_path=str(folder),
+            stop=search.Budget(section.budget) if section.budget else None,
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+            callbacks=[Watch()],
+            verbose=0,
+        ),
+    )
+
+
+def _trial_id(trial: Any) -> str:
+    return trial.trial_id
+
+
+def _spec(job: Job, folder: Path, parent: str | None) -> Any:
+    from distmeta.sweeps.trial import TrialSpec
+
+    section = _section(job)
+    asked = job.run
+    tree = job.tree() | {"sweep": None, "output": str(folder / "trials")}
+    changing = section.scheduler.type == "pbt"
+    tree["run"] |= {
+        "steps": job.trial_steps,
+        "checkpoint_every": asked.eval_every,
+        "keep": asked.steps if changing else max(asked.keep, 2),  # any may be another trial's start
+        "address": None,  # a trial is on the cluster already
+    }
+    tree["tracking"] |= {"experiment": experiment_of(job), "parent": parent}
+    return TrialSpec(
+        tree,
+        str(folder),
+        os.getcwd(),
+        {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")},
+        section.metric,
+        section.mode,
+        changing,
+    )
+
+
+def _conclude(
+    job: Job, folder: Path, trials: Sequence[Trial], parent: Tracker, ended: bool, say: Callable[[str], None]
+) -> SweepSummary:
+    """Writes what was found, here and in MLflow.
+
+    Raises:
+        InterruptedRun: the sweep has not ended.
+        RuntimeError: there is nothing to be found.
+    """
+    place = folder / "sweep"
+    best = best_of(trials)
+    write_table(trials, place / "trials.parquet")
+    files = [place / "trials.parquet", place / "trials.json", folder / "job.yaml"]
+    if best is not None:
+        found = f"# {best.metric} {best.value:.4f} at step {best.best_step}: {best.name} of {folder.name}\n"
+        (place / "best.yaml").write_text(found + best_job(best, job).dump(), encoding="utf-8")
+        files += [place / "best.yaml", *draw(trials, job, place)]
+    status: Status = "KILLED" if not ended else "FINISHED" if best is not None else "FAILED"
+    parent.close(status)
+    tell_mlflow(job, folder, trials, best, files, status, say)
+    if not ended:
+        raise InterruptedRun(str(folder), sum(trial.steps for trial in trials))
+    if best is None or best.run is None or best.value is None:
+        reasons = sorted({trial.reason for trial in trials if trial.reason})
+        raise RuntimeError(f"no trial came to an evaluation: {reasons[0] if reasons else 'none was run'}")
+    return SweepSummary(folder, best.run, best.values, best.value, best.metric, list(trials))
+
+
+@contextmanager
+def _sigterm_as_sigint() -> Iterator[None]:
+    """Tune ends an experiment in order on SIGINT; a scheduler's SIGTERM means the same."""
+    try:
+        before = signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
+    except ValueError:  # not the main thread
+        yield
+        return
+    sigint = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGINT, sigint)

@@ -1,0 +1,117 @@
+"""A `sweep:` section in Ray Tune's terms: space, search, scheduler, stopper, resources."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from ray import tune
+from ray.tune.schedulers import (
+    AsyncHyperBandScheduler,
+    FIFOScheduler,
+    PopulationBasedTraining,
+    TrialScheduler,
+)
+from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search.sample import Domain as TuneDomain
+
+from distmeta.job import Job
+from distmeta.seeding import stream_generator
+from distmeta.space import Domain, Sweep
+from distmeta.sweeps.trial import SCORE, STEP
+
+
+def points(sweep: Sweep, seed: int) -> list[dict[str, Any]]:
+    """The values of every trial of a random or grid search: draw i is a function of (seed, i) and the space.
+
+    A longer list of draws starts with the shorter one.
+    """
+    grid: list[dict[str, Any]] = [{}]
+    for key, domain in sweep.space.items():
+        if domain.kind == "grid":
+            grid = [{**point, key: value} for point in grid for value in domain.values]
+    drawn = {key: domain for key, domain in sweep.space.items() if domain.kind != "grid"}
+    found = []
+    for i in range(sweep.draws):
+        generator = stream_generator(seed, "sweep", i)
+        draw = {key: _plain(as_tune(domain).sample(random_state=generator)) for key, domain in drawn.items()}
+        found += [{key: {**draw, **point}[key] for key in sweep.space} for point in grid]
+    return found
+
+
+def as_tune(domain: Domain) -> TuneDomain:
+    values = domain.values
+    if domain.kind == "choice":
+        return tune.choice(values)
+    low, high = values
+    if domain.kind == "integers":
+        return tune.randint(low, high + 1)
+    return tune.loguniform(low, high) if domain.kind == "loguniform" else tune.uniform(low, high)
+
+
+def search(sweep: Sweep, seed: int) -> tuple[dict[str, Any], Any, int]:
+    """Tune's param_space, its search algorithm (None: as listed) and its number of samples."""
+    if sweep.search == "tpe":
+        space = {"values": {key: as_tune(domain) for key, domain in sweep.space.items()}}
+        algorithm = OptunaSearch(
+            OptunaSearch.convert_search_space(space), metric=SCORE, mode="max", seed=seed
+        )
+        return {}, algorithm, sweep.draws
+    return {"values": tune.grid_search(points(sweep, seed))}, None, 1
+
+
+def scheduler(sweep: Sweep, job: Job) -> TrialScheduler:
+    settings, steps = sweep.scheduler, job.trial_steps
+    if settings.type == "asha":
+        return AsyncHyperBandScheduler(
+            time_attr=STEP,
+            max_t=steps + 1,  # a trial ends by itself at its last step
+            grace_period=min(settings.grace or job.run.eval_every, steps),
+            reduction_factor=settings.reduction or 4,
+        )
+    if settings.type == "pbt":
+        return PopulationBasedTraining(
+            time_attr=STEP,
+            perturbation_interval=settings.interval or job.run.eval_every,
+            hyperparam_mutations={"values": {key: as_tune(domain) for key, domain in sweep.space.items()}},
+            custom_explore_fn=Within({key: domain.values for key, domain in sweep.space.items()}),
+        )
+    return FIFOScheduler()
+
+
+class Within:
+    """Keeps perturbed values in their ranges."""
+
+    def __init__(self, bounds: dict[str, list[Any]]):
+        self.bounds = bounds
+
+    def __call__(self, config: dict[str, Any]) -> dict[str, Any]:
+        values = {key: min(max(config["values"][key], low), high) for key, (low, high) in self.bounds.items()}
+        return {**config, "values": values}
+
+
+class Budget(tune.Stopper):
+    """Ends the sweep once its trials have spent a number of steps."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self._spent: dict[str, int] = {}
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        self._spent[trial_id] = result[STEP]
+        return False
+
+    def stop_all(self) -> bool:
+        return sum(self._spent.values()) >= self.steps
+
+
+def resources(job: Job) -> list[dict[str, float]]:
+    """A trial's bundles: its own process (nothing, where workers compute) and the workers that it starts with."""
+    one = {"CPU": float(job.run.cpus_per_worker), "GPU": float(job.run.gpus_per_worker)}
+    one = {key: value for key, value in one.items() if value}
+    return [{}, *[one] * job.run.min_workers] if job.run.min_workers else [one]
+
+
+def _plain(value: Any) -> Any:
+    """A Python number for numpy's."""
+    return value.item() if isinstance(value, np.generic) else value

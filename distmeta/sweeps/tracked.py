@@ -1,0 +1,80 @@
+"""A sweep in MLflow: one run, with its trials' runs under it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distmeta.job import Job
+from distmeta.runtime.checkpoint import write_whole
+from distmeta.sweeps.results import Trial
+from distmeta.tracking import Status, Tracker, left_running, open_tracker
+
+
+def experiment_of(job: Job) -> str:
+    return job.tracking.experiment or job.name
+
+
+def open_parent(
+    job: Job, folder: Path, say: Callable[[str], None], best: Mapping[str, Any] | None = None
+) -> Tracker:
+    """The sweep's own MLflow run: the one it had, or a new one."""
+    state = folder / "sweep" / "mlflow.json"
+    known = json.loads(state.read_text(encoding="utf-8"))["run_id"] if state.exists() else None
+    params = {"best": best} if best is not None else job.tree()
+    tracker = open_tracker(
+        job.tracking.type,
+        run_name=folder.name,
+        experiment=experiment_of(job),
+        params=params,
+        tags={
+            "distmeta.sweep": str(folder),
+            "mlflow.loggedArtifacts": json.dumps([{"path": "trials.json", "type": "table"}]),
+        },
+        run_id=known,
+        say=say,
+    )
+    write_whole(state, json.dumps({"run_id": tracker.run_id}))
+    return tracker
+
+
+def tell_mlflow(
+    job: Job,
+    folder: Path,
+    trials: Sequence[Trial],
+    best: Trial | None,
+    files: Sequence[Path],
+    status: Status,
+    say: Callable[[str], None],
+) -> None:
+    """The best values and the files to the parent run; to a trial's run what it could not say when it was stopped."""
+    if job.tracking.type == "none":
+        return
+    found = {} if best is None else {**best.values, "trial": best.name, best.metric: best.value}
+    tracker = open_parent(job, folder, say, found)
+    left = left_running(tracker.run_id)
+    for path in files:
+        tracker.log_artifact(path)
+    tracker.close(status)
+    for trial in trials:
+        if trial.tracking_id in left and trial.run is not None:
+            _finish_trial(job, trial, say)
+
+
+def _finish_trial(job: Job, trial: Trial, say: Callable[[str], None]) -> None:
+    """Sends a trial's whole history again, of which MLflow keeps what it lacks, and how it ended."""
+    assert trial.run is not None
+    tracker = open_tracker(
+        job.tracking.type,
+        run_name=trial.run.name,
+        experiment=experiment_of(job),
+        params={},
+        tags={"distmeta.trial": trial.status} | ({"distmeta.reason": trial.reason} if trial.reason else {}),
+        run_id=trial.tracking_id,
+        say=say,
+    )
+    for line in (trial.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        tracker.log_step(json.loads(line))
+    tracker.close("FAILED" if trial.status == "failed" else "KILLED")

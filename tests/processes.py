@@ -1,0 +1,59 @@
+"""The processes that a test's own process started, by pid: whom to harm, and who is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below one, the nearest first."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = [int(word) for word in task.read_text().split()]
+        except OSError:  # gone meanwhile
+            continue
+        for child in children:
+            found += [child, *descendants(child)]
+    return found
+
+
+def words(pid: int) -> str:
+    """A process's command line; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def state(pid: int) -> str:
+    """R, S, T (stopped), Z (ended, not yet waited for), or nothing."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def worker_pids(pid: int | None = None) -> list[int]:
+    """The Ray actors below a process (this one unless told) that are distmeta's workers."""
+    below = descendants(os.getpid() if pid is None else pid)
+    return [p for p in below if words(p).startswith("ray::WorkerProcess") and state(p) not in ("", "Z")]
+
+
+def send(pids: list[int], number: signal.Signals) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
+
+
+def gone(pids: list[int], seconds: float) -> list[int]:
+    """Waits until all have ended; those that have not."""
+    deadline = time.monotonic() + seconds
+    while (left := [p for p in pids if state(p) not in ("", "Z")]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left

@@ -1,0 +1,109 @@
+"""Values that take over during a run (`changes`): one job, however it came about."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tree
+
+import distmeta
+from distmeta.core import InputError
+from distmeta.job import Job
+from distmeta.runtime import checkpoint as checkpoints
+from distmeta.runtime.server import ParameterServer
+
+
+def trained(job: dict[str, Any], resume: Path | None = None, **run: Any) -> Path:
+    return distmeta.train(Job.parse(job | {"run": job["run"] | run}), resume=resume).run
+
+
+def bits(run: Path) -> list[bytes]:
+    theta = checkpoints.load(run).theta
+    return [theta[name].numpy().tobytes() for name in sorted(theta)]
+
+
+OUTER = {"optimizer": "adam", "lr": 0.01, "clip_norm": 0.5, "schedule": {"type": "cosine", "steps": 8}}
+RUN = {"steps": 8, "eval_every": 4, "eval_tasks": 5}
+CHANGE = {"step": 4, "set": {"outer.lr": 0.05, "algorithm.inner_lr": 0.2, "outer.clip_norm": 0.1}}
+
+
+def test_a_change_added_on_resume_is_the_job_that_has_it_from_the_start(workplace: Path) -> None:
+    whole = trained(tree("maml", outer=OUTER, run=RUN, changes=[CHANGE]))
+    begun = trained(tree("maml", outer=OUTER, run=RUN), steps=4, name="begun")
+    job = tree("maml", outer=OUTER, run=RUN, changes=[CHANGE])
+    trained(job, resume=begun, name="begun")
+    assert bits(begun) == bits(whole)
+    assert bits(whole) != bits(trained(tree("maml", outer=OUTER, run=RUN)))
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert [row["algorithm.inner_lr"] for row in rows] == [0.05] * 4 + [0.2] * 4
+    assert [row["outer.lr"] for row in rows] == [0.01] * 4 + [0.05] * 4
+
+
+def test_evaluation_is_of_the_last_steps_values(workplace: Path) -> None:
+    run = trained(tree("maml", run=RUN, changes=[CHANGE]))
+    first, last = (distmeta.load(run / f"checkpoints/step-0000000{step}") for step in (4, 8))
+    assert first.problem.job.algorithm.options["inner_lr"] == 0.05
+    assert last.problem.job.algorithm.options["inner_lr"] == 0.2
+
+
+def test_what_is_done_stays(workplace: Path) -> None:
+    run = trained(tree("maml", run=RUN, changes=[CHANGE]), name="a")
+    for changes in ([], [{"step": 3, "set": {"outer.lr": 0.05}}]):
+        with pytest.raises(InputError, match=r"^changes: got .* before step 8, .* what is done stays$"):
+            trained(tree("maml", run=RUN, changes=changes), resume=run, steps=9, name="a")
+    trained(
+        tree("maml", run=RUN, changes=[CHANGE, {"step": 8, "set": {"outer.lr": 0.05}}]),
+        resume=run,
+        steps=9,
+        name="a",
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            [{"step": 3, "set": {"outer.lr": 0.1}}, {"step": 3, "set": {"outer.lr": 0.2}}],
+            "changes.1.step: got 3",
+        ),
+        (
+            [{"step": 3, "set": {"algorithm.inner_steps": 2.0}}],
+            "changes.0.set: algorithm.inner_steps cannot change",
+        ),
+        ([{"step": 3, "set": {"model.hidden": 2.0}}], "changes.0.set: model.hidden cannot change"),
+        (
+            [{"step": 3, "set": {"outer.lr": -1.0}}],
+            "changes.0.set: outer.lr: got -1.0, expected a value greater than 0",
+        ),
+        ([{"step": 3, "set": {}}], "changes.0.set: got nothing"),
+        ([{"stp": 3, "set": {"outer.lr": 1.0}}], "changes.0.step: missing"),
+    ],
+)
+def test_impossible_changes(changes: list[Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Job.parse(tree("maml", changes=changes))
+    assert str(caught.value).startswith(message)
+
+
+def test_retuning_keeps_the_optimizers_state_and_the_clock() -> None:
+    import numpy as np
+    import torch
+
+    theta = {"a": torch.ones(3), "b": torch.zeros(2)}
+    job = Job.parse(tree("maml", outer=OUTER))
+    one, two = (ParameterServer(theta, job.outer) for _ in range(2))
+    gradient = np.arange(5, dtype=np.float32)
+    for server in (one, two):
+        server.step(gradient)
+        server.step(gradient)
+    two.retune(job.outer)  # to what it was: nothing moves
+    assert one.rate() == two.rate()
+    for server in (one, two):
+        server.step(gradient)
+    assert np.array_equal(one.flat(), two.flat())
+    other = job.with_values({"outer.lr": 0.1}).outer
+    two.retune(other)
+    assert two.rate() == pytest.approx(10 * one.rate())
