@@ -244,3 +244,14 @@ def test_a_log_is_shown_once_however_often_its_connection_breaks() -> None:
             position = tail.take(position, piece)
     assert "".join(shown) == log
     assert (tail.run, tail.error) == ("/x/runs/a", "it broke")
+
+
+def test_a_sweep_is_submitted_too(head: str, workplace: Path) -> None:
+    sweep = {"space": {"outer.lr": {"loguniform": [1e-3, 1e-1]}}, "trials": 2}
+    settings = {"steps": 2, "eval_every": 1, "eval_tasks": 5, "name": "searched"}
+    (workplace / "job.yaml").write_text(yaml.safe_dump(tree("maml", run=settings, sweep=sweep)))
+    pieces: list[str] = []
+    ended = submit("job.yaml", address=head, sweep=True, show=pieces.append)
+    assert ended.exit_code == 0, "".join(pieces)
+    (best,) = (HOME / "distmeta" / "runs").glob("searched*/sweep/best.yaml")
+    assert 1e-3 <= Job.load(best).outer.lr <= 1e-1
