@@ -218,7 +218,7 @@ async def _followed(client: Any, submission: Submission, tail: Tail) -> Any:
             if info.status.is_terminal():
                 return info
             if info.status == "PENDING" and not position:
-                tail.say(f"not started yet: {info.message}")
+                tail.say(info.message)
         except lost as error:
             failure = _line(error)
         if time.monotonic() - answered > LOST_SECONDS:

@@ -20,11 +20,11 @@ BIN = Path(sys.executable).parent
 @contextmanager
 def head_with_dashboard(cpus: int) -> Iterator[str]:
     """The dashboard's URL. The node sees this distmeta, and no module of the tests'."""
-    gcs, dashboard, agent, metrics = free_ports(4)
+    gcs, dashboard, agent, metrics, client = free_ports(5)
     words = [
         BIN / "ray", "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={gcs}", "--include-dashboard=true",
         f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
-        "--node-ip-address=127.0.0.1", f"--temp-dir={HOME}/submit", "--disable-usage-stats",
+        f"--ray-client-server-port={client}", "--node-ip-address=127.0.0.1", f"--temp-dir={HOME}/submit",
     ]  # fmt: skip
     path = f"{BIN}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}

@@ -117,11 +117,11 @@ def test_left_stopped_and_resumed(head: str, workplace: Path) -> None:
     step = checkpoints.load(run).progress.step
     assert step > 0
 
-    # a relative run is one of the cluster's
-    ended = submit("job.yaml", ["run.name=long", f"run.steps={step + 3}"], address=head, resume="runs/long")
+    # a relative run is one of the cluster's, and brings its job
+    ended = submit(None, [f"run.steps={step + 3}"], address=head, resume="runs/long")
     assert (ended.status, ended.exit_code) == ("SUCCEEDED", 0)
-    alone = distmeta.train(Job.load("job.yaml", ["run.workers=0", f"run.steps={step + 3}"])).run
-    assert equal(theta_of(run), theta_of(alone))
+    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [*range(1, step + 4)]
 
 
 def test_a_module_that_the_cluster_lacks_is_the_users_mistake(
@@ -244,3 +244,14 @@ def test_a_log_is_shown_once_however_often_its_connection_breaks() -> None:
             position = tail.take(position, piece)
     assert "".join(shown) == log
     assert (tail.run, tail.error) == ("/x/runs/a", "it broke")
+
+
+def test_a_sweep_is_submitted_too(head: str, workplace: Path) -> None:
+    sweep = {"space": {"outer.lr": {"loguniform": [1e-3, 1e-1]}}, "trials": 2}
+    settings = {"steps": 2, "eval_every": 1, "eval_tasks": 5, "name": "searched"}
+    (workplace / "job.yaml").write_text(yaml.safe_dump(tree("maml", run=settings, sweep=sweep)))
+    pieces: list[str] = []
+    ended = submit("job.yaml", address=head, sweep=True, show=pieces.append)
+    assert ended.exit_code == 0, "".join(pieces)
+    (best,) = (HOME / "distmeta" / "runs").glob("searched*/sweep/best.yaml")
+    assert 1e-3 <= Job.load(best).outer.lr <= 1e-1

@@ -294,7 +294,7 @@ def _open_tracker(job: Job, start: Start, progress: Progress, reporter: Reporter
         run_name=start.folder.name,
         experiment=job.tracking.experiment or job.name,
         params=job.tree(),
-        tags={"distmeta.run": start.uri or str(start.folder.absolute())}
+        tags={"distmeta.run": redact(start.uri or str(start.folder.absolute()))}
         | ({"mlflow.parentRunId": job.tracking.parent} if job.tracking.parent else {}),
         run_id=progress.tracking_id,
         say=reporter.say,

@@ -105,6 +105,10 @@ def _places(job: Job, name: str) -> tuple[Path, str | None]:
     """The run's folder on this machine, and the URI that it is copied to."""
     if not is_uri(job.output):
         return Path(job.output) / name, None
+    if redact(job.output) != job.output:  # it is logged, tracked and written to job.yaml
+        raise InputError(
+            f"output: got {redact(job.output)!r} with credentials, expected none: set them in the environment"
+        )
     uri = join(job.output, name)
     return local_folder(uri), uri
 

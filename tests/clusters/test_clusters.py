@@ -101,7 +101,7 @@ def test_launchers_install_this_package_and_send_nothing_else(name: str) -> None
     assert sent == {"distmeta", "pyproject.toml", "README.md", "LICENSE"}
     assert all((REPOSITORY / source).exists() for source in sent)
     assert set(config["file_mounts"].values()) - sent == {"~/.ray/auth_token"}
-    assert any("pip install" in line and "distmeta-source" in line for line in config["setup_commands"])
+    assert any("distmeta-source" in line and "pip install" in line for line in config["setup_commands"])
     for command in (config["head_start_ray_commands"][-1], config["worker_start_ray_commands"][-1]):
         assert "RAY_AUTH_MODE=token; ray start" in command
 

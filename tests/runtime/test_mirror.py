@@ -136,6 +136,9 @@ def test_what_is_not_there_is_one_line(bucket: str, workplace: Path) -> None:
         train(job(f"s3://no-such-bucket/x{bucket}", name="x"))
     with pytest.raises(InputError, match=r"wrong://x/.*expected a URI such as s3://BUCKET/PREFIX"):
         train(job("wrong://x", name="x"))
+    with pytest.raises(InputError, match=r"output: got 's3://runs/x' with credentials") as caught:
+        train(job("s3://me:hunter2@runs/x"))
+    assert "hunter2" not in str(caught.value)
 
 
 def test_an_existing_run_is_not_written_over(bucket: str) -> None:
@@ -182,10 +185,10 @@ def test_a_store_that_is_away_for_a_while_loses_nothing(
     } - {".lock"}
 
     with pytest.raises(OSError, match=f"the run is in {workplace}/cache"):
-        train(job(output, steps=9, name="a"), "auto", Meddler(store, away=8, back=0))
+        train(job(output, steps=10, name="a"), "auto", Meddler(store, away=9, back=0))
     store.unlink()
     (workplace / "hidden").rename(store)
-    assert checkpoints.load(done.place).progress.step == 7
+    assert checkpoints.load(done.place).progress.step == 8
     rest = train(job(output, steps=11, name="a"), "auto")  # from what is here, which is ahead
     assert equal(rest, train(job("runs", steps=11)))
     assert json.loads((rest.run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 11

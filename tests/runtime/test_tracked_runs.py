@@ -78,10 +78,20 @@ def test_what_a_killed_process_had_not_sent_yet_is_sent_by_the_resume(client: An
     folder = distmeta.train(Job.parse(tree("maml", run=settings, tracking=TRACKED))).run
     run_id = checkpoints.load(folder).progress.tracking_id
     more = Job.load(folder / "job.yaml", ["run.steps=7"])
-    distmeta.train(
-        more.replace(tracking={"type": "none"}), resume=folder
-    )  # as if it had never been delivered
+    untold = more.replace(tracking={"type": "none"})
+    distmeta.train(untold, resume=folder)  # as if it had never been delivered
     assert steps_of(client, run_id, "loss_after") == [1, 2, 3, 4]
     distmeta.train(Job.load(folder / "job.yaml", ["run.steps=9", "tracking.type=mlflow"]), resume=folder)
     assert steps_of(client, run_id, "loss_after") == list(range(1, 10))
     assert steps_of(client, run_id, "val_loss_after") == [2, 4, 6, 7, 8, 9]
+
+
+def test_artifacts_lie_beside_their_database(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A submitted job's working folder goes after it."""
+    (workplace / "kept").mkdir()
+    (workplace / "gone").mkdir()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace}/kept/mlflow.db")
+    monkeypatch.chdir(workplace / "gone")
+    distmeta.train(Job.parse(tree("maml", run={"steps": 1}, tracking={"type": "mlflow"}, output="../runs")))
+    assert list((workplace / "kept" / "mlartifacts" / "small").glob("*/artifacts/job.yaml"))
+    assert not list((workplace / "gone").iterdir())
