@@ -276,8 +276,9 @@ def _handle(error: Exception, as_json: bool) -> NoReturn:
         _fail(str(error), as_json, 2)
     from distmeta.runtime.checkpoint import SaveError
     from distmeta.runtime.failure import LostShardError
+    from distmeta.sweeps import NothingFoundError
 
-    if not isinstance(error, (NumericsError, LostShardError, SaveError)):
+    if not isinstance(error, (NumericsError, LostShardError, SaveError, NothingFoundError)):
         import traceback
 
         traceback.print_exc()  # not the user's input: whoever mends it needs the place

@@ -129,6 +129,11 @@ class Learner:
             InputError: x of another shape than the model's, y that is not one label or target an example, more
                 classes than the model has outputs.
         """
+        if not hasattr(self.problem.family, "draw"):
+            raise InputError(
+                f"adapt: {self.problem.job.tasks.type} has no x and y, its data are collected by the policy: use "
+                "distmeta.evaluate, or compute.episodes.episodes_of on a family of your own"
+            )
         x = _inputs(x, self.problem)
         y = _targets(y, len(x), self.problem)
         classes, algorithm = None, self.problem.algorithm

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.algorithms.inner import adapted_names, begin_phi, support_gradient
-from distmeta.core import Episode, Metrics, Model, Score, Theta, Unroll, support_at, widened
+from distmeta.core import Episode, InputError, Metrics, Model, Score, Theta, Unroll, support_at, widened
 from distmeta.policies import Trajectories, divergence, log_prob, mean, surrogate
 
 NonNegative = Annotated[float, Field(ge=0)]
@@ -116,6 +116,11 @@ def given_trajectories(outputs: Tensor, batch: Trajectories) -> tuple[Tensor, Me
 def explored(outputs: Tensor, support: Trajectories, query: Trajectories) -> Tensor:
     """−Σ_i log π(τ_i) (R − b_i), b_i the mean return of the others, in the units of the query's surrogate."""
     count = len(support.total)
+    if count < 2:
+        raise InputError(
+            "tasks.trajectories: got 1 with algorithm.e_maml, whose baseline is the mean of the other trajectories: "
+            "expected 2 or more"
+        )
     others = (support.total.sum() - support.total) / (count - 1)
     gain = (query.total.mean() - others) / (query.scale[0] * query.real.sum(-1).mean())
     logs = (log_prob(outputs, support.action) * support.real).sum(-1)

@@ -58,7 +58,7 @@ def _trial(result: Any, folder: Path, job: Job) -> Trial:
     best = max(figures, key=lambda figure: (figure[3] * figure[2], -figure[0]), default=None)
     failed = failure_file(folder, name)
     reason = failed.read_text(encoding="utf-8").partition("\n")[0] if failed.exists() else ""
-    if result.error is not None:
+    if result.error is not None or reason:
         status, reason = "failed", reason or " ".join(str(result.error).split())[-300:]
     elif last.get(STEP, 0) >= job.trial_steps:
         status = "finished"

@@ -26,6 +26,7 @@ from distmeta.runtime.checkpoint import write_whole
 from distmeta.runtime.driver import settled
 from distmeta.runtime.interrupt import InterruptedRun
 from distmeta.space import Sweep
+from distmeta.sweeps import NothingFoundError
 from distmeta.sweeps.results import Trial, best_job, best_of, draw, trials_of, write_table
 from distmeta.sweeps.tracked import experiment_of, open_parent, tell_mlflow
 from distmeta.tracking import Status, Tracker
@@ -91,7 +92,7 @@ def sweep(job: Job | str | Path, resume: str | Path | None = None, view: View | 
         InputError: the job has no sweep, the cluster has no room for one trial, the folder is another job's; nothing
             was written.
         InterruptedRun: Ctrl-C or SIGTERM; what was found so far is written, the sweep can go on.
-        RuntimeError: no trial came to an evaluation.
+        NothingFoundError: no trial came to an evaluation.
     """
     job = job if isinstance(job, Job) else Job.load(job)
     if job.sweep is None:
@@ -241,7 +242,7 @@ def _tuner(job: Job, folder: Path, parent: str | None, view: View, restored: boo
             storage_path=str(folder),
             stop=search.Budget(section.budget) if section.budget else None,
             failure_config=tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[Watch()],
+            callbacks=[Watch(str(folder))],
             verbose=0,
         ),
     )
@@ -283,7 +284,7 @@ def _conclude(
 
     Raises:
         InterruptedRun: the sweep has not ended.
-        RuntimeError: there is nothing to be found.
+        NothingFoundError: no trial came to an evaluation.
     """
     place = folder / "sweep"
     best = best_of(trials)
@@ -300,7 +301,9 @@ def _conclude(
         raise InterruptedRun(str(folder), sum(trial.steps for trial in trials))
     if best is None or best.run is None or best.value is None:
         reasons = sorted({trial.reason for trial in trials if trial.reason})
-        raise RuntimeError(f"no trial came to an evaluation: {reasons[0] if reasons else 'none was run'}")
+        raise NothingFoundError(
+            f"no trial came to an evaluation: {reasons[0] if reasons else 'none was run'}"
+        )
     return SweepSummary(folder, best.run, best.values, best.value, best.metric, list(trials))
 
 

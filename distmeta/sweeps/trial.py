@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ray import tune
 
-from distmeta.core import NumericsError
+from distmeta.core import InputError, NumericsError
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.driver import Silent, train
@@ -66,26 +66,23 @@ def name_of(trial_id: str) -> str:
 
 
 def run_trial(config: Mapping[str, Any], spec: TrialSpec) -> None:
-    """Trains one trial; Tune calls it in an actor of its own, again after a pause or a failure.
+    """Trains one trial; Tune calls it in an actor of its own, again after a pause or where the actor was lost.
 
-    Raises:
-        RuntimeError: the trial failed when it was tried before; a second time it would not do better.
+    A training that fails ends the trial here, with its reason in a file: Tune would try an error again, and the same
+    numbers would come to the same end.
     """
     os.environ |= spec.environment | {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "60"}  # to save and say how it ended
     os.chdir(spec.working)
     if spec.working not in sys.path:
         sys.path.insert(0, spec.working)
     name = name_of(tune.get_context().get_trial_id() or "")
-    failure = failure_file(spec.folder, name)
-    if failure.exists():
-        raise RuntimeError(failure.read_text(encoding="utf-8").partition("\n")[0])
     try:
         _train(dict(config["values"]), name, spec)
     except InterruptedRun:
         sys.exit(0)  # as Tune ends a thread that it has stopped
-    except Exception as error:
-        failure.write_text(f"{type(error).__name__}: {error}\n{traceback.format_exc()}", encoding="utf-8")
-        raise
+    except Exception as error:  # whatever a user's parts may raise
+        text = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        failure_file(spec.folder, name).write_text(text, encoding="utf-8")
 
 
 def failure_file(folder: str | Path, name: str) -> Path:
@@ -167,13 +164,14 @@ def figure_of(row: Mapping[str, Any], metric: str | None, mode: str | None) -> t
     """The metric's name, its value at an evaluation, and whether more of it is better (1) or worse (−1).
 
     Raises:
-        NumericsError: it is not finite, or the tasks have no such metric.
+        NumericsError: it is not finite.
+        InputError: the tasks have no such metric.
     """
     name, sign = primary(row, "val_") if metric is None else (metric, -1 if "loss" in metric else 1)
     sign = {"min": -1, "max": 1, None: sign}[mode]
     if name not in row:
         known = ", ".join(sorted(key for key in row if key.startswith("val_")))
-        raise NumericsError(f"sweep.metric: got {name!r}, but evaluations have {known}")
+        raise InputError(f"sweep.metric: got {name!r}, but evaluations have {known}")
     if row[name] is None:
         raise NumericsError(f"{name} is not finite at step {row['step']}")
     return name, float(row[name]), sign

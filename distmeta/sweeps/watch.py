@@ -6,13 +6,16 @@ from typing import Any, ClassVar
 
 from ray import tune
 
-from distmeta.sweeps.trial import STEP, name_of
+from distmeta.sweeps.trial import STEP, failure_file, name_of
 
 
 class Watch(tune.Callback):
     """A callback that Tune pickles with its own state: the view stays with the process, on the class."""
 
     view: ClassVar[Any] = None
+
+    def __init__(self, folder: str):
+        self.folder = folder
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell(trial, "running", trial.last_result)
@@ -23,7 +26,8 @@ class Watch(tune.Callback):
         self._tell(trial, "running", result)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._tell(trial, "done", trial.last_result)
+        failed = failure_file(self.folder, name_of(trial.trial_id)).exists()
+        self._tell(trial, "failed" if failed else "done", trial.last_result)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._tell(trial, "failed", trial.last_result)

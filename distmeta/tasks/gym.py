@@ -6,7 +6,6 @@ Shapes: T tasks, N trajectories of each, H time steps, O numbers of an observati
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Annotated, Any, final
 
 import numpy as np
@@ -125,12 +124,12 @@ def side_by_side(environments: list[Any], seeds_TNE: np.ndarray, actions: Action
     shape = seeds_TNE.shape[:2]
     space = environments[0].action_space
     size = math.prod(environments[0].observation_space.shape)
-    convert: Callable[[np.ndarray], Any] = int
-    if actions.real:
-        low, high = space.low, space.high
-        convert = lambda a: np.clip(a.reshape(low.shape), low, high)  # noqa: E731
-    else:
-        convert = lambda a: int(a) + int(space.start)  # noqa: E731
+
+    def given(action: np.ndarray) -> Any:
+        """What the environment takes: within its bounds, or one of its numbers."""
+        if actions.real:
+            return np.clip(action.reshape(space.shape), space.low, space.high)
+        return int(action) + int(space.start)
 
     def reset(episode: int) -> tuple[np.ndarray, Tensor]:
         seen = np.empty((len(environments), size), np.float32)
@@ -144,7 +143,7 @@ def side_by_side(environments: list[Any], seeds_TNE: np.ndarray, actions: Action
         reward = np.zeros(len(environments), np.float32)
         for i, environment in enumerate(environments):
             if not ended[i]:
-                observed, reward[i], terminated, truncated, _ = environment.step(convert(rows[i]))
+                observed, reward[i], terminated, truncated, _ = environment.step(given(rows[i]))
                 seen[i] = observed.ravel()
                 ended[i] = terminated or truncated
         tensors = (torch.from_numpy(array) for array in (seen, reward, ended))

@@ -13,7 +13,7 @@ from torch.func import grad
 
 from distmeta.algorithms.maml_rl import PolicyMAML
 from distmeta.compute.unroll import unroll
-from distmeta.core import Episode, PerStep, Theta
+from distmeta.core import Episode, InputError, PerStep, Theta
 from distmeta.job import Job
 from distmeta.policies import Trajectories, divergence, log_prob, sample, surrogate
 from distmeta.runtime.problem import build
@@ -138,6 +138,13 @@ def test_e_maml_is_the_gradient_of_the_return_expected_over_what_is_adapted_on()
         part = grad(loss)(theta)
         found = {name: found[name] + chance(theta, arms) * part[name] for name in found}
     assert_near(found, differences(total, theta))
+
+
+def test_e_maml_needs_another_trajectory() -> None:
+    algorithm, theta, family = problem(e_maml=True)
+    one = pulls(theta, torch.tensor([1]))
+    with pytest.raises(InputError, match=r"^tasks.trajectories: got 1 with algorithm.e_maml"):
+        algorithm.meta_loss(theta, Episode(PerStep((one,)), one), unroll, family.score)
 
 
 def test_promps_penalty_is_the_divergence_of_the_policies_that_were_adapted() -> None:

@@ -21,6 +21,8 @@ from distmeta.job import Job
 from distmeta.jobfile import parse_yaml
 from distmeta.mlflow_store import import_mlflow
 from distmeta.runtime import checkpoint as checkpoints
+from distmeta.sweeps import NothingFoundError
+from distmeta.sweeps.run import NoView
 
 RUN = {"steps": 6, "eval_every": 2, "eval_tasks": 5, "name": "swept"}
 RATES = {"algorithm.inner_lr": {"loguniform": [0.01, 0.2]}, "outer.lr": {"loguniform": [1e-3, 0.05]}}
@@ -153,10 +155,46 @@ def test_one_failed_trial_is_marked_and_the_sweep_goes_on(
     assert [children[f"trial-0000{i}"].info.status for i in range(3)] == ["FINISHED", "FAILED", "FINISHED"]
 
 
+def test_a_killed_trial_goes_on_from_its_checkpoint(client: Any, workplace: Path, cluster: None) -> None:
+    class Flag(NoView):
+        def begin(self, folder: Path, count: int) -> None:
+            (workplace / "kill").touch()  # from here on: the sweep itself draws tasks before
+
+    job = swept(tracked=True, trials=2) | {
+        "tasks": {"type": "hard_cases:Lethal", "flag": str(workplace / "kill")}
+    }
+    found = distmeta.sweep(Job.parse(job), view=Flag())
+    assert not (workplace / "kill").exists(), "a trial was killed"
+    assert [trial.status for trial in found.trials] == ["finished"] * 2
+    runs_of(client)  # none has two runs
+    for trial in found.trials:
+        assert trial.run is not None
+        alone = Job.parse(job).with_values({**trial.values, "run.name": "alone", "tracking.type": "none"})
+        alone = alone.with_values({"output": trial.name})
+        assert bits(distmeta.train(alone).run) == bits(trial.run)
+
+
+def test_no_credential_reaches_the_folder(
+    client: Any, workplace: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "open-sesame")
+    found = distmeta.sweep(Job.parse(swept(tracked=True, trials=1)))
+    files = [path for path in found.folder.rglob("*") if path.is_file()]
+    assert any(path.name == "tuner.pkl" for path in files)
+    assert not [path for path in files if b"open-sesame" in path.read_bytes()]
+
+
+def test_a_metric_that_there_is_not(workplace: Path, cluster: None) -> None:
+    with pytest.raises(
+        NothingFoundError, match=r"InputError: sweep.metric: got 'val_acuracy_after', but evaluations"
+    ):
+        distmeta.sweep(Job.parse(swept(trials=1, metric="val_acuracy_after")))
+
+
 def test_all_trials_failed(workplace: Path, cluster: None) -> None:
     job = Job.parse(swept(space={"algorithm.inner_lr": {"grid": [1e30, 1e31]}}, trials=1))
     with pytest.raises(
-        RuntimeError, match="no trial came to an evaluation: NumericsError: val_loss_after is not"
+        NothingFoundError, match="no trial came to an evaluation: NumericsError: val_loss_after is not"
     ):
         distmeta.sweep(job)
 

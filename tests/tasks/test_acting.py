@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from conftest import tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import distmeta
 from distmeta.compute.episodes import episodes_of
 from distmeta.core import InputError
 from distmeta.job import Job
@@ -168,3 +171,15 @@ def test_a_policy_of_another_kind_is_refused() -> None:
         family.collect("train", task_ids(0, "train", 0, 1), 0, uniformly)
     with pytest.raises(InputError, match=r"^model.type: got gaussian for tasks with 3 outputs"):
         build(Job.parse(tree("maml-rl", tasks={"type": "bandit", "arms": 3})))
+
+
+def test_adapting_to_examples_is_refused(workplace: Path) -> None:
+    learner = distmeta.load(distmeta.train(Job.parse(tree("maml-rl", run={"steps": 1}))).run)
+    with pytest.raises(InputError, match=r"^adapt: navigation has no x and y"):
+        learner.adapt([[0.0, 0.0]], [[0.0, 0.0, 0.0, 0.0]])
+
+
+def test_gym_without_gymnasium_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(InputError, match=r"^tasks.type: got gym, which needs Gymnasium .*distmeta\[rl\]"):
+        build(Job.parse(tree("maml-rl", tasks={"type": "gym"})))
