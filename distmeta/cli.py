@@ -172,18 +172,18 @@ def submit(
             driver_cpus=driver_cpus, wait=following, show=_tell,
         )  # fmt: skip
     except jobs_api.LeftRunning as left:  # here: typer would swallow it
-        _say_next(left.submission, job, "not followed any more; the job goes on")
+        _note(f"\nnot followed any more; the job goes on:\n{left.submission.next_steps()}")
         more = {"submission_id": left.submission.submission_id, "status": left.submission.status}
         _fail("not followed any more; the job goes on", as_json, 130, more, quiet=True)
     told = {"submission_id": ended.submission_id, "status": ended.status}
     if ended.exit_code:
         stopped = ended.status == "STOPPED"
         if stopped:
-            _note(f"stopped; go on with: {_resubmit(ended, job)}")
+            _note(f"stopped; go on with: {ended.to_resume}")
         why = ended.message or "the job was stopped"
         _fail(why, as_json, ended.exit_code, told, quiet=stopped or ended.in_log)
     if ended.exit_code is None:
-        _say_next(ended, job, "submitted")
+        _note(ended.next_steps())
     if as_json:
         _print_json(told)
     else:
@@ -323,20 +323,6 @@ def _note(text: str) -> None:
 def _tell(text: str) -> None:
     """A piece of a log: it brings its own ends of lines."""
     print(text, end="", file=sys.stderr, flush=True)
-
-
-def _say_next(submission: Any, job: str | None, what: str) -> None:
-    """What one can do with a job that runs on without us."""
-    words = f"--address {submission.shown_address} {submission.submission_id}"
-    _note(f"\n{what}: {submission.submission_id}")
-    _note(f"  follow: ray job logs --follow {words}")
-    _note(f"  stop, with a checkpoint: ray job stop {words}")
-    _note(f"  resume after that: {_resubmit(submission, job)}")
-
-
-def _resubmit(submission: Any, job: str | None) -> str:
-    run = shlex.quote(submission.run or "RUN")
-    return f"distmeta submit {job or ''} --address {submission.shown_address} --resume {run}"
 
 
 def _number(value: float | None) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import re
+import shlex
 import socket
 import time
 import warnings
@@ -44,9 +45,20 @@ class Submission:
     run: str | None = None
     """The run folder that its log names, on the cluster."""
 
+    again: str = "distmeta submit"
+    """The command that submitted it."""
+
     @property
-    def shown_address(self) -> str:
-        return redact(self.address)
+    def to_resume(self) -> str:
+        return f"{self.again} --resume {shlex.quote(self.run or 'RUN')}"
+
+    def next_steps(self) -> str:
+        """What one can do with a job that runs on without us."""
+        words = f"--address {redact(self.address)} {self.submission_id}"
+        return (
+            f"  follow: ray job logs --follow {words}\n  stop, with a checkpoint: ray job stop {words}\n"
+            f"  resume after that: {self.to_resume}"
+        )
 
 
 class LeftRunning(KeyboardInterrupt):
@@ -189,7 +201,7 @@ class Tail:
     def _note(self, new: str) -> None:
         *lines, self._line = (self._line + new).split("\n")
         for line in lines:
-            if found := re.match(r"(?:run folder|copied after each save to) (\S.*)", line):
+            if found := re.match(r"(?:run folder|sweep folder|copied after each save to) (\S.*)", line):
                 self.run = found[1].strip()
             elif line.startswith("error: "):
                 self.error = line.removeprefix("error: ")

@@ -68,7 +68,10 @@ def submit(
             entrypoint_num_cpus=driver_cpus or None,
         )
     show(f"submitted {submission_id} to {redact(url)}: {len(package.files)} files of {folder.resolve()}\n")
-    submission = Submission(submission_id, url, "PENDING")
+    words = ["distmeta", "submit", *([str(job)] if job is not None else []), *overrides]
+    words += ["--working-dir", str(working_dir)] * (str(working_dir) != ".") + ["--sweep"] * sweep
+    again = shlex.join([*words, "--address", redact(url)])
+    submission = Submission(submission_id, url, "PENDING", again=again)
     return follow(client, submission, show) if wait else submission
 
 

@@ -105,7 +105,7 @@ def test_left_stopped_and_resumed(head: str, workplace: Path) -> None:
     assert last["status"] == "RUNNING"
     for hint in (f"ray job logs --follow --address {head} {name}", f"ray job stop --address {head} {name}"):
         assert hint in rest
-    assert f"distmeta submit job.yaml --address {head} --resume {run}" in rest
+    assert f"distmeta submit job.yaml run.name=long run.steps=1000000 --address {head} --resume {run}" in rest
 
     client = connect(head)
     assert client.get_job_status(name) == "RUNNING"
@@ -254,4 +254,5 @@ def test_a_sweep_is_submitted_too(head: str, workplace: Path) -> None:
     ended = submit("job.yaml", address=head, sweep=True, show=pieces.append)
     assert ended.exit_code == 0, "".join(pieces)
     (best,) = (HOME / "distmeta" / "runs").glob("searched*/sweep/best.yaml")
+    assert ended.to_resume == f"distmeta submit job.yaml --sweep --address {head} --resume {best.parents[1]}"
     assert 1e-3 <= Job.load(best).outer.lr <= 1e-1
