@@ -99,7 +99,8 @@ class Nodes:
         if now - self._looked >= LOOK_SECONDS:
             self._looked = now
             # not in Ray's public interface (2.60); Ray Train asks the same way
-            self._draining = frozenset(self._ray._private.state.state.get_draining_nodes())
+            with contextlib.suppress(self._ray.exceptions.RpcError):  # a head that restarts: asked again
+                self._draining = frozenset(self._ray._private.state.state.get_draining_nodes())
         return self._draining
 
     def died(self, node: str | None) -> bool:
