@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 from distmeta.core import InputError
 from distmeta.job import Job
+from distmeta.mlflow_store import flatten
 from distmeta.runtime.checkpoint import write_whole
 from distmeta.runtime.driver import settled
 from distmeta.runtime.interrupt import InterruptedRun
@@ -143,12 +144,12 @@ def _same_job(folder: Path, job: Job) -> Path:
     if not (folder / TUNE).is_dir() or not path.is_file():
         raise InputError(f"--resume: {folder} is not a sweep's folder")
     stored = Job.load(path)
-    asked = _with_settled(job, stored)
-    for section in asked.tree():
-        old, new = stored.tree()[section], asked.tree()[section]
-        if old != new:
+    old, new = flatten(stored.tree()), flatten(_with_settled(job, stored).tree())
+    for key in sorted({*old, *new}):
+        if old.get(key) != new.get(key):
             raise InputError(
-                f"{section}: got {new!r}, but the sweep to go on with has {old!r}: take its own job, or start anew"
+                f"{key}: got {new.get(key)}, but the sweep to go on with has {old.get(key)}: take its own job, or "
+                "start anew"
             )
     return folder
 
@@ -220,7 +221,7 @@ def _tuner(job: Job, folder: Path, parent: str | None, view: View, restored: boo
     )
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    if restored:
+    if restored and (folder / TUNE / "tuner.pkl").exists():  # else it was killed before it began
         return tune.Tuner.restore(str(folder / TUNE), trainable=trainable)
     seed = job.seed if section.seed is None else section.seed
     space, algorithm, samples = search.search(section, seed)
@@ -296,7 +297,7 @@ def _conclude(
         files += [place / "best.yaml", *draw(trials, job, place)]
     status: Status = "KILLED" if not ended else "FINISHED" if best is not None else "FAILED"
     parent.close(status)
-    tell_mlflow(job, folder, trials, best, files, status, say)
+    tell_mlflow(job, folder, trials, best if ended else None, files, status, say)
     if not ended:
         raise InterruptedRun(str(folder), sum(trial.steps for trial in trials))
     if best is None or best.run is None or best.value is None:

@@ -20,10 +20,14 @@ def experiment_of(job: Job) -> str:
 def open_parent(
     job: Job, folder: Path, say: Callable[[str], None], best: Mapping[str, Any] | None = None
 ) -> Tracker:
-    """The sweep's own MLflow run: the one it had, or a new one."""
+    """The sweep's own MLflow run: the one it had, or a new one.
+
+    Args:
+        best: the best trial's values, once the sweep has ended: a parameter cannot change in MLflow.
+    """
     state = folder / "sweep" / "mlflow.json"
     known = json.loads(state.read_text(encoding="utf-8"))["run_id"] if state.exists() else None
-    params = {"best": best} if best is not None else job.tree()
+    params = job.tree() if best is None else {"best": best} if best else {}
     tracker = open_tracker(
         job.tracking.type,
         run_name=folder.name,

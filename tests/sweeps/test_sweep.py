@@ -250,7 +250,9 @@ def test_a_sweep_goes_on_with_its_own_job_only(workplace: Path, cluster: None) -
     distmeta.sweep(Job.parse(swept(trials=1)))
     with pytest.raises(InputError, match=r"^run.name: the folder .* exists already: go on with --resume"):
         distmeta.sweep(Job.parse(swept(trials=1)))
-    with pytest.raises(InputError, match=r"^sweep: got .*, but the sweep to go on with has"):
+    with pytest.raises(
+        InputError, match=r"^sweep.trials: got 2, but the sweep to go on with has 1: take its"
+    ):
         distmeta.sweep(Job.parse(swept(trials=2)), resume=workplace / "runs" / "swept")
 
 
