@@ -124,7 +124,8 @@ def sweep(
         raise InputError("JOB: missing, expected a job file (only --resume FOLDER goes without)")
     loaded = Job.load(job if job is not None else Path(str(resume)) / "job.yaml", texts)
     try:
-        found = sweeps.sweep(loaded, resume, SweepTable())
+        with contextlib.redirect_stdout(sys.stderr):
+            found = sweeps.sweep(loaded, resume, SweepTable())
     except InterruptedRun as stop:
         _note("interrupted: finished trials and checkpoints are kept; go on with:")
         _note(f"  distmeta sweep --resume {stop.folder}")

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -24,6 +25,8 @@ CONNECT_SECONDS = 5.0
 """Longest wait for the dashboard to answer at all."""
 ANSWER_SECONDS = 60.0
 """Longest wait for an answer, and for a line of the log: a connection that broke may never say so."""
+REQUEST_SECONDS = 300.0
+"""Longest silence of a request: a package is taken in as a whole."""
 LOST_SECONDS = 120.0
 """Without an answer from the cluster, after which following ends."""
 
@@ -117,7 +120,10 @@ def connect(url: str) -> Any:
     os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray lets the environment go before what it is given
     try:
         with explained(url):
-            return JobSubmissionClient(url)
+            client = JobSubmissionClient(url)
+            # Ray asks without a time limit, and gives none to set
+            client._do_request = partial(client._do_request, timeout=(CONNECT_SECONDS, REQUEST_SECONDS))
+            return client
     except (RuntimeError, ValueError, KeyError, requests.RequestException) as error:
         if isinstance(error, InputError):
             raise

@@ -54,10 +54,13 @@ def submit(
     """
     url, folder = dashboard(address), Path(working_dir)
     file, loaded = _checked(job, overrides, folder, resume)
+    if sweep:
+        _check_sweep(loaded, resume)
     client = connect(url)
     with tempfile.TemporaryDirectory() as scratch, explained(url):
         named = [] if loaded is None else [file, *_files_named(loaded, folder)]
         runs = [] if loaded is None or _is_rooted(loaded.output) else [os.path.normpath(loaded.output)]
+        runs = [name for name in runs if not name.startswith(".")]  # the folder itself, or outside of it
         package = pack(folder, Path(scratch) / "package.zip", named, runs)
         if package.withheld:
             show(f"not packaged, since their names are those of secrets: {', '.join(package.withheld)}\n")
@@ -72,7 +75,10 @@ def submit(
     words += ["--working-dir", str(working_dir)] * (str(working_dir) != ".") + ["--sweep"] * sweep
     again = shlex.join([*words, "--address", redact(url)])
     submission = Submission(submission_id, url, "PENDING", again=again)
-    return follow(client, submission, show) if wait else submission
+    if not wait:
+        return submission
+    with explained(url):
+        return follow(client, submission, show)
 
 
 def entrypoint(
@@ -115,6 +121,18 @@ def _checked(
     return file, loaded
 
 
+def _check_sweep(job: Job | None, resume: str | None) -> None:
+    """Refuses here what `distmeta sweep` would refuse there."""
+    if job is not None and job.sweep is None:
+        raise InputError("--sweep: the job has no section sweep, expected one with a space")
+    if job is not None and "://" in job.output:
+        raise InputError(
+            f"output: got {redact(job.output)!r}, expected a folder (that all nodes see) for a sweep"
+        )
+    if resume == "auto":
+        raise InputError("--resume: got auto with --sweep, expected the sweep's folder on the cluster")
+
+
 def _refuse_credentials(texts: Sequence[tuple[str, str]]) -> None:
     for key, text in texts:
         if redact(text) != text:
@@ -142,7 +160,8 @@ def _inside(folder: Path) -> Iterator[None]:
 
 def _files_named(job: Job, folder: Path) -> list[str]:
     """Relative paths of files that the job names, such as `tasks.path`: they go along even where git ignores them."""
-    names = [text for _, text in _texts(job.tree()) if text and "\0" not in text and not _is_rooted(text)]
+    texts = [text for _, text in _texts(job.tree()) if text and "\0" not in text and not _is_rooted(text)]
+    names = [os.path.normpath(text) for text in texts]
     return [name for name in names if not name.startswith("..") and (folder / name).is_file()]
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from distmeta.mlflow_store import (
+    MAX_VALUE,
     Request,
     create_run,
     describe,
@@ -142,6 +143,18 @@ def left_running(parent: str | None) -> set[str]:
             return running_children(client, parent)
     except Exception:  # whatever a database driver or a cloud's client may raise; the tracker has said it
         return set()
+
+
+def tag_runs(tags: Mapping[str, Mapping[str, str]]) -> None:
+    """Sets tags of runs by their ids; nothing where the store does not answer."""
+    client = open_client(import_mlflow())
+    try:
+        with quiet_thread():
+            for run_id, texts in tags.items():
+                for key, text in texts.items():
+                    client.set_tag(run_id, key, text[:MAX_VALUE])
+    except Exception:  # as above
+        return
 
 
 class NoTracker:

@@ -43,7 +43,7 @@ def episodes_of(
 
         def policy(x: Any, acting: Callable[[Any], Any] = acting) -> Any:
             with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=reduced, cache_enabled=False):
-                return widened(acting(x))
+                return to_device(widened(acting(to_device(x, device))), "cpu")  # environments are there
 
         with exact:
             batch = to_device(collect(split, ids, k, policy), device)

@@ -146,11 +146,11 @@ def rewind(run: Path, step: int, best_step: int | None) -> None:
         (folder / "best").unlink(missing_ok=True)
 
 
-def retrack(checkpoint: Path, tracking_id: str | None) -> None:
-    """Makes a checkpoint go on in another MLflow run."""
+def untrack(checkpoint: Path) -> None:
+    """Makes a checkpoint go on in a new MLflow run."""
     path = checkpoint / "state.json"
     state = json.loads(path.read_text())
-    state["progress"]["tracking_id"] = tracking_id
+    state["progress"]["tracking_id"] = None
     write_whole(path, json.dumps(state, indent=1))
 
 

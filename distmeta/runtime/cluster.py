@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -37,9 +38,13 @@ def connect(ray: Any, address: str | None, cpus: int) -> Callable[[], None]:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = address or os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
+        if "RAY_AUTH_MODE" not in os.environ:  # it listens on this machine's address: nobody else is let in
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
         before = _raylets()
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, cpus), include_dashboard=False, **quiet)
-        return partial(_shut_down, ray, [_reaper(raylet) for raylet in _raylets() - before])
+        cpus = max(os.cpu_count() or 1, cpus)
+        context = ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        session = os.path.realpath(context.address_info["session_dir"])
+        return partial(_shut_down, ray, [_reaper(raylet, session) for raylet in _raylets() - before])
     _check_reachable(address)
     try:
         ray.init(address=address, **quiet)
@@ -60,9 +65,9 @@ def _shut_down(ray: Any, reapers: list[subprocess.Popen[bytes]]) -> None:
             reaper.wait(REAPER_SECONDS)
 
 
-def _reaper(raylet: int) -> subprocess.Popen[bytes]:
+def _reaper(raylet: int, session: str) -> subprocess.Popen[bytes]:
     """A process in a session of its own that outlives this one, however this one ends, and cleans up after it."""
-    words = [sys.executable, "-S", "-E", str(Path(__file__).with_name("reaper.py")), str(raylet)]
+    words = [sys.executable, "-S", "-E", str(Path(__file__).with_name("reaper.py")), str(raylet), session]
     return subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
 
 
@@ -79,10 +84,19 @@ def _raylets() -> set[int]:
 
 def resources(ray: Any) -> str:
     """What the cluster has, in words."""
-    have, free = ray.cluster_resources(), ray.available_resources()
+    try:
+        have, free = ray.cluster_resources(), ray.available_resources()
+    except ray.exceptions.RpcError:
+        return "the cluster's head does not answer"
     parts = [f"{have.get(key, 0):g} {key} ({free.get(key, 0):g} free)" for key in ("CPU", "GPU")]
     nodes = sum(bool(node["Alive"]) for node in ray.nodes())
     return f"the cluster has {' and '.join(parts)} on {nodes} node{'s' * (nodes != 1)}"
+
+
+def autoscales(ray: Any) -> bool:
+    """Whether nodes may come that are not there yet."""
+    # not in Ray's public interface (2.60); Ray Data asks the same way
+    return bool(ray._private.state.state.get_max_resources_from_cluster_config())
 
 
 class Nodes:
@@ -105,7 +119,10 @@ class Nodes:
 
     def died(self, node: str | None) -> bool:
         """Whether a node is gone, as far as the cluster's head knows."""
-        return node is not None and all(n["NodeID"] != node or not n["Alive"] for n in self._ray.nodes())
+        try:
+            return node is not None and all(n["NodeID"] != node or not n["Alive"] for n in self._ray.nodes())
+        except self._ray.exceptions.RpcError:  # a head that restarts
+            return False
 
 
 def _check_reachable(address: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,6 +80,8 @@ class _Run:
     reporter: Reporter
     check: Callable[[], None]
     progress: Progress
+    changing: Mapping[str, float] = field(default_factory=dict)
+    """The values that hold, of the keys that the job changes at any time."""
     saved: tuple[Progress, Path] | None = None
     """What the last checkpoint holds, and where it is."""
 
@@ -102,18 +104,23 @@ def train(
     reporter = reporter or Silent()
     start = starting_point(job if isinstance(job, Job) else Job.load(job), resume, reporter.say)
     problem, server, progress = _prepare(start, reporter.say)
-    if _finished(progress, problem.job.run):
-        reporter.say(f"{start.place} is at step {progress.step} of {problem.job.run.steps}: nothing to do")
-        return _summary(start, progress)
+    finished = _finished(progress, problem.job.run)
     with ExitStack() as stack:
-        pool = open_pool(problem, server.layout, reporter.say)
-        stack.callback(pool.close)
+        pool = None if finished else open_pool(problem, server.layout, reporter.say)
+        if pool is not None:
+            stack.callback(pool.close)
         tracker = _open_tracker(problem.job, start, progress, reporter)
         stack.callback(tracker.close, "FAILED")  # unless the loop got to say how it ended
         folder = RunFolder(start.folder, problem.job, start.checkpoint, start.uri)
         stack.callback(folder.close)
         for record in folder.records():
             tracker.log_step(record)  # it leaves out what its store has
+        if pool is None:  # what was to be told may not have been
+            reporter.say(
+                f"{start.place} is at step {progress.step} of {problem.job.run.steps}: nothing to do"
+            )
+            tracker.close("FINISHED")
+            return _summary(start, progress)
         check = stack.enter_context(interruptions())
         reporter.begin(folder.path, problem.job, progress.step)
         if start.uri is not None:
@@ -167,8 +174,8 @@ def _loop(run: _Run) -> None:
         run.progress = replace(run.progress, pending=None)
         run.folder.append(record)
         run.tracker.log_step(record)
-        improved = run.progress.best_step == step
-        if improved or (job.checkpoint_every and step % job.checkpoint_every == 0):
+        last = step in (run.progress.best_step, job.steps)
+        if last or (job.checkpoint_every and step % job.checkpoint_every == 0):
             _save(run)
         run.reporter.step(record)  # last: who is told may look at what is saved
     if run.progress.step < job.steps:
@@ -193,6 +200,10 @@ def _step(run: _Run) -> dict[str, Any]:
         for epoch in range(1, epochs):
             later = _epoch(run, np.concatenate([server.flat(), first]), epoch)
             record |= {key: record[key] + later[key] for key in record if key.startswith("seconds_")}
+            dropped = sorted({*record.get("dropped", ()), *later.get("dropped", ())})
+            if dropped:  # in any epoch
+                tasks = min(record["tasks"], later["tasks"])
+                record |= {"dropped": dropped, "tasks_dropped": len(dropped), "tasks": tasks}
     except BaseException:
         server.load(*before)
         raise
@@ -225,7 +236,7 @@ def _epoch(run: _Run, flat: np.ndarray, epoch: int) -> dict[str, Any]:
     stepped = time.perf_counter()
     busy = sum(r.seconds_draw + r.seconds_compute for r in results) / run.pool.size
     record |= {"grad_norm": size, "outer_lr": rate, "tasks": tasks, "tasks_dropped": len(dropped)}
-    record |= problem.job.changing(step)
+    record |= run.changing
     if dropped:
         record["dropped"] = dropped
     return record | {
@@ -243,6 +254,8 @@ def _enter_phase(run: _Run, step: int) -> None:
     """Takes up the values that the job's `changes` give the step after `step` completed ones."""
     job = run.problem.job
     phase = job.phase(step)
+    if job.changes and (phase != run.problem.phase or not run.changing):
+        run.changing = job.changing(step)
     if phase != run.problem.phase:
         run.problem = run.problem.at(phase)
         run.server.retune(job.at(step).outer)

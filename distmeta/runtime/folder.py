@@ -46,6 +46,10 @@ SETTLED: dict[str, tuple[Any, ...]] = {
 """What a job may leave open and the run settled at its start."""
 
 
+class FolderInUseError(InputError):
+    """Another process writes there."""
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a training begins."""
@@ -251,12 +255,9 @@ class RunFolder:
         self._lock.close()
 
 
-def adopt(checkpoint: Path, folder: Path, tracking_id: str | None) -> None:
+def adopt(checkpoint: Path, folder: Path) -> None:
     """Makes a run folder that goes on from another run's checkpoint: that checkpoint, the best one before it, and the
-    steps up to it. What was in the folder is lost.
-
-    Args:
-        tracking_id: the MLflow run that goes on; None: a new one.
+    steps up to it, for an MLflow run of its own. What was in the folder is lost.
     """
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "checkpoints").mkdir(parents=True)
@@ -267,7 +268,7 @@ def adopt(checkpoint: Path, folder: Path, tracking_id: str | None) -> None:
             shutil.copytree(source, folder / "checkpoints" / source.name)
     shutil.copyfile(checkpoint.parents[1] / "metrics.jsonl", folder / "metrics.jsonl")
     _cut_back(folder / "metrics.jsonl", progress.step - (progress.pending is not None))
-    checkpoints.retrack(folder / "checkpoints" / checkpoint.name, tracking_id)
+    checkpoints.untrack(folder / "checkpoints" / checkpoint.name)
     checkpoints.rewind(folder, progress.step, progress.best_step)
 
 
@@ -278,7 +279,7 @@ def _locked(path: Path) -> IO[str]:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise InputError(f"run.name: the run folder {path} is in use by another process") from None
+        raise FolderInUseError(f"run.name: the run folder {path} is in use by another process") from None
     except OSError:
         pass  # a file system without locks
     return file

@@ -8,6 +8,7 @@ and called in no other way. What the user names (`model.type=…`, `load(…, mo
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from distmeta.components import locate
 from distmeta.core import InputError
 from distmeta.job import Job
+from distmeta.jobfile import override, value_at
 
 SECTIONS = ("model", "tasks", "algorithm")
 NEEDED = {
@@ -35,10 +37,12 @@ def stored_job(
     """
     if not isinstance(tree, Mapping) or not all(isinstance(tree.get(name), Mapping) for name in SECTIONS):
         raise InputError("checkpoint: it holds no job")
-    given = {s for s in SECTIONS if any(text.startswith((f"{s}.type=", f"{s}=")) for text in overrides)}
+    asked = override({}, overrides)
+    given = {section for section in SECTIONS if value_at(asked, f"{section}.type") is not None}
     tree = _with_own_parts(tree, parts)
     _check_parts(tree, given | {section for section, part in parts.items() if part is not None}, say)
-    kept = [text for text in overrides if text.partition("=")[0] in {f"{s}.type" for s in given}]
+    _check_options(tree, asked)
+    kept = [text for text in overrides if text.partition("=")[0] in {*given, *(f"{s}.type" for s in given)}]
     return Job.parse(dict(tree), kept).tree()
 
 
@@ -84,6 +88,22 @@ def _check_parts(tree: Mapping[str, Any], own: set[str], say: Callable[[str], No
                 f"{section}.type: the checkpoint names {kind!r}, expected {expected}; if it is what you trained with, "
                 f"say so: {section}.type={kind} (load: {section}=…)"
             )
+
+
+def _check_options(tree: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Refuses an option that names a function to be called (`tasks.make` of gym), unless the user says it as well."""
+    for section in SECTIONS:
+        for key, value in tree[section].items():
+            names = (
+                key != "type"
+                and isinstance(value, str)
+                and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value)
+            )
+            if names and value_at(asked, f"{section}.{key}") is None:
+                raise InputError(
+                    f"{section}.{key}: the checkpoint names {value!r}, which would be called; if it is what you "
+                    f"trained with, say so: {section}.{key}={value}"
+                )
 
 
 def _is_a(section: str, part: Any) -> bool:

@@ -76,9 +76,13 @@ class _Call:
     """The map it was made for; it may outlast it, where another worker was faster."""
 
     @property
-    def kind(self) -> tuple[str, int]:
-        """Shards that take about as long as each other."""
-        return self.shard.split, self.shard.inner_steps
+    def kind(self) -> tuple[str, int, bool]:
+        return kind_of(self.shard)
+
+
+def kind_of(shard: Shard) -> tuple[str, int, bool]:
+    """Shards of a kind take about as long as each other; later epochs find their episodes made."""
+    return shard.split, shard.inner_steps, shard.epoch > 0
 
 
 class RayPool:
@@ -93,8 +97,9 @@ class RayPool:
         number = f"{least}" if least == most else f"{least} to {most}"
         say(f"starting {number} Ray worker{'s' * (most > 1)} …")
         self._disconnect = connect(ray, self._run.address, math.ceil(least * self._run.cpus_per_worker))
+        self._compiles = problem.job.compute.compile
         self._calls: dict[Any, _Call] = {}
-        self._timed: dict[tuple[str, int], deque[float]] = {}
+        self._timed: dict[tuple[str, int, bool], deque[float]] = {}
         try:
             constants = constants_of(problem.model)
             spec = ray.put(WorkerSpec(problem.job.tree(), layout, constants, os.getcwd()))
@@ -147,7 +152,7 @@ class RayPool:
         for worker in self._fleet.idle():
             now, position = time.monotonic(), work.next()
             if position is None:
-                position = work.straggler(now, self._times((shards[0].split, shards[0].inner_steps)))
+                position = work.straggler(now, self._times(kind_of(shards[0])))
                 if position is None:
                     return
                 self._say(f"shard {shards[position].index} is slow: worker {worker} computes it as well")
@@ -195,9 +200,12 @@ class RayPool:
         for key, call in list(self._calls.items()):
             silent = now - call.since
             failures = call.of.failures[call.position]
-            if hung(silent, self._times(call.kind), failures, self._run.shard_timeout):
+            timed = (
+                () if self._compiles else self._times(call.kind)
+            )  # a first shard may take a minute to compile
+            if hung(silent, timed, failures, self._run.shard_timeout):
                 del self._calls[key]
                 self._lost(call, f"no answer for {silent:.0f} s")
 
-    def _times(self, kind: tuple[str, int]) -> deque[float]:
+    def _times(self, kind: tuple[str, int, bool]) -> deque[float]:
         return self._timed.setdefault(kind, deque(maxlen=TIMED))

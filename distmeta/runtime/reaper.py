@@ -1,4 +1,5 @@
-"""Ends what a local Ray leaves behind: `python reaper.py RAYLET_PID`, with a pipe from the driver as standard input.
+"""Ends what a local Ray leaves behind: `python reaper.py RAYLET_PID SESSION`, with a pipe from the driver as standard
+input.
 
 A driver that is killed takes Ray's head and raylet along (they ask the kernel for it), but not the raylet's own
 children: agents linger for a minute or two, a worker that hangs or was stopped stays for ever. The pipe ends when the
@@ -17,23 +18,27 @@ SWEEPS, PAUSE = 10, 0.2
 """A raylet that is still ending may yet have started something: look a few times."""
 
 
-def started_by(raylet: int) -> list[int]:
-    """The processes in whose environment Ray wrote this raylet's pid."""
-    mark, found = f"RAY_RAYLET_PID={raylet}".encode(), []
+def started_by(raylet: int, session: str) -> list[int]:
+    """The processes in whose environment Ray wrote this raylet's pid, or that write the logs of its session: a process
+    that gives itself a title, as Ray's do, writes it over its environment.
+    """
+    mark, logs, found = f"RAY_RAYLET_PID={raylet}".encode(), session + "/logs/", []
     for name in os.listdir("/proc"):
-        if name.isdigit():
+        if name.isdigit() and int(name) != os.getpid():
             try:
                 with open(f"/proc/{name}/environ", "rb") as file:
-                    if mark in file.read().split(b"\0"):
-                        found.append(int(name))
+                    marked = mark in file.read().split(b"\0")
+                files = [os.readlink(f"/proc/{name}/fd/{number}") for number in ("1", "2")]
             except OSError:  # gone meanwhile, or another user's
                 continue
+            if marked or any(file.startswith(logs) for file in files):
+                found.append(int(name))
     return found
 
 
-def end(raylet: int) -> None:
+def end(raylet: int, session: str) -> None:
     for sweep in range(SWEEPS):
-        left = started_by(raylet)
+        left = started_by(raylet, session)
         if not left and sweep:
             return
         for pid in left:
@@ -46,4 +51,4 @@ def end(raylet: int) -> None:
 
 if __name__ == "__main__":
     sys.stdin.buffer.read()  # until the driver is no more
-    end(int(sys.argv[1]))
+    end(int(sys.argv[1]), sys.argv[2])

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from distmeta.job import Job
 from distmeta.jobfile import parse_yaml
@@ -14,8 +13,7 @@ from distmeta.runtime import checkpoint as checkpoints
 from distmeta.sweeps.trial import RUN, STEP, evaluations_of, failure_file, figure_of, name_of
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     """One trial, as it stands."""
 
     name: str
@@ -48,8 +46,12 @@ def trials_of(results: Any, folder: Path, job: Job) -> list[Trial]:
 def _trial(result: Any, folder: Path, job: Job) -> Trial:
     assert job.sweep is not None
     last = result.metrics or {}
-    name = name_of(last.get("trial_id") or Path(result.path).name)
-    run = Path(last[RUN]) if RUN in last else folder / "trials" / name
+    name = name_of(Path(result.path).name)  # after an exploit, what was reported last is the other trial's
+    run = Path(last.get(RUN, ""))
+    if run.name.removeprefix(name)[:1] not in ("", "-"):
+        run, last = folder / "trials" / name, {}
+    elif RUN not in last:
+        run = folder / "trials" / name
     tracking_id = None
     if (run / "checkpoints" / "latest").exists():
         tracking_id = checkpoints.load(run).progress.tracking_id

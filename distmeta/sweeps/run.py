@@ -29,7 +29,7 @@ from distmeta.runtime.interrupt import InterruptedRun
 from distmeta.space import Sweep
 from distmeta.sweeps import NothingFoundError
 from distmeta.sweeps.results import Trial, best_job, best_of, draw, trials_of, write_table
-from distmeta.sweeps.tracked import experiment_of, open_parent, tell_mlflow
+from distmeta.sweeps.tracked import experiment_of, open_parent, remember_parent, tell_mlflow
 from distmeta.tracking import Status, Tracker
 
 TUNE = "tune"
@@ -114,9 +114,12 @@ def sweep(job: Job | str | Path, resume: str | Path | None = None, view: View | 
         with _sigterm_as_sigint():
             results = _tuner(job, folder, parent.run_id, view, resume is not None).fit()
         trials = trials_of(results, folder, job)
-        spent = sum(trial.steps for trial in trials)
         ended = len(trials) == _section(job).count and all(t.status != "unfinished" for t in trials)
-        ended = ended or spent >= (_section(job).budget or math.inf)
+        if sum(trial.steps for trial in trials) >= (_section(job).budget or math.inf):
+            ended, trials = (
+                True,
+                [t._replace(status="stopped") if t.status == "unfinished" else t for t in trials],
+            )
         view.end()
         return _conclude(job, folder, trials, parent, ended, view.say)
 
@@ -163,11 +166,10 @@ def _settled(job: Job, say: Callable[[str], None]) -> Job:
 
 
 def _with_settled(job: Job, found: Job) -> Job:
-    outer = {
-        "schedule": job.outer.schedule.model_dump()
-        | {"steps": job.outer.schedule.steps or found.outer.schedule.steps}
-    }
-    compute = {}
+    outer, compute = {}, {}
+    if job.trial_steps < job.run.steps:
+        length = job.outer.schedule.steps or found.outer.schedule.steps
+        outer = {"schedule": job.outer.schedule.model_dump() | {"steps": length}}
     if job.compute.execution == "measure":
         compute = {"execution": found.compute.execution, "chunk": found.compute.chunk}
     return job.replace(compute=compute, outer=outer)
@@ -187,21 +189,20 @@ def _join_ray(job: Job, stack: ExitStack) -> None:
     """
     import ray
 
-    from distmeta.runtime.cluster import connect
+    from distmeta.runtime.cluster import autoscales, connect
     from distmeta.sweeps.search import resources
 
     os.environ |= {key: os.environ.get(key, value) for key, value in SETTINGS.items()}
-    bundles = resources(job)
-    need = {key: sum(bundle.get(key, 0.0) for bundle in bundles) for key in ("CPU", "GPU")}
-    stack.callback(connect(ray, job.run.address, math.ceil(need["CPU"])))
+    bundles = [bundle for bundle in resources(job) if bundle]
+    one, count = bundles[0], len(bundles)
+    stack.callback(connect(ray, job.run.address, math.ceil(count * one.get("CPU", 0.0))))
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    have = {key: sum(node.get(key, 0.0) for node in nodes) for key in need}
-    largest = max(bundles, key=lambda bundle: sum(bundle.values()))
-    fits = any(all(node.get(key, 0.0) >= value for key, value in largest.items()) for node in nodes)
-    if not fits or any(have[key] < need[key] for key in need):
+    places = sum(min(int(node.get(key, 0.0) / value) for key, value in one.items()) for node in nodes)
+    if places < count and not autoscales(ray):
+        have = {key: sum(node.get(key, 0.0) for node in nodes) for key in ("CPU", "GPU")}
         raise InputError(
-            f"run.workers: {job.run.min_workers}: a trial needs {need['CPU']:g} CPU and {need['GPU']:g} GPU, "
-            f"{largest.get('CPU', 0):g} and {largest.get('GPU', 0):g} of them on one node, but the cluster has "
+            f"run.workers: {job.run.min_workers}: a trial needs {count} place{'s' * (count > 1)} of "
+            f"{one.get('CPU', 0):g} CPU and {one.get('GPU', 0):g} GPU, but the cluster has {places}: "
             f"{have['CPU']:g} CPU and {have['GPU']:g} GPU on {len(nodes)} node{'s' * (len(nodes) != 1)}"
         )
 
@@ -222,15 +223,15 @@ def _tuner(job: Job, folder: Path, parent: str | None, view: View, restored: boo
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if restored and (folder / TUNE / "tuner.pkl").exists():  # else it was killed before it began
-        return tune.Tuner.restore(str(folder / TUNE), trainable=trainable)
+        return tune.Tuner.restore(str(folder / TUNE), trainable=trainable, resume_errored=True)
     seed = job.seed if section.seed is None else section.seed
     space, algorithm, samples = search.search(section, seed)
     return tune.Tuner(
         trainable,
         param_space=space,
         tune_config=tune.TuneConfig(
-            metric=None if algorithm is not None else SCORE,
-            mode=None if algorithm is not None else "max",
+            metric=SCORE,
+            mode="max",
             search_alg=algorithm,
             scheduler=search.scheduler(section, job),
             num_samples=samples,
@@ -265,6 +266,7 @@ def _spec(job: Job, folder: Path, parent: str | None) -> Any:
         "checkpoint_every": asked.eval_every,
         "keep": asked.steps if changing else max(asked.keep, 2),  # any may be another trial's start
         "address": None,  # a trial is on the cluster already
+        "workers": asked.min_workers,  # its placement group has room for no more
     }
     tree["tracking"] |= {"experiment": experiment_of(job), "parent": parent}
     return TrialSpec(
@@ -296,6 +298,7 @@ def _conclude(
         (place / "best.yaml").write_text(found + best_job(best, job).dump(), encoding="utf-8")
         files += [place / "best.yaml", *draw(trials, job, place)]
     status: Status = "KILLED" if not ended else "FINISHED" if best is not None else "FAILED"
+    remember_parent(folder, parent)
     parent.close(status)
     tell_mlflow(job, folder, trials, best if ended else None, files, status, say)
     if not ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from ray.tune.search.sample import Domain as TuneDomain
 from distmeta.job import Job
 from distmeta.seeding import stream_generator
 from distmeta.space import Domain, Sweep
-from distmeta.sweeps.trial import SCORE, STEP
+from distmeta.sweeps.trial import RUN, SCORE, STEP, evaluations_of, figure_of
 
 
 def points(sweep: Sweep, seed: int) -> list[dict[str, Any]]:
@@ -63,20 +64,56 @@ def search(sweep: Sweep, seed: int) -> tuple[dict[str, Any], Any, int]:
 def scheduler(sweep: Sweep, job: Job) -> TrialScheduler:
     settings, steps = sweep.scheduler, job.trial_steps
     if settings.type == "asha":
-        return AsyncHyperBandScheduler(
-            time_attr=STEP,
-            max_t=steps + 1,  # a trial ends by itself at its last step
-            grace_period=min(settings.grace or job.run.eval_every, steps),
-            reduction_factor=settings.reduction or 4,
-        )
+        return Asha(sweep, steps, settings.grace or job.run.eval_every)
     if settings.type == "pbt":
-        return PopulationBasedTraining(
+        return Pbt(sweep, steps, settings.interval or job.run.eval_every)
+    return FIFOScheduler()
+
+
+class Asha(AsyncHyperBandScheduler):
+    """Tune's; it leaves a trial at its last step alone, and knows after a restart what was reported before."""
+
+    def __init__(self, sweep: Sweep, steps: int, grace: int):
+        self._section, self._steps = sweep, steps
+        super().__init__(
             time_attr=STEP,
-            perturbation_interval=settings.interval or job.run.eval_every,
+            max_t=steps + 1,
+            grace_period=min(grace, steps),
+            reduction_factor=sweep.scheduler.reduction or 4,
+        )
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        """What a restored trial reported before counts in the rungs: Tune keeps no scheduler's state."""
+        super().on_trial_add(tune_controller, trial)
+        last = trial.last_result or {}
+        for row in evaluations_of(Path(last[RUN])) if RUN in last else ():
+            if row["step"] <= last[STEP]:
+                _, value, sign = figure_of(row, self._section.metric, self._section.mode)
+                self.on_trial_result(tune_controller, trial, {STEP: row["step"], SCORE: sign * value})
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result[STEP] >= self._steps:
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
+
+
+class Pbt(PopulationBasedTraining):
+    """Tune's, with values kept in their ranges; a trial at its last step is left alone."""
+
+    def __init__(self, sweep: Sweep, steps: int, interval: int):
+        self._steps = steps
+        super().__init__(
+            time_attr=STEP,
+            perturbation_interval=interval,
             hyperparam_mutations={"values": {key: as_tune(domain) for key, domain in sweep.space.items()}},
             custom_explore_fn=Within({key: domain.values for key, domain in sweep.space.items()}),
+            require_attrs=False,  # a trial that fails at once has reported nothing
         )
-    return FIFOScheduler()
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result.get(STEP, 0) >= self._steps:
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(tune_controller, trial, result)
 
 
 class Within:

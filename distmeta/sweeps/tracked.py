@@ -10,7 +10,9 @@ from typing import Any
 from distmeta.job import Job
 from distmeta.runtime.checkpoint import write_whole
 from distmeta.sweeps.results import Trial
-from distmeta.tracking import Status, Tracker, left_running, open_tracker
+from distmeta.tracking import Status, Tracker, left_running, open_tracker, tag_runs
+
+STATE = "sweep/mlflow.json"
 
 
 def experiment_of(job: Job) -> str:
@@ -25,7 +27,7 @@ def open_parent(
     Args:
         best: the best trial's values, once the sweep has ended: a parameter cannot change in MLflow.
     """
-    state = folder / "sweep" / "mlflow.json"
+    state = folder / STATE
     known = json.loads(state.read_text(encoding="utf-8"))["run_id"] if state.exists() else None
     params = job.tree() if best is None else {"best": best} if best else {}
     tracker = open_tracker(
@@ -40,8 +42,13 @@ def open_parent(
         run_id=known,
         say=say,
     )
-    write_whole(state, json.dumps({"run_id": tracker.run_id}))
+    remember_parent(folder, tracker)
     return tracker
+
+
+def remember_parent(folder: Path, tracker: Tracker) -> None:
+    """Keeps the id, which a slow store may give late."""
+    write_whole(folder / STATE, json.dumps({"run_id": tracker.run_id}))
 
 
 def tell_mlflow(
@@ -62,23 +69,33 @@ def tell_mlflow(
     for path in files:
         tracker.log_artifact(path)
     tracker.close(status)
-    for trial in trials:
-        if trial.tracking_id in left and trial.run is not None:
-            _finish_trial(job, trial, say)
+    known = {trial.tracking_id: trial for trial in trials if trial.tracking_id is not None}
+    for run_id in left:
+        _finish(job, run_id, known.get(run_id), say)
+    tag_runs({run_id: _tags(trial) for run_id, trial in known.items()})
 
 
-def _finish_trial(job: Job, trial: Trial, say: Callable[[str], None]) -> None:
-    """Sends a trial's whole history again, of which MLflow keeps what it lacks, and how it ended."""
-    assert trial.run is not None
+def _tags(trial: Trial) -> dict[str, str]:
+    return {"distmeta.trial": trial.status} | ({"distmeta.reason": trial.reason} if trial.reason else {})
+
+
+def _finish(job: Job, run_id: str, trial: Trial | None, say: Callable[[str], None]) -> None:
+    """Sends a trial's whole history again, of which MLflow keeps what it lacks, and how it ended.
+
+    Args:
+        trial: None: the run of a trial that went on from another's, in another run.
+    """
     tracker = open_tracker(
         job.tracking.type,
-        run_name=trial.run.name,
+        run_name="",
         experiment=experiment_of(job),
         params={},
-        tags={"distmeta.trial": trial.status} | ({"distmeta.reason": trial.reason} if trial.reason else {}),
-        run_id=trial.tracking_id,
+        tags={},
+        run_id=run_id,
         say=say,
     )
-    for line in (trial.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        tracker.log_step(json.loads(line))
-    tracker.close("FAILED" if trial.status == "failed" else "KILLED")
+    if trial is not None and trial.run is not None:
+        for line in (trial.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            tracker.log_step(json.loads(line))
+    ends: dict[str, Status] = {"failed": "FAILED", "finished": "FINISHED"}
+    tracker.close(ends.get(trial.status, "KILLED") if trial is not None else "KILLED")

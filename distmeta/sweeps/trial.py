@@ -22,8 +22,10 @@ from ray import tune
 from distmeta.core import InputError, NumericsError
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
+from distmeta.runtime.checkpoint import SaveError
 from distmeta.runtime.driver import Silent, train
-from distmeta.runtime.folder import adopt
+from distmeta.runtime.failure import LostShardError
+from distmeta.runtime.folder import FolderInUseError, adopt
 from distmeta.runtime.interrupt import InterruptedRun, StopRequested
 from distmeta.runtime.scores import primary
 
@@ -61,7 +63,7 @@ class Pointer(NamedTuple):
 
 
 def name_of(trial_id: str) -> str:
-    """The name of a trial's run folder: trial-00003 for Tune's 1a2b3_00003."""
+    """The name of a trial's run folder: trial-00003 for Tune's 1a2b3_00003; TPE's ids are random and have no number."""
     return f"trial-{trial_id.rpartition('_')[2]}"
 
 
@@ -70,6 +72,9 @@ def run_trial(config: Mapping[str, Any], spec: TrialSpec) -> None:
 
     A training that fails ends the trial here, with its reason in a file: Tune would try an error again, and the same
     numbers would come to the same end.
+
+    Raises:
+        LostShardError, SaveError, OSError, FolderInUseError: what may go better elsewhere or later.
     """
     os.environ |= spec.environment | {"TUNE_FUNCTION_THREAD_TIMEOUT_S": "60"}  # to save and say how it ended
     os.chdir(spec.working)
@@ -78,8 +83,10 @@ def run_trial(config: Mapping[str, Any], spec: TrialSpec) -> None:
     name = name_of(tune.get_context().get_trial_id() or "")
     try:
         _train(dict(config["values"]), name, spec)
-    except InterruptedRun:
+    except (InterruptedRun, StopRequested):
         sys.exit(0)  # as Tune ends a thread that it has stopped
+    except (LostShardError, SaveError, OSError, FolderInUseError):
+        raise  # lost workers, a full disk, a predecessor not gone yet: Tune tries again
     except Exception as error:  # whatever a user's parts may raise
         text = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         failure_file(spec.folder, name).write_text(text, encoding="utf-8")
@@ -94,20 +101,18 @@ def _train(values: dict[str, Any], name: str, spec: TrialSpec) -> None:
     pointer = _pointer()
     trials = Path(spec.folder) / "trials"
     if pointer is None:
-        job, folder = first_job(spec, values, name), trials / name
-        resume = "auto"  # it may have begun and not come to its first report
+        job, folder, resume = first_job(spec, values, name), trials / name, "auto"  # it may have begun
     else:
-        stored = Job.parse(checkpoints.load(pointer.checkpoint).job)
-        now = stored.at(pointer.step)
+        own = pointer.run.name.removeprefix(name)[:1] in ("", "-")
+        job, folder = Job.parse(checkpoints.load(pointer.run if own else pointer.checkpoint).job), pointer.run
+        now = job.at(pointer.step)
         perturbed = {key: value for key, value in values.items() if value != now.value(key)}
-        folder = pointer.run
-        if perturbed or folder.name.removeprefix(name)[:1] not in ("", "-"):  # on from another trial's
+        if perturbed or not own:  # on from another trial's, in a run folder and an MLflow run of its own
             folder = trials / f"{name}-{pointer.step}"
-            adopt(pointer.checkpoint, folder, _own_tracking_id(trials, name))
+            adopt(pointer.checkpoint, folder)
             change = [{"step": pointer.step, "set": perturbed}] if perturbed else []
-            changes = [*stored.tree()["changes"], *change]
-            stored = stored.with_values({"run.name": folder.name}, changes=changes)
-        job, resume = stored, folder
+            job = job.with_values({"run.name": folder.name}, changes=[*job.tree()["changes"], *change])
+        resume = folder
     report = Report(spec, folder, job.run.steps)
     for row in _evaluations(folder, pointer.step if pointer else 0):
         report.step(row)  # computed before Tune's last note of it: it need not be again
@@ -129,16 +134,6 @@ def _pointer() -> Pointer | None:
     with checkpoint.as_directory() as folder:
         stored = json.loads((Path(folder) / POINTER).read_text(encoding="utf-8"))
     return Pointer(Path(stored[RUN]), int(stored[STEP]))
-
-
-def _own_tracking_id(trials: Path, name: str) -> str | None:
-    """The MLflow run that the trial had in any of its run folders."""
-    for folder in sorted(trials.glob(f"{name}*/")):
-        if (folder / "checkpoints" / "latest").exists():
-            found = checkpoints.load(folder).progress.tracking_id
-            if found is not None:
-                return found
-    return None
 
 
 def _evaluations(folder: Path, after: int) -> Iterator[dict[str, Any]]:

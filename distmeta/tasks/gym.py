@@ -95,7 +95,12 @@ class Gym:
         environments = self._environments(ids, count)
         noise = self._actions.noise(ids, k, count, how.episodes * how.horizon)
         vector = side_by_side(environments, np.stack(seeds), self._actions)
-        return how.run(vector, self._actions, noise, policy)
+        try:
+            return how.run(vector, self._actions, noise, policy)
+        finally:
+            for environment in environments:
+                if environment not in self._kept:  # made for these trajectories alone
+                    environment.close()
 
     def score(self, outputs: Tensor, batch: Trajectories) -> tuple[Tensor, Metrics]:
         return score(outputs, batch)
