@@ -143,6 +143,7 @@ def test_a_module_that_the_cluster_lacks_is_the_users_mistake(
     assert last["status"] == "FAILED"
 
 
+@pytest.mark.slow
 def test_how_a_driver_ends_is_how_submit_ends(head: str) -> None:
     client = connect(head)
     lines = {"exit 3": 1, "exit 130": 130, "exec no-such-distmeta": 2}
@@ -246,6 +247,7 @@ def test_a_log_is_shown_once_however_often_its_connection_breaks() -> None:
     assert (tail.run, tail.error) == ("/x/runs/a", "it broke")
 
 
+@pytest.mark.slow
 def test_a_sweep_is_submitted_too(head: str, workplace: Path) -> None:
     sweep = {"space": {"outer.lr": {"loguniform": [1e-3, 1e-1]}}, "trials": 2}
     settings = {"steps": 2, "eval_every": 1, "eval_tasks": 5, "name": "searched"}
