@@ -19,21 +19,28 @@ SWEEPS, PAUSE = 10, 0.2
 
 
 def started_by(raylet: int, session: str) -> list[int]:
-    """The processes in whose environment Ray wrote this raylet's pid, or that write the logs of its session: a process
-    that gives itself a title, as Ray's do, writes it over its environment.
+    """The processes in whose environment Ray wrote this raylet's pid, and those with a title of Ray's, which they write
+    over their environment, that have logs of its session open.
     """
-    mark, logs, found = f"RAY_RAYLET_PID={raylet}".encode(), session + "/logs/", []
+    mark, found = f"RAY_RAYLET_PID={raylet}".encode(), []
     for name in os.listdir("/proc"):
         if name.isdigit() and int(name) != os.getpid():
             try:
                 with open(f"/proc/{name}/environ", "rb") as file:
                     marked = mark in file.read().split(b"\0")
-                files = [os.readlink(f"/proc/{name}/fd/{number}") for number in ("1", "2")]
+                if marked or has_logs_open(name, session):
+                    found.append(int(name))
             except OSError:  # gone meanwhile, or another user's
                 continue
-            if marked or any(file.startswith(logs) for file in files):
-                found.append(int(name))
     return found
+
+
+def has_logs_open(process: str, session: str) -> bool:
+    with open(f"/proc/{process}/cmdline", "rb") as file:
+        if not file.read().startswith(b"ray::"):
+            return False
+    folder = f"/proc/{process}/fd"
+    return any(os.readlink(f"{folder}/{name}").startswith(session + "/logs/") for name in os.listdir(folder))
 
 
 def end(raylet: int, session: str) -> None:
