@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import socket
 import subprocess
 import sys
@@ -38,8 +37,6 @@ def connect(ray: Any, address: str | None, cpus: int) -> Callable[[], None]:
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     address = address or os.environ.get("RAY_ADDRESS")
     if not address or address == "local":
-        if "RAY_AUTH_MODE" not in os.environ:  # it listens on this machine's address: nobody else is let in
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
         before = _raylets()
         cpus = max(os.cpu_count() or 1, cpus)
         context = ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
