@@ -24,7 +24,7 @@ import distmeta
 from distmeta.job import Job
 
 JOB = Path(__file__).parents[1] / "jobs" / "sweep-sinusoid-maml.yaml"
-TRIALS, STEPS, ROUNDS = 16, 400, 3
+TRIALS, STEPS, ROUNDS = 16, 400, 2
 
 
 def search() -> dict[str, object]:
@@ -45,7 +45,7 @@ def search() -> dict[str, object]:
         ]
     return {
         "trials": len(found.trials),
-        "best": found.best,
+        "best_values": found.best,
         "steps_spent": spent,
         "steps_share": spent / whole,
         "seconds": seconds,

@@ -31,7 +31,7 @@ def bits(run: Path) -> bytes:
 
 @pytest.mark.parametrize(
     ("seed", "faults", "steps"),
-    [(7, 4, 60), pytest.param(0, 500, 8000, marks=pytest.mark.slow)],
+    [(7, 3, 45), pytest.param(0, 500, 8000, marks=pytest.mark.slow)],
     ids=["short", "long"],
 )
 def test_chaos(seed: int, faults: int, steps: int, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

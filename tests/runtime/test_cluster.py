@@ -61,6 +61,7 @@ def test_joined_by_address_and_by_environment(head: str, workplace: Path) -> Non
         assert all(theta[name].equal(expected[name]) for name in expected)
 
 
+@pytest.mark.slow  # Ray itself tries for 20 s
 def test_a_wrong_token_is_one_line(head: str, workplace: Path) -> None:
     (workplace / "job.yaml").write_text(yaml.safe_dump(tree("maml", run={"workers": 2})))
     done = train(f"run.address={head}", RAY_AUTH_TOKEN="0" * 32)

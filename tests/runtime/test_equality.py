@@ -56,7 +56,7 @@ if find_spec("mujoco"):
     GYM = {"type": "gym", "trajectories": 2, "horizon": 5}
     CASES["gym"] = tree("maml-rl", tasks=GYM, run=RUN)
 
-EVERY_NUMBER = ("maml", "contrastive")
+EVERY_NUMBER = ("maml",)
 """Algorithms that meet one, two and four Ray workers."""
 
 
@@ -85,7 +85,14 @@ class Flag(Silent):
         self.path.touch()
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name in EVERY_NUMBER or name not in ALGORITHMS])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name == "compiled" else name
+        for name in CASES
+        if name in EVERY_NUMBER or name not in ALGORITHMS
+    ],
+)
 def test_any_number_of_workers(name: str, workplace: Path, cluster: None) -> None:
     alone = trained(CASES[name], workers=0)
     assert Job.load(alone / "job.yaml").compute.compile == (name == "compiled")

@@ -87,6 +87,7 @@ def test_workers_that_never_start_end_the_run_before_it_begins(workplace: Path, 
     assert not (workplace / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_worker_is_replaced_after_the_limit(workplace: Path, cluster: None) -> None:
     stopped: list[int] = []
 
@@ -139,6 +140,7 @@ def test_an_elastic_pool_starts_with_the_minimum_and_uses_what_fits(workplace: P
     assert "waiting for room (1 CPU, 0 GPU each); the cluster has 4 CPU" in waiting[0]
 
 
+@pytest.mark.slow
 def test_at_the_command_line_a_lost_shard_is_one_line_and_json_stays_json(workplace: Path) -> None:
     """Ray prints what it thinks of a dead worker; the run stops with a checkpoint, without a traceback."""
     job = tree("maml", tasks={"type": "hard_cases:Faulty", "folder": ".", "kill": "train", "times": 99})
