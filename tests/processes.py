@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
+import struct
 import time
 from pathlib import Path
 
@@ -41,6 +43,29 @@ def worker_pids(pid: int | None = None) -> list[int]:
     """The Ray actors below a process (this one unless told) that are distmeta's workers."""
     below = descendants(os.getpid() if pid is None else pid)
     return [p for p in below if words(p).startswith("ray::WorkerProcess") and state(p) not in ("", "Z")]
+
+
+def listening(pids: list[int]) -> set[str]:
+    """The addresses that processes listen at, `127.0.0.1:80`."""
+    owned = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                owned.add(os.readlink(descriptor))
+            except OSError:  # closed meanwhile
+                continue
+    found = set()
+    for family in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{family}").read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state != "0A" or f"socket:[{rest[5]}]" not in owned:
+                continue
+            host, port = local.split(":")
+            words = struct.iter_unpack(">I", bytes.fromhex(host))  # each in this machine's order
+            address = ipaddress.ip_address(b"".join(struct.pack("=I", *word) for word in words))
+            plain = getattr(address, "ipv4_mapped", None) or address
+            found.add(f"{plain}:{int(port, 16)}")
+    return found
 
 
 def send(pids: list[int], number: signal.Signals) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,24 @@ LOOK_SECONDS = 2.0
 """Between two looks at the nodes: one small question to the head."""
 
 
+def import_ray(address: str | None) -> Any:
+    """Ray's module. A Ray of this run's own will ask for a token, unless RAY_AUTH_MODE says otherwise: Ray reads the
+    mode when it is imported, so that a program that did so before decides it.
+    """
+    if "ray" not in sys.modules and _named(address) is None and "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # its workers inherit it
+    import ray
+
+    return ray
+
+
+def _named(address: str | None) -> str | None:
+    """The cluster to join; None: a local one is started."""
+    address = address or os.environ.get("RAY_ADDRESS")
+    return None if not address or address == "local" else address
+
+
 def connect(ray: Any, address: str | None, cpus: int) -> Callable[[], None]:
     """Joins the cluster that is named or running, else starts a local one; what leaves it again.
 
@@ -35,11 +54,12 @@ def connect(ray: Any, address: str | None, cpus: int) -> Callable[[], None]:
     if ray.is_initialized():
         return lambda: None
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    address = address or os.environ.get("RAY_ADDRESS")
-    if not address or address == "local":
+    address = _named(address)
+    if address is None:
         before = _raylets()
         cpus = max(os.cpu_count() or 1, cpus)
-        context = ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        with _on_loopback(ray):
+            context = ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         session = os.path.realpath(context.address_info["session_dir"])
         return partial(_shut_down, ray, [_reaper(raylet, session) for raylet in _raylets() - before])
     _check_reachable(address)
@@ -51,6 +71,23 @@ def connect(ray: Any, address: str | None, cpus: int) -> Callable[[], None]:
             "and are RAY_AUTH_MODE and RAY_AUTH_TOKEN the cluster's?"
         ) from None
     return ray.shutdown
+
+
+@contextlib.contextmanager
+def _on_loopback(ray: Any) -> Iterator[None]:
+    """What Ray starts in here listens on this machine alone, as it does on macOS and Windows."""
+    # not in Ray's public interface (2.60) for Linux; its processes read the variable, this one has read it
+    name, constants = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", ray._private.ray_constants
+    before, variable = constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
+    constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"
+    try:
+        yield
+    finally:
+        constants.ENABLE_RAY_CLUSTER = before
+        if variable is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = variable
 
 
 def _shut_down(ray: Any, reapers: list[subprocess.Popen[bytes]]) -> None:

@@ -103,15 +103,16 @@ def train(
     """
     reporter = reporter or Silent()
     start = starting_point(job if isinstance(job, Job) else Job.load(job), resume, reporter.say)
-    problem, server, progress = _prepare(start, reporter.say)
-    finished = _finished(progress, problem.job.run)
     with ExitStack() as stack:
+        stack.callback(start.close)
+        problem, server, progress = _prepare(start, reporter.say)
+        finished = _finished(progress, problem.job.run)
         pool = None if finished else open_pool(problem, server.layout, reporter.say)
         if pool is not None:
             stack.callback(pool.close)
         tracker = _open_tracker(problem.job, start, progress, reporter)
         stack.callback(tracker.close, "FAILED")  # unless the loop got to say how it ended
-        folder = RunFolder(start.folder, problem.job, start.checkpoint, start.uri)
+        folder = RunFolder(start, problem.job)
         stack.callback(folder.close)
         for record in folder.records():
             tracker.log_step(record)  # it leaves out what its store has

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -22,7 +21,18 @@ from distmeta.job import Job
 from distmeta.mlflow_store import redact
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint, SaveError
-from distmeta.runtime.mirror import Mirror, below_run, fetch_run, is_uri, join, local_folder, pointed, run_of
+from distmeta.runtime.lock import locked
+from distmeta.runtime.mirror import (
+    Mirror,
+    below_run,
+    fetch_run,
+    is_uri,
+    join,
+    local_folder,
+    lock_place,
+    pointed,
+    run_of,
+)
 
 MAY_CHANGE = {
     "run": {
@@ -46,10 +56,6 @@ SETTLED: dict[str, tuple[Any, ...]] = {
 """What a job may leave open and the run settled at its start."""
 
 
-class FolderInUseError(InputError):
-    """Another process writes there."""
-
-
 @dataclass(frozen=True)
 class Start:
     """Where a training begins."""
@@ -60,6 +66,12 @@ class Start:
     """None: from step 0, in a new folder."""
     uri: str | None = None
     """Where the folder is copied to: a run of a job whose output is a URI, or one resumed from a URI."""
+    lock: IO[str] | None = None
+    """On the folder of a resumed run, from before its checkpoint was read."""
+
+    def close(self) -> None:
+        if self.lock is not None:
+            self.lock.close()
 
     @property
     def place(self) -> str:
@@ -85,11 +97,16 @@ def starting_point(job: Job, resume: str | Path | None, say: Callable[[str], Non
             return Start(folder, job, None, uri)
     if resume is not None:
         uri = run_of(str(resume)) if is_uri(resume) else None
-        named = run_folder(resume) / below_run(str(resume)) if is_uri(resume) else Path(resume)
-        where, checkpoint = checkpoints.load_whole(named, say)
-        folder = _run_of(where, resume)
-        resumed = _resumed_job(checkpoint.job, job, checkpoint.progress.step)
-        return Start(folder, resumed, checkpoint, uri or _places(job, folder.name)[1])
+        folder = run_folder(resume)
+        lock = locked(folder, lock_place(folder, uri))
+        try:
+            named = folder / below_run(str(resume)) if is_uri(resume) else Path(resume)
+            _, checkpoint = checkpoints.load_whole(named, say)
+            resumed = _resumed_job(checkpoint.job, job, checkpoint.progress.step)
+            return Start(folder, resumed, checkpoint, uri or _places(job, folder.name)[1], lock)
+        except BaseException:
+            lock.close()
+            raise
     if job.run.name is None:
         name = f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         folder, uri = _places(job, name)
@@ -125,12 +142,11 @@ def run_folder(path: str | Path) -> Path:
     """
     if is_uri(path):
         return fetch_run(str(path))
-    if (Path(path) / "checkpoints").is_dir():
-        return Path(path)
-    return _run_of(checkpoints.find(path), path)
-
-
-def _run_of(where: Path, path: str | Path) -> Path:
+    named = Path(path)
+    if (named / "checkpoints").is_dir():
+        return named
+    # what `latest` names may be damaged: its run is the same
+    where = named if named.name == "latest" and named.is_file() else checkpoints.find(named)
     if where.parent.name != "checkpoints":
         where = where.resolve()  # named from within its own folder
     if where.parent.name != "checkpoints":
@@ -191,16 +207,17 @@ def _refuse_past_changes(stored: list[Any], asked: list[Any], step: int) -> None
 class RunFolder:
     """Owns metrics.jsonl: one line a completed step."""
 
-    def __init__(self, path: Path, job: Job, checkpoint: Checkpoint | None, uri: str | None = None):
+    def __init__(self, start: Start, job: Job):
         """Creates the folder, or takes up an existing one after a checkpoint: what came later is dropped.
 
         Raises:
             InputError: another process is writing there; the URI that it is copied to cannot be written.
         """
+        path, checkpoint, uri = start.folder, start.checkpoint, start.uri
         self.path, self.uri = path, uri
         self._mirror = None if uri is None else Mirror(uri, path)
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(path)
+        self._lock = start.lock or locked(path, lock_place(path, uri))
         if checkpoint is None and (path / "checkpoints" / "latest").exists():
             raise InputError(f"run.name: the run folder {path} was started by another process meanwhile")
         checkpoints.write_whole(path / "job.yaml", job.dump())
@@ -270,19 +287,6 @@ def adopt(checkpoint: Path, folder: Path) -> None:
     _cut_back(folder / "metrics.jsonl", progress.step - (progress.pending is not None))
     checkpoints.untrack(folder / "checkpoints" / checkpoint.name)
     checkpoints.rewind(folder, progress.step, progress.best_step)
-
-
-def _locked(path: Path) -> IO[str]:
-    """A lock on the run folder for as long as the file is open; the kernel gives it back however a process ends."""
-    file = (path / ".lock").open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise FolderInUseError(f"run.name: the run folder {path} is in use by another process") from None
-    except OSError:
-        pass  # a file system without locks
-    return file
 
 
 def _plain(value: Any) -> Any:

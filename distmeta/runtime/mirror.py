@@ -1,19 +1,23 @@
 """Runs behind a URI (`output: s3://BUCKET/PREFIX`): written here, copied there after each save, fetched to go on.
 
 The copy has the layout of a run folder. A checkpoint is copied before `latest` or `best` names it, and deleted after
-they name another: what they name is always whole. A URI's query (`?endpoint_override=…`) is the file system's.
+they name another: what they name is always whole. RUN/writer says which process copies; one that finds another there
+stops copying. A URI's query (`?endpoint_override=…`) is the file system's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
+import socket
 from pathlib import Path
 from typing import Any
 
 from distmeta.core import InputError
 from distmeta.mlflow_store import redact
+from distmeta.runtime.lock import locked
 
 
 def is_uri(path: str | Path) -> bool:
@@ -45,6 +49,11 @@ def local_folder(run: str) -> Path:
     return cache / digest / run.partition("?")[0].rsplit("/", 1)[-1]
 
 
+def lock_place(folder: Path, uri: str | None) -> Path:
+    """Where the lock on a run folder is: in it, or beside it where fetching replaces it."""
+    return folder if uri is None else folder.parent
+
+
 def pointed(run: str, name: str) -> str | None:
     """The checkpoint's name in RUN/checkpoints/NAME; None if there is none.
 
@@ -65,20 +74,22 @@ def fetch_run(uri: str) -> Path:
     """Copies the run that a URI names to this machine, unless the copy here is ahead; its folder.
 
     Raises:
-        InputError: no run there, or it cannot be read.
+        InputError: no run there, it cannot be read, or a process on this machine is at work on it.
     """
     run = run_of(uri)
     folder, latest = local_folder(run), pointed(run, "latest")
     if latest is None:
         raise InputError(f"{redact(uri)}: got no checkpoint, expected a run folder or RUN/checkpoints/step-…")
-    here = folder / "checkpoints" / "latest"
-    if here.is_file() and here.read_text().strip() > latest:
-        return folder  # a copy that failed: what is here is newer
-    part = folder.with_name(f".fetching-{folder.name}-{os.getpid()}")
-    shutil.rmtree(part, ignore_errors=True)
-    _download(run, part)
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with locked(folder, lock_place(folder, run)):
+        here = folder / "checkpoints" / "latest"
+        if here.is_file() and here.read_text().strip() > latest:
+            return folder  # a copy that failed: what is here is newer
+        part = folder.with_name(f".fetching-{folder.name}-{os.getpid()}")
+        shutil.rmtree(part, ignore_errors=True)
+        _download(run, part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
     return folder
 
 
@@ -101,6 +112,8 @@ class Mirror:
 
     def __init__(self, run: str, folder: Path):
         self.run, self._folder = run, folder
+        self._me = f"{socket.gethostname()} {os.getpid()} {secrets.token_hex(8)}"
+        self._mine = False
         self._there: dict[str, int] = {}  # a checkpoint's name -> when its state was written here
         self.failure = ""
         """Why the last copy failed."""
@@ -116,7 +129,26 @@ class Mirror:
             )
         return not self.failure
 
+    def _claim(self) -> None:
+        """Says who writes the run; whoever said so last does.
+
+        Raises:
+            OSError: another process took the run up meanwhile, or the store cannot be reached.
+        """
+        files, inner = _opened(join(self.run, "writer"))
+        if self._mine and files.get_file_info(inner).is_file:
+            with files.open_input_stream(inner) as stream:
+                writer = stream.read().decode()
+            if writer != self._me:
+                raise OSError(f"another process has taken the run up since, on {writer.split(' ')[0]}")
+            return
+        _parent(files, inner)
+        with files.open_output_stream(inner) as stream:
+            stream.write(self._me.encode())
+        self._mine = True
+
     def _push(self) -> None:
+        self._claim()
         here = self._folder / "checkpoints"
         states = {path.parent.name: path.stat().st_mtime_ns for path in here.glob("step-*/state.json")}
         for name, written in states.items():
@@ -164,9 +196,16 @@ def _upload(source: Path, uri: str) -> None:
     from pyarrow.fs import LocalFileSystem, copy_files
 
     files, inner = _opened(uri)
-    if isinstance(files, LocalFileSystem):  # object stores have no folders to make
-        files.create_dir(inner if source.is_dir() else inner.rpartition("/")[0], recursive=True)
+    _parent(files, f"{inner}/." if source.is_dir() else inner)
     copy_files(str(source), inner, source_filesystem=LocalFileSystem(), destination_filesystem=files)
+
+
+def _parent(files: Any, path: str) -> None:
+    """Makes the folder that a file is to be in; object stores have none to make."""
+    from pyarrow.fs import LocalFileSystem
+
+    if isinstance(files, LocalFileSystem):
+        files.create_dir(path.rpartition("/")[0], recursive=True)
 
 
 def _download(uri: str, target: Path) -> Path:

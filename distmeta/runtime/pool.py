@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from distmeta.compute.flat import Layout
-from distmeta.runtime.cluster import connect
+from distmeta.runtime.cluster import connect, import_ray
 from distmeta.runtime.failure import LostShardError, another_may_fare_better, backoff, gives_up, hung
 from distmeta.runtime.fleet import GET_SECONDS, Fleet, describe, lost_by, reraise
 from distmeta.runtime.outstanding import Outstanding
@@ -90,9 +90,8 @@ class RayPool:
     are the same."""
 
     def __init__(self, problem: Problem, layout: Layout, say: Callable[[str], None]):
-        import ray
-
-        self._ray, self._run, self._say = ray, problem.job.run, say
+        self._ray = ray = import_ray(problem.job.run.address)
+        self._run, self._say = problem.job.run, say
         least, most = self._run.min_workers, self._run.max_workers
         number = f"{least}" if least == most else f"{least} to {most}"
         say(f"starting {number} Ray worker{'s' * (most > 1)} …")

@@ -187,12 +187,12 @@ def _join_ray(job: Job, stack: ExitStack) -> None:
     Raises:
         InputError: the cluster has no room for one, ever.
     """
-    import ray
-
-    from distmeta.runtime.cluster import autoscales, connect
-    from distmeta.sweeps.search import resources
+    from distmeta.runtime.cluster import autoscales, connect, import_ray
 
     os.environ |= {key: os.environ.get(key, value) for key, value in SETTINGS.items()}
+    ray = import_ray(job.run.address)
+    from distmeta.sweeps.search import resources
+
     bundles = [bundle for bundle in resources(job) if bundle]
     one, count = bundles[0], len(bundles)
     stack.callback(connect(ray, job.run.address, math.ceil(count * one.get("CPU", 0.0))))

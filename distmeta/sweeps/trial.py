@@ -25,8 +25,9 @@ from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import SaveError
 from distmeta.runtime.driver import Silent, train
 from distmeta.runtime.failure import LostShardError
-from distmeta.runtime.folder import FolderInUseError, adopt
+from distmeta.runtime.folder import adopt
 from distmeta.runtime.interrupt import InterruptedRun, StopRequested
+from distmeta.runtime.lock import FolderInUseError
 from distmeta.runtime.scores import primary
 
 POINTER = "run.json"

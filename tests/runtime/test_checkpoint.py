@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tree
+from mlflow import MlflowClient
 
 import distmeta
 from distmeta.core import InputError
@@ -259,13 +260,18 @@ def test_a_checkpoint_outside_a_run_folder_is_not_resumed(workplace: Path) -> No
 
 
 def test_a_run_folder_has_one_writer(workplace: Path) -> None:
-    run = trained(name="mine")
+    """And the one that is refused leaves the run, in MLflow too, to the one at work."""
+    run = distmeta.train(Job.parse(tree("maml", run={"name": "mine"}, tracking={"type": "mlflow"}))).run
     job = Job.load(run / "job.yaml", ["run.steps=9"])
+    client = MlflowClient("sqlite:///mlflow.db")
+    tracked = checkpoints.load(run).progress.tracking_id
+    assert tracked is not None
 
     class Second:
         def begin(self, folder: Path, job: Job, step: int) -> None:
             with pytest.raises(InputError, match="in use by another process"):
                 distmeta.train(job, resume=run)
+            assert client.get_run(tracked).info.status == "RUNNING"
 
         def step(self, record: object) -> None: ...
         def say(self, text: str) -> None: ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import HOME, tree
+from conftest import HOME, REPOSITORY, tree
 
 import distmeta
 from distmeta.job import Job
@@ -79,3 +80,41 @@ def test_nothing_at_an_address_is_one_line(workplace: Path) -> None:
     assert done.returncode == 2
     assert "nothing answers at" in json.loads(done.stdout)["error"]
     assert not (workplace / "runs").exists()
+
+
+WATCHED = """
+import json, os, sys
+import distmeta
+from distmeta.job import Job
+from distmeta.runtime.driver import Silent
+from processes import descendants, listening
+
+class Watch(Silent):
+    def step(self, record):
+        if record["step"] == 2:
+            below = descendants(os.getpid())
+            asks = any("RAY_AUTH_MODE=token" in open(f"/proc/{pid}/environ").read() for pid in below)
+            print(json.dumps([sorted(listening([os.getpid(), *below])), len(below), asks]))
+
+distmeta.train(Job.load("job.yaml"), reporter=Watch())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs /proc")
+def test_a_local_ray_asks_for_a_token_and_listens_on_loopback(workplace: Path) -> None:
+    """As a user has it, who has set nothing."""
+    (workplace / "job.yaml").write_text(yaml.safe_dump(tree("maml", run={"workers": 1})))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH_")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", WATCHED], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    listeners, processes, asks_for_a_token = json.loads(done.stdout.splitlines()[-1])
+    assert processes > 4, "a raylet, its agents, the control store, a worker"
+    assert asks_for_a_token
+    assert len(listeners) > 4
+    assert {address.rpartition(":")[0] for address in listeners} <= {"127.0.0.1", "::1"}
+    assert not re.search("RAY_AUTH_TOKEN|[0-9a-f]{64}", done.stdout + done.stderr)
+    run = next((workplace / "runs").iterdir())
+    assert not re.search("[0-9a-f]{64}", (run / "job.yaml").read_text())

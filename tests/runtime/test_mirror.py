@@ -98,11 +98,8 @@ def test_trained_resumed_and_evaluated_behind_a_uri(kind: str, workplace: Path, 
     half = train(job(output, steps=5, name="a"))
     assert half.place == join(output, "a")
     left = names(half.place)
-    assert {path for path in left if path.count("/") < 2} == {
-        "job.yaml",
-        "metrics.jsonl",
-        "checkpoints/latest",
-    }
+    top = {path for path in left if path.count("/") < 2}
+    assert top == {"job.yaml", "metrics.jsonl", "writer", "checkpoints/latest"}
     assert {path.split("/")[1] for path in left if path.count("/") == 2} == {"step-00000004", "step-00000005"}
 
     forget()
@@ -182,7 +179,7 @@ def test_a_store_that_is_away_for_a_while_loses_nothing(
     assert checkpoints.load(done.place).progress.step == 7
     assert names(done.place) == {
         str(path.relative_to(done.run)) for path in done.run.rglob("*") if path.is_file()
-    } - {".lock"}
+    } | {"writer"}
 
     with pytest.raises(OSError, match=f"the run is in {workplace}/cache"):
         train(job(output, steps=10, name="a"), "auto", Meddler(store, away=9, back=0))
@@ -193,6 +190,39 @@ def test_a_store_that_is_away_for_a_while_loses_nothing(
     assert equal(rest, train(job("runs", steps=11)))
     assert json.loads((rest.run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 11
     assert checkpoints.load(done.place).progress.step == 11
+
+
+class TakenUp(Silent):
+    """After step 3 the run is resumed by its URI: here first, then as on another machine."""
+
+    def __init__(self, uri: str, elsewhere: Path, monkeypatch: pytest.MonkeyPatch):
+        self.uri, self.elsewhere, self.monkeypatch = uri, elsewhere, monkeypatch
+        self.said: list[str] = []
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        if record["step"] != 3:
+            return
+        with pytest.raises(InputError, match="in use by another process"):
+            train(job("runs", steps=6), self.uri)
+        with self.monkeypatch.context() as there:
+            there.setenv("XDG_CACHE_HOME", str(self.elsewhere))
+            assert train(job("runs", steps=6), self.uri).step == 6
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_a_run_has_one_writer(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who took a run up last goes on copying it; the other says that it does not."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
+    output = f"file://{workplace}/store"
+    first = TakenUp(join(output, "a"), workplace / "elsewhere", monkeypatch)
+    with pytest.raises(OSError, match="another process has taken the run up since, on "):
+        train(job(output, steps=9, name="a"), reporter=first)
+    assert any("another process has taken the run up since" in text for text in first.said)
+    assert checkpoints.load(first.uri).progress.step == 6
+    lines = (workplace / "store" / "a" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [*range(1, 7)]
 
 
 def test_uris_are_cut_where_their_query_begins() -> None:
