@@ -68,6 +68,21 @@ def listening(pids: list[int]) -> set[str]:
     return found
 
 
+def shared_files(pids: list[int]) -> set[Path]:
+    """The files of shared memory that processes have mapped or open."""
+    found = set()
+    for pid in pids:
+        try:
+            paths = [os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()]
+            paths += [
+                line.split(maxsplit=5)[-1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()
+            ]
+        except OSError:  # gone meanwhile
+            continue
+        found |= {Path(path) for path in paths if path.startswith("/dev/shm/")}
+    return found
+
+
 def send(pids: list[int], number: signal.Signals) -> None:
     for pid in pids:
         try:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from conftest import REPOSITORY
-from processes import descendants, gone, send, worker_pids
+from processes import descendants, gone, send, shared_files, worker_pids
 
 PATIENCE = 240.0
 """Seconds that a harmed run may take to get on: for machines with other things to do."""
@@ -103,6 +103,8 @@ class Injector:
         self.nodes, self.run, self.random = nodes, run, random.Random(seed)
         self.log: list[tuple[int, str]] = []
         self.kinds: list[str] = []
+        self.shared: set[Path] = set()
+        """Files of shared memory that were seen in use."""
         self.driver = self._drive()
 
     def steps(self) -> int:
@@ -122,6 +124,11 @@ class Injector:
         time.sleep(self.random.uniform(0.0, 0.5))
         if not self.kinds:  # every kind in a random order, and again
             self.kinds = self.random.sample(KINDS, len(KINDS))
+        everyone = [
+            self.driver.pid,
+            *(process.pid for process in [self.nodes.head, *self.nodes.nodes.values()]),
+        ]
+        self.shared |= shared_files([pid for one in everyone for pid in [one, *descendants(one)]])
         kind = self.kinds.pop()
         self.log.append((self.steps(), kind))
         getattr(self, kind)()
