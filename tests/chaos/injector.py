@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from conftest import REPOSITORY
@@ -27,7 +28,8 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(
 class Nodes:
     """A head without room for workers, and nodes with room for two each."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, environment: Mapping[str, str] | None = None, words: Sequence[str] = ()):
+        self.environment, self.words = ENVIRONMENT | dict(environment or {}), words
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -76,10 +78,10 @@ class Nodes:
     def _start(self, name: str, words: list[str]) -> subprocess.Popen[bytes]:
         log = self.folder / f"{name}.log"
         ray = str(Path(sys.executable).with_name("ray"))
-        line = [ray, "start", "--block", "--node-ip-address=127.0.0.1", *words]
+        line = [ray, "start", "--block", "--node-ip-address=127.0.0.1", *words, *self.words]
         with log.open("w") as file:
             process = subprocess.Popen(
-                line, stdout=file, stderr=file, start_new_session=True, env=ENVIRONMENT
+                line, stdout=file, stderr=file, start_new_session=True, env=self.environment
             )
         deadline = time.monotonic() + PATIENCE
         while "Ray runtime started" not in log.read_text():
