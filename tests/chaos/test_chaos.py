@@ -1,6 +1,7 @@
 """Random faults of every kind on a real cluster: the same theta to the bit, every step counted once, nothing left.
 
-The long one, by hand: `pytest -m slow tests/chaos/test_chaos.py` (five times 100 faults over 1,600 steps; an hour or two).
+The long one, by hand: `pytest -m slow tests/chaos/test_chaos.py` (five times 100 faults over 1,600 steps, in an hour or
+two).
 """
 
 from __future__ import annotations
