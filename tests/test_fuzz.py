@@ -1,6 +1,6 @@
 """Damaged and hostile input of every kind: a result, or an InputError of one line; never a traceback, never code run.
 
-A few hundred examples each here; `pytest -m slow tests/test_fuzz.py` has 10,000.
+A few hundred examples each here; `pytest -m slow tests/test_fuzz.py` has 10,000; tests/atheris_fuzz.py goes by coverage.
 """
 
 from __future__ import annotations
@@ -113,6 +113,51 @@ def test_job_files(examples: int) -> None:
     text = yaml.safe_dump(tree(run={"workers": {"min": 1, "max": 2}})).encode()
     fuzz(examples, damage(text), lambda data: Job.parse(parse_yaml(data.decode(errors="replace"), "file")))
     fuzz(examples, changed(tree()), Job.parse)
+
+
+KEYS = st.sampled_from(
+    ["name", "seed", "model", "tasks", "algorithm", "outer", "run", "compute", "tracking", "output", "type", "hidden",
+     "shots", "inner_lr", "inner_steps", "lr", "betas", "rates", "schedule", "steps", "final", "shards"]
+)  # fmt: skip
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.dates()
+LEAVES |= st.sampled_from(["mlp", "maml", "sinusoid", "os:sep", "linear", 10**400])
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(KEYS | st.text(max_size=3) | st.integers(), inner, max_size=4)
+    ),
+    max_leaves=12,
+)
+DOTTED = st.lists(KEYS | st.text(max_size=2), min_size=1, max_size=3).map(".".join)
+
+
+@EXAMPLES
+def test_any_text_as_a_job_file(examples: int) -> None:
+    texts = st.text() | st.text(" \n:-[]{}#&*!|>'\"%@`,?=.0159eEabxyn~<", max_size=40)
+    fuzz(examples, texts, lambda text: Job.parse(parse_yaml(text, "file")))
+
+
+@EXAMPLES
+def test_any_plain_tree_as_a_job(examples: int) -> None:
+    fuzz(examples, TREES, Job.parse)
+    fuzz(examples, st.dictionaries(KEYS, TREES, max_size=3), lambda sections: Job.parse(tree() | sections))
+
+    def merged(sections: dict[str, Any]) -> None:
+        """With keys of a section's own."""
+        whole: dict[str, Any] = tree()
+        for key, value in sections.items():
+            if isinstance(whole.get(key), dict) and isinstance(value, dict):
+                whole[key] = whole[key] | value
+        Job.parse(whole)
+
+    fuzz(examples, st.dictionaries(KEYS, TREES, max_size=3), merged)
+
+
+@EXAMPLES
+def test_overrides(examples: int) -> None:
+    texts = st.text(max_size=30) | st.builds("{}={}".format, DOTTED, st.text())
+    fuzz(examples, st.lists(texts, min_size=1, max_size=2), lambda words: Job.parse(tree(), words))
 
 
 def test_aliases_of_aliases_are_counted_not_followed() -> None:
