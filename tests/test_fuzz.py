@@ -1,6 +1,7 @@
 """Damaged and hostile input of every kind: a result, or an InputError of one line; never a traceback, never code run.
 
-A few hundred examples each here, 10,000 with `pytest -m slow tests/test_fuzz.py`; tests/atheris_fuzz.py goes by coverage.
+A few hundred examples each here, 10,000 by `pytest -m slow tests/test_fuzz.py`; tests/atheris_fuzz.py goes by
+coverage.
 """
 
 from __future__ import annotations
