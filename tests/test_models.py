@@ -18,6 +18,7 @@ from distmeta.job import Job
 from distmeta.models.conv4 import Conv4
 from distmeta.models.functional import Functional
 from distmeta.models.mlp import MLP
+from distmeta.models.resnet12 import ResNet12
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.problem import build
 from distmeta.runtime.resolution import resolve
@@ -83,6 +84,37 @@ def test_conv4_can_keep_where_in_the_image_a_feature_is() -> None:
     assert maps.features(x).shape == (3, 160)
     assert Conv4((1, 28, 28), 5, width=8, halvings=3).features(x).shape == (3, 8 * 3 * 3)
     assert Conv4((1, 28, 28), 5, width=8, average=True, halvings=0).features(x).shape == (3, 8)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group", "none"])
+@pytest.mark.parametrize("shape", [(3, 84, 84), (1, 28, 28), (1, 1, 5)])
+def test_resnet12_shapes(norm: Any, shape: tuple[int, ...]) -> None:
+    model = ResNet12(shape, 5, widths=[4, 6, 8, 10], norm=norm)
+    x = torch.randn(2, *shape)
+    assert model(x).shape == (2, 5)
+    assert model.features(x).shape == (2, 10)
+    assert model.blocks(x).shape[2:] == tuple(
+        max(side // 16, 1) if min(shape[1:]) > 1 else side for side in shape[1:]
+    )
+    assert len([m for m in model.modules() if isinstance(m, nn.Conv2d)]) == 4 * 4
+    assert not list(model.buffers())
+
+
+def test_resnet12_is_the_papers() -> None:
+    """12.4 million parameters without the head, as MetaOptNet's has."""
+    model = ResNet12((3, 84, 84), 5)
+    assert sum(p.numel() for p in model.blocks.parameters()) == 12_424_320
+    assert model.head.in_features == 640
+
+
+def test_resnet12_is_differentiated_twice_and_dropped_out_by_task(workplace: Path) -> None:
+    model = {"type": "resnet12", "widths": [2, 2, 3, 4], "dropout": 0.2}
+    tasks = {"type": "digits", "ways": 3, "shots": 1, "queries": 2}
+    small = tree("maml", model=model, tasks=tasks, run={"steps": 2, "tasks_per_step": 4})
+    runs = [distmeta.train(Job.parse(small)).run for _ in range(2)]
+    first, second = (checkpoints.load(run).theta for run in runs)
+    assert all(first[name].equal(second[name]) for name in first)
+    assert any(not value.equal(build(Job.parse(small)).init()[name]) for name, value in first.items())
 
 
 def test_batch_norm_has_no_running_statistics() -> None:

@@ -7,5 +7,6 @@ A model is an ordinary `torch.nn.Module`. Its constructor gets the job's `model:
 MODELS = {
     "mlp": "distmeta.models.mlp:MLP",
     "conv4": "distmeta.models.conv4:Conv4",
+    "resnet12": "distmeta.models.resnet12:ResNet12",
     "gaussian": "distmeta.models.policy:Gaussian",
 }

@@ -61,7 +61,7 @@ class Conv4(nn.Module):
             blocks.append(
                 nn.Sequential(
                     nn.Conv2d(channels, wide, 3, stride=stride, padding=1, bias=norm == "none"),
-                    _norm(norm, wide),
+                    norm_of(norm, wide),
                     nn.ReLU(),
                     nn.MaxPool2d(2) if halves and pool == "max" else nn.Identity(),
                 )
@@ -81,7 +81,7 @@ class Conv4(nn.Module):
         return self.head(self.features(x_NCHW))
 
 
-def _norm(norm: str, width: int) -> nn.Module:
+def norm_of(norm: str, width: int) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm2d(width, track_running_stats=False)
     if norm == "group":  # groups of 4 channels or more: one channel of one pixel has no variance

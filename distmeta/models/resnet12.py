@@ -1,0 +1,75 @@
+"""The residual network of the few-shot literature (Oreshkin et al. 2018, §4; widths of Lee et al. 2019, §4.1)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from distmeta.core import InputError
+from distmeta.models.conv4 import Norm, Width, norm_of
+
+
+class ResNet12(nn.Module):
+    """x [N, C, H, W] -> [N, out_features]: four residual blocks of three 3×3 convolutions; the last map's average; one
+    linear layer.
+
+    A block of c channels:   h = conv₃ ∘ conv₂ ∘ conv₁(x), each with its norm, the first two with a leaky ReLU of 0.1;
+    out = maxpool₂ₓ₂(leaky(h + norm(conv₁ₓ₁(x)))), pooled as long as the map has two pixels a side.
+
+    Args:
+        widths: channels of the four blocks; (64, 128, 256, 512) is TADAM's.
+        norm: as in `conv4`.
+        dropout: of what a block returns, seeded per task; 0.1 in MetaOptNet, whose DropBlock of the last two blocks we
+            do not have.
+
+    Raises:
+        InputError: the inputs are not images.
+    """
+
+    def __init__(
+        self,
+        in_shape: tuple[int, ...],
+        out_features: int,
+        widths: Annotated[list[Width], Field(min_length=4, max_length=4)] = [64, 160, 320, 640],  # noqa: B006
+        norm: Norm = "batch",
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+    ):
+        super().__init__()
+        if len(in_shape) != 3:
+            raise InputError(
+                f"model.type: got resnet12 for inputs of shape {in_shape}, expected images (C, H, W)"
+            )
+        channels, side = in_shape[0], min(in_shape[1:])
+        blocks = []
+        for width in widths:
+            blocks.append(Block(channels, width, norm, side >= 2, dropout))
+            channels, side = width, max(side // 2, 1)
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(channels, out_features)
+
+    def features(self, x_NCHW: Tensor) -> Tensor:
+        """[N, C, H, W] -> [N, features]."""
+        return self.blocks(x_NCHW).mean((2, 3))
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return self.head(self.features(x_NCHW))
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int, width: int, norm: Norm, halves: bool, dropout: float):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for k, wide in enumerate((channels, width, width)):
+            layers += [nn.Conv2d(wide, width, 3, padding=1, bias=norm == "none"), norm_of(norm, width)]
+            layers += [nn.LeakyReLU(0.1)] if k < 2 else []
+        self.convolutions = nn.Sequential(*layers)
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(channels, width, 1, bias=norm == "none"), norm_of(norm, width)
+        )
+        after = [nn.LeakyReLU(0.1), nn.MaxPool2d(2) if halves else nn.Identity()]
+        self.after = nn.Sequential(*after, nn.Dropout(dropout) if dropout else nn.Identity())
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return self.after(self.convolutions(x_NCHW) + self.shortcut(x_NCHW))
