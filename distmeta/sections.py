@@ -148,6 +148,8 @@ class Run(Section):
     """Fixed pieces that a step's tasks are cut into; null: min(8, groups of tasks). The bits depend on it."""
     workers: Workers = 0
     """Ray actors; 0 computes in this process, without Ray. {min: 2, max: 16}: as many of them as find room."""
+    strategy: Literal["driver"] = "driver"
+    """Who holds theta, adds the meta-gradients and steps: a line of runtime.strategies' table."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     """May be a fraction; above 0 the worker computes on its GPU."""

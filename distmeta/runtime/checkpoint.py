@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -44,6 +44,16 @@ class Progress:
     tracking_id: str | None = None
 
 
+class State(NamedTuple):
+    """theta and the outer optimizer: one format, whoever held which part of them."""
+
+    theta: Theta
+    optimizer: dict[str, torch.Tensor]
+    """`<parameter>/<quantity>`."""
+    outer: dict[str, Any]
+    """The rates and the schedule's clock, as plain data."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A run's state after a step, and the job it belongs to."""
@@ -56,6 +66,10 @@ class Checkpoint:
     progress: Progress
     examples: dict[str, Any] | None = None
     """What the tasks' examples are (`runtime.problem.examples_of`), for use without their data."""
+
+    @property
+    def state(self) -> State:
+        return State(self.theta, self.optimizer, self.outer)
 
 
 class SaveError(RuntimeError):

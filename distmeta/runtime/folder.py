@@ -20,7 +20,7 @@ from distmeta.core import InputError
 from distmeta.job import Job
 from distmeta.mlflow_store import redact
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.checkpoint import Checkpoint, SaveError
+from distmeta.runtime.checkpoint import Checkpoint, Progress, SaveError
 from distmeta.runtime.lock import locked
 from distmeta.runtime.mirror import (
     Mirror,
@@ -221,15 +221,16 @@ class RunFolder:
         if checkpoint is None and (path / "checkpoints" / "latest").exists():
             raise InputError(f"run.name: the run folder {path} was started by another process meanwhile")
         checkpoints.write_whole(path / "job.yaml", job.dump())
-        metrics, progress = path / "metrics.jsonl", checkpoint and checkpoint.progress
         checkpoints.clear(path)
-        if progress:
-            checkpoints.rewind(path, progress.step, progress.best_step)
-        _cut_back(metrics, progress.step - (progress.pending is not None) if progress else 0)
-        self._metrics = metrics.open("a", encoding="utf-8")
+        self._metrics = _taken_up(path, checkpoint and checkpoint.progress)
         if failure := self.publish():
             self.close()
             raise InputError(f"output: {failure}")
+
+    def go_back(self, progress: Progress) -> None:
+        """Drops what came after a checkpoint, in the midst of a run."""
+        self._metrics.close()
+        self._metrics = _taken_up(self.path, progress)
 
     def publish(self) -> str:
         """Copies what is new to the run's URI, if it has one; why that failed, if it did."""
@@ -291,6 +292,15 @@ def adopt(checkpoint: Path, folder: Path) -> None:
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _taken_up(run: Path, progress: Progress | None) -> IO[str]:
+    """metrics.jsonl, to go on after a checkpoint's step, or to begin: later checkpoints and lines are dropped."""
+    if progress:
+        checkpoints.rewind(run, progress.step, progress.best_step)
+    metrics = run / "metrics.jsonl"
+    _cut_back(metrics, progress.step - (progress.pending is not None) if progress else 0)
+    return metrics.open("a", encoding="utf-8")
 
 
 def _cut_back(metrics: Path, step: int) -> None:

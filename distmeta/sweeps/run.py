@@ -24,8 +24,8 @@ from distmeta.core import InputError
 from distmeta.job import Job
 from distmeta.mlflow_store import flatten
 from distmeta.runtime.checkpoint import write_whole
-from distmeta.runtime.driver import settled
 from distmeta.runtime.interrupt import InterruptedRun
+from distmeta.runtime.preparation import settled
 from distmeta.space import Sweep
 from distmeta.sweeps import NothingFoundError
 from distmeta.sweeps.results import Trial, best_job, best_of, draw, trials_of, write_table

@@ -21,11 +21,11 @@ import distmeta.core
 from distmeta.core import NumericsError
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime import driver
 from distmeta.runtime.driver import Silent
 from distmeta.runtime.problem import build
 from distmeta.runtime.resolution import resolve
 from distmeta.runtime.server import ParameterServer
+from distmeta.runtime.strategies import driver
 from distmeta.runtime.worker import Shard, ShardResult, Worker, shards_of
 
 EPOCHS = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}

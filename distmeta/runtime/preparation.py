@@ -1,0 +1,60 @@
+"""What a training begins with: the problem, where it stands, and its tracker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from distmeta.job import Job
+from distmeta.mlflow_store import redact
+from distmeta.runtime.checkpoint import Progress
+from distmeta.runtime.folder import Start
+from distmeta.runtime.problem import Problem, build, device_of, numerics_of
+from distmeta.runtime.resolution import resolve
+from distmeta.sections import Outer
+from distmeta.tracking import Tracker, open_tracker
+
+
+def prepared(start: Start, say: Callable[[str], None]) -> tuple[Problem, Progress]:
+    """The problem as the driver sees it (beside workers it needs no GPU), and where it stands."""
+    if start.checkpoint is None:
+        return settled(start.job, say), Progress(0)
+    constants = {name: value.numpy() for name, value in start.checkpoint.constants.items()}
+    progress = start.checkpoint.progress
+    problem = build(start.job, constants, _device(start.job)).at(start.job.phase(last_step(progress)))
+    return problem, progress
+
+
+def last_step(progress: Progress) -> int:
+    """Completed steps before the last one: a pending evaluation belongs to that one."""
+    return max(progress.step - 1, 0)
+
+
+def outer_at(job: Job, progress: Progress) -> Outer:
+    """The outer optimizer's settings in the last completed step; at step 0 the job's own."""
+    return job.at(progress.step - 1).outer if progress.step else job.outer
+
+
+def settled(job: Job, say: Callable[[str], None] = lambda text: None) -> Problem:
+    """The problem of a new run, with what its job leaves open decided."""
+    device = _device(job)
+    with numerics_of(job, device):
+        return resolve(build(job, device=device), say)
+
+
+def _device(job: Job) -> torch.device:
+    return torch.device("cpu") if job.run.workers else device_of(job)
+
+
+def tracker_of(job: Job, start: Start, progress: Progress, say: Callable[[str], None]) -> Tracker:
+    return open_tracker(
+        job.tracking.type,
+        run_name=start.folder.name,
+        experiment=job.tracking.experiment or job.name,
+        params=job.tree(),
+        tags={"distmeta.run": redact(start.uri or str(start.folder.absolute()))}
+        | ({"mlflow.parentRunId": job.tracking.parent} if job.tracking.parent else {}),
+        run_id=progress.tracking_id,
+        say=say,
+    )
