@@ -78,6 +78,9 @@ def _listed(folder: Path) -> list[str]:
     except (OSError, subprocess.CalledProcessError):
         names = []  # no git, or no repository
     listed = [name for name in names if name and (folder / name).is_file()]
+    for name in names:  # submodules, and repositories of others: each by its own
+        if name.strip("./") and (folder / name).is_dir():
+            listed += [str(Path(name, inner)) for inner in _listed(folder / name)]
     return [name for name in listed or _walked(folder) if not _matches(name, NOISE)]
 
 

@@ -190,7 +190,9 @@ def _variables(show: Callable[[str], None]) -> dict[str, str]:
             show(
                 f"{name} is a secret and not carried along: set it in the environment of the cluster's nodes\n"
             )
-        elif name == "MLFLOW_TRACKING_URI" and re.match(r"sqlite:///(?!/)|file:(?!/)|\.", value):
+        elif name == "MLFLOW_TRACKING_URI" and re.match(
+            r"sqlite:///(?!/)|file:(?!/)|(?!/|databricks)[^:]*$", value
+        ):
             show(f"{name} is a file of this machine and not carried along\n")
         else:
             carried[name] = value

@@ -43,14 +43,21 @@ class Network:
     def __init__(self, folder: Path):
         self.folder, self.id = folder, secrets.token_hex(2)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.names: list[str] = []
         self.added = 0
-        self.address = f"10.213.0.1:{PORT}"
+        self.address, self.dashboard = f"10.213.0.1:{PORT}", "http://10.213.0.1:8265"
         self._namespace("head")
         head = ("-n", self._name("head"))
         ip(*head, "link", "add", "hub", "type", "bridge")
         ip(*head, "addr", "add", "10.213.0.1/24", "dev", "hub")
         ip(*head, "link", "set", "hub", "up")
-        words = ["--head", f"--port={PORT}", "--num-cpus=0", "--include-dashboard=false"]
+        words = [
+            "--head",
+            f"--port={PORT}",
+            "--num-cpus=0",
+            "--include-dashboard=true",
+            "--dashboard-host=10.213.0.1",
+        ]
         # a node that is cut off counts as dead after a few seconds, not after Ray's half minute
         health = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "5"}
         self._start("head", "10.213.0.1", [*words, f"--temp-dir={folder}"], health)
@@ -59,14 +66,14 @@ class Network:
         """Another host; its name."""
         self.added += 1
         name, address = f"host{self.added}", f"10.213.0.{self.added + 1}"
-        self._namespace(name)
-        here, there, plug = ("-n", self._name("head")), ("-n", self._name(name)), f"plug{self.added}"
-        ip(*here, "link", "add", plug, "type", "veth", "peer", "name", "eth0", "netns", self._name(name))
-        ip(*here, "link", "set", plug, "master", "hub", "up")
-        ip(*there, "addr", "add", f"{address}/24", "dev", "eth0")
-        ip(*there, "link", "set", "eth0", "up")
+        self._plug(name, address)
         self._start(name, address, [f"--address={self.address}", f"--num-cpus={cpus}"], {})
         return name
+
+    def add_desk(self) -> str:
+        """A host without Ray: a person's own."""
+        self._plug("desk", "10.213.0.250")
+        return "desk"
 
     def unplug(self, name: str) -> None:
         """Nothing reaches the host any more; its processes do not know."""
@@ -88,23 +95,37 @@ class Network:
         for process in self.processes.values():
             process.wait(30)
         assert not gone(pids, 30)
-        for name in ["head", *(f"host{i + 1}" for i in range(self.added))]:
+        for name in self.names:
             ip("netns", "delete", self._name(name))
 
     def _name(self, name: str) -> str:
         return f"dm-{self.id}-{name}"
 
+    def _plug(self, name: str, address: str) -> None:
+        self._namespace(name)
+        here, there, plug = ("-n", self._name("head")), ("-n", self._name(name)), f"to-{name}"
+        ip(*here, "link", "add", plug, "type", "veth", "peer", "name", "eth0", "netns", self._name(name))
+        ip(*here, "link", "set", plug, "master", "hub", "up")
+        ip(*there, "addr", "add", f"{address}/24", "dev", "eth0")
+        ip(*there, "link", "set", "eth0", "up")
+
     def _namespace(self, name: str) -> None:
         ip("netns", "add", self._name(name))
+        self.names.append(name)
         ip("-n", self._name(name), "link", "set", "lo", "up")
 
     def _start(self, name: str, address: str, words: list[str], more: dict[str, str]) -> None:
-        ray = str(Path(sys.executable).with_name("ray"))
-        log = self.folder / f"{name}.log"
+        ray = Path(sys.executable).with_name("ray")
+        environment = os.environ | {"PATH": f"{ray.parent}:{os.environ['PATH']}"} | more
+        log, line = self.folder / f"{name}.log", list[str]()
+        if name != "head":  # a disk of its own: nodes that share Ray's folder take each other's packages away
+            own = self.folder / name
+            own.mkdir()
+            line = ["sh", "-c", f'mount --bind "{own}" "{self.folder}" && exec "$@"', "sh"]
         with log.open("w") as file:
             self.processes[name] = subprocess.Popen(
-                self.run(name, [ray, "start", "--block", f"--node-ip-address={address}", *words]),
-                stdout=file, stderr=file, start_new_session=True, env=os.environ | more,
+                self.run(name, [*line, str(ray), "start", "--block", f"--node-ip-address={address}", *words]),
+                stdout=file, stderr=file, start_new_session=True, env=environment,
             )  # fmt: skip
         deadline = time.monotonic() + 120
         while "Ray runtime started" not in log.read_text():

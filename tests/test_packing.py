@@ -28,6 +28,10 @@ def git(folder: Path, *words: str) -> None:
     subprocess.run(["git", "-C", str(folder), *words], check=True, capture_output=True)
 
 
+def commit(folder: Path) -> None:
+    git(folder, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "more")
+
+
 def contents(package: packing.Package) -> set[str]:
     with zipfile.ZipFile(package.path) as archive:
         assert archive.testzip() is None
@@ -55,6 +59,38 @@ def test_what_git_ignores_stays_unless_the_job_names_it(tmp_path: Path) -> None:
     (folder / "gone.py").unlink()
     package = pack(folder, tmp_path / "p.zip", named=["job.yaml", "./data/store.arrow"], without=["runs"])
     assert contents(package) == {".gitignore", "job.yaml", "new.py", "data/store.arrow"}
+
+
+def test_submodules_go_along_each_by_its_own_rules(tmp_path: Path) -> None:
+    for name in ("inner", "outer"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / f"{name}.py").write_text("x = 1\n")
+        (folder / ".gitignore").write_text(f"ignored-by-{name}\n")
+        git(folder, "init", "-q")
+        git(folder, "add", ".")
+        commit(folder)
+    outer = tmp_path / "outer"
+    git(
+        outer,
+        "-c",
+        "protocol.file.allow=always",
+        "submodule",
+        "add",
+        "-q",
+        str(tmp_path / "inner"),
+        "lib/inner",
+    )
+    (outer / "lib" / "inner" / "ignored-by-inner").touch()
+    (outer / "lib" / "inner" / "new.py").touch()
+    packed = pack(outer, tmp_path / "package.zip").files
+    assert packed == (
+        ".gitignore", ".gitmodules", "lib/inner/.gitignore", "lib/inner/inner.py", "lib/inner/new.py", "outer.py",
+    )  # fmt: skip
+
+    commit(outer)
+    git(outer, "submodule", "deinit", "-q", "--force", "lib/inner")
+    assert pack(outer, tmp_path / "package.zip").files == (".gitignore", ".gitmodules", "outer.py")
 
 
 def test_without_git_noise_stays(tmp_path: Path) -> None:

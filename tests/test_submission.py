@@ -229,7 +229,8 @@ def test_mlflows_variables_go_along_and_its_secrets_stay(monkeypatch: pytest.Mon
     assert carried["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
     assert "MLFLOW_TRACKING_PASSWORD is a secret" in "".join(said)
     for uri, goes in (("http://me:hunter2@mlflow", False), ("sqlite:///mlflow.db", False), ("file:mlruns", False),
-                      ("sqlite:////shared/mlflow.db", True), ("databricks", True)):  # fmt: skip
+                      ("mlruns", False), ("/shared/mlruns", True), ("sqlite:////shared/mlflow.db", True),
+                      ("file:///shared/mlruns", True), ("databricks", True), ("databricks://me", True)):  # fmt: skip
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
         assert ("MLFLOW_TRACKING_URI" in _variables(said.append)) == goes, uri
     assert "hunter2" not in "".join(said) + str(carried)

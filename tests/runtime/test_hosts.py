@@ -1,7 +1,8 @@
-"""Training across hosts: a job from the head's side on two hosts; one added and one cut off while it runs."""
+"""Training across hosts: a job submitted from outside on two hosts; one of them added, one cut off while it runs."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -53,6 +54,41 @@ def until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
 def bits(run: Path) -> bytes:
     theta = checkpoints.load(run).theta
     return b"".join(name.encode() + theta[name].numpy().tobytes() for name in sorted(theta))
+
+
+@pytest.mark.slow
+def test_submitted_from_outside_across_two_hosts(hosts: Network, workplace: Path) -> None:
+    """From a host without Ray, which reaches the head's dashboard alone; each of the two hosts has two workers."""
+    job = tree("maml", run={"steps": 40, "name": "submitted", "workers": 4}, output=str(workplace / "there"))
+    alone = distmeta.train(Job.parse(job | {"run": job["run"] | {"workers": 0}, "output": "runs"})).run
+    desk, folder = hosts.add_desk(), workplace / "desk"
+    folder.mkdir()
+    (folder / "job.yaml").write_text(yaml.safe_dump(job))
+    line = [
+        sys.executable,
+        "-m",
+        "distmeta.cli",
+        "submit",
+        "job.yaml",
+        "--address",
+        hosts.dashboard,
+        "--json",
+    ]
+    process = subprocess.Popen(
+        hosts.run(desk, line), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=dict(os.environ),
+    )  # fmt: skip
+    metrics, seen = workplace / "there" / "submitted" / "metrics.jsonl", set[tuple[int, int]]()
+    while process.poll() is None:
+        if metrics.exists():
+            seen.add((hosts.workers("host1"), hosts.workers("host2")))
+        time.sleep(0.1)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert json.loads(stdout)["status"] == "SUCCEEDED"
+    assert "step 40/40" in stderr, "the log was followed"
+    assert (2, 2) in seen
+    assert bits(workplace / "there" / "submitted") == bits(alone)
 
 
 @pytest.mark.slow  # two minutes, most of them until Ray gives up a host that was cut off
