@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distmeta.evaluation import evaluate as evaluate
-    from distmeta.evaluation import load as load
     from distmeta.job import Job as Job
+    from distmeta.learner import load as load
     from distmeta.runtime.driver import train as train
     from distmeta.submission import submit as submit
     from distmeta.sweeps.run import sweep as sweep
@@ -26,7 +26,7 @@ _WHERE = {
     "train": "distmeta.runtime.driver",
     "sweep": "distmeta.sweeps.run",
     "evaluate": "distmeta.evaluation",
-    "load": "distmeta.evaluation",
+    "load": "distmeta.learner",
     "submit": "distmeta.submission",
 }
 

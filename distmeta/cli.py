@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import shlex
 import sys
 from collections import Counter
@@ -84,18 +83,27 @@ def evaluate(
     predictions: Annotated[
         str | None, typer.Option(help="Parquet file to write: episode, row, label, prediction.")
     ] = None,
+    figures: Annotated[
+        str | None, typer.Option(help="Folder to write: the figures, plots; also to the run in MLflow.")
+    ] = None,
+    video: Annotated[
+        str | None, typer.Option(help=".gif or .mp4 to write of a task of gym, before and after.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Adapt to unseen tasks and score before and after, with a 95 % interval."""
+    """Adapt to unseen tasks and score before and after each inner step, with 95 % intervals."""
     from rich.console import Console
 
     from distmeta import evaluation
     from distmeta.terminal import evaluation_table
 
     with contextlib.redirect_stdout(sys.stderr):
-        result = evaluation.evaluate(checkpoint, overrides or [], episodes, predictions)
+        result = evaluation.evaluate(
+            checkpoint, overrides or [], episodes, predictions, figures, video, say=_note
+        )
     if as_json:
-        _print_json({"tasks": result.tasks, **result.figures, "ci95": result.ci95, "curve": result.curve})
+        curves = {"curve": result.curve, "curve_ci95": result.curve_ci95}
+        _print_json({"tasks": result.tasks, **result.figures, "ci95": result.ci95, **curves})
     else:
         Console(highlight=False).print(evaluation_table(result))
 
@@ -305,16 +313,9 @@ def _print_store(built: dict[str, Any], as_json: bool) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(_plain(value), default=str), flush=True)
+    from distmeta.plain import plain
 
-
-def _plain(value: Any) -> Any:
-    """The value with null for what JSON has no number for."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    print(json.dumps(plain(value), default=str), flush=True)
 
 
 def _note(text: str) -> None:

@@ -167,7 +167,10 @@ class Algorithm(Protocol):
 
 @runtime_checkable
 class TaskFamily(Protocol):
-    """A distribution over tasks. `theta` never enters, but through `collect`."""
+    """A distribution over tasks. `theta` never enters, but through `collect`.
+
+    What `distmeta evaluate` can show of its tasks, two optional methods: `pictures`.
+    """
 
     in_shape: tuple[int, ...]
     """Shape of one example, without a batch axis."""

@@ -10,7 +10,7 @@ import re
 import tempfile
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 PARENT = "mlflow.parentRunId"
 """The tag by which MLflow shows a run under another."""
+SEND_SECONDS = 30.0  # how long `send_files` waits for the store
 MAX_PARAMS, MAX_VALUE, MAX_NAME = 100, 6000, 250  # MLflow's limits on one call
 
 
@@ -166,6 +167,32 @@ def or_missing(get: Callable[[], Any]) -> Any | None:
         if getattr(error, "error_code", "") in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
             return None
         raise
+
+
+def send_files(run_id: str, paths: Sequence[Path], folder: str) -> str | None:
+    """Adds files to a run's artifacts and leaves the run as it is; the reason where that failed or took too long."""
+    uri = import_mlflow()
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        return f"there is no {redact(uri)}"  # asking would make one
+    ended = ["it does not answer"]
+
+    def work() -> None:
+        try:
+            with quiet_thread():
+                client = open_client(uri)
+                if find_run(client, run_id) is None:
+                    ended[0] = f"run {run_id} is not in {redact(uri)}"
+                    return
+                for path in paths:
+                    client.log_artifact(run_id, str(path), folder)
+            ended[0] = ""
+        except Exception as error:  # whatever a database driver or a cloud's client may raise
+            ended[0] = reason(error)
+
+    thread = threading.Thread(target=work, name="distmeta-artifacts", daemon=True)
+    thread.start()
+    thread.join(SEND_SECONDS)
+    return ended[0] or None
 
 
 def describe(client: Any, run: Any, request: Request) -> None:

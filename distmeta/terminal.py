@@ -140,10 +140,9 @@ def figures(record: Mapping[str, Any], prefix: str = "") -> str:
 
 
 def evaluation_table(evaluation: Any) -> Table:
-    """The figures before and after adaptation, and the curve over inner steps."""
-    table = Table(title=f"{evaluation.tasks} unseen tasks", title_justify="left")
+    """Means over the tasks before adaptation and after inner steps, and below each its 95 % interval."""
+    table = Table(title=f"{evaluation.tasks} unseen tasks, ± 95 %", title_justify="left", show_lines=True)
     table.add_column("")
-    names = list(evaluation.curve)
     steps = len(next(iter(evaluation.curve.values())))
     shown = sorted({*range(min(steps, 6)), steps - 1})
     for k in shown:
@@ -151,9 +150,8 @@ def evaluation_table(evaluation: Any) -> Table:
             table.add_column("score", justify="right")
         else:
             table.add_column("before" if k == 0 else f"{k} step" + "s" * (k > 1), justify="right")
-    table.add_column("± 95 %", justify="right")
-    for name in names:
-        cells = [f"{evaluation.curve[name][k]:.4f}" for k in shown]
-        main = evaluation.main == f"{name}_after" and evaluation.ci95 is not None
-        table.add_row(name, *cells, f"{evaluation.ci95:.4f}" if main else "")
+    for name, means in evaluation.curve.items():
+        spreads = evaluation.curve_ci95[name]
+        below = ["" if spreads[k] is None else f"\n± {spreads[k]:.4f}" for k in shown]
+        table.add_row(name, *(f"{means[k]:.4f}{text}" for k, text in zip(shown, below, strict=True)))
     return table

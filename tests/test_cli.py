@@ -186,9 +186,10 @@ def test_evaluate(distmeta: Any) -> None:
     assert outcome.code == 0
     assert "4 unseen tasks" in outcome.out
     assert "accuracy" in outcome.out
+    assert outcome.out.count("±") == 5  # the title, two metrics before and after
     answer = distmeta("evaluate", run, "tasks.shots=2", "--json", "--predictions", "p.parquet").json()
     figures = ["loss_before", "loss_after", "accuracy_before", "accuracy_after"]
-    assert list(answer) == ["tasks", *figures, "ci95", "curve"]
+    assert list(answer) == ["tasks", *figures, "ci95", "curve", "curve_ci95"]
     assert answer["tasks"] == 4
     assert Path("p.parquet").exists()
     assert 0 <= answer["accuracy_after"] <= 1

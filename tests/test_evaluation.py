@@ -18,8 +18,8 @@ from PIL import Image
 
 import distmeta
 from distmeta.core import InputError
-from distmeta.evaluation import Learner
 from distmeta.job import Job
+from distmeta.learner import Learner
 from distmeta.seeding import task_ids
 from distmeta.tasks.images import Preparation, prepare, unit
 
@@ -131,6 +131,10 @@ def test_figures_interval_and_predictions(run: Path, tmp_path: Path) -> None:
         assert len(curve) == 3
         assert curve[0] == pytest.approx(result.figures[f"{name}_before"])
         assert curve[-1] == pytest.approx(result.figures[f"{name}_after"])
+        assert len(result.curve_ci95[name]) == 3
+    assert result.curve_ci95["accuracy"][-1] == result.ci95
+    none = distmeta.evaluate(run, ["algorithm.inner_steps=0"])  # unadapted: the first of the others
+    assert none.ci95 == result.curve_ci95["accuracy"][0]
 
 
 def test_evaluation_repeats_to_the_bit(run: Path) -> None:

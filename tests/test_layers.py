@@ -13,7 +13,7 @@ from conftest import REPOSITORY
 PACKAGE = REPOSITORY / "distmeta"
 FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
-    {"core", "seeding", "predictions"},
+    {"core", "seeding", "predictions", "plain"},
     {"policies", "components"},
     {"mlflow_store"},  # what tracking needs of MLflow's own
     {"algorithms", "tasks", "models", "compute", "tracking"},
@@ -23,6 +23,8 @@ LAYERS = [
     {"space"},
     {"job"},
     {"runtime"},
+    {"learner"},
+    {"pictures"},
     {"evaluation", "onetask", "sweeps", "submission"},
     {"terminal"},
     {"cli"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import secrets
 import shutil
@@ -19,6 +18,7 @@ from distmeta.compute.compiler import missing
 from distmeta.core import InputError
 from distmeta.job import Job
 from distmeta.mlflow_store import redact
+from distmeta.plain import plain
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint, Progress, SaveError
 from distmeta.runtime.lock import locked
@@ -248,7 +248,7 @@ class RunFolder:
             SaveError: it cannot be written. A part of it may be: a resume cuts it off.
         """
         with self._saving():
-            self._metrics.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
+            self._metrics.write(json.dumps(plain(dict(record))) + "\n")
             self._metrics.flush()
 
     def sync(self) -> None:
@@ -288,10 +288,6 @@ def adopt(checkpoint: Path, folder: Path) -> None:
     _cut_back(folder / "metrics.jsonl", progress.step - (progress.pending is not None))
     checkpoints.untrack(folder / "checkpoints" / checkpoint.name)
     checkpoints.rewind(folder, progress.step, progress.best_step)
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _taken_up(run: Path, progress: Progress | None) -> IO[str]:

@@ -5,6 +5,8 @@ Shapes: T tasks, N trajectories of each, H time steps, O numbers of an observati
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 from typing import Annotated, Any, final
 
@@ -17,7 +19,7 @@ from distmeta.components import locate
 from distmeta.core import InputError, Metrics
 from distmeta.policies import Trajectories
 from distmeta.seeding import task_generator
-from distmeta.tasks.rollout import Actions, Collection, Environment, score
+from distmeta.tasks.rollout import Actions, Collection, Environment, Film, score
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -39,7 +41,7 @@ class Gym:
     makes its environment. An environment with a method `set_task(generator)` is kept, and told its next task; others
     are made anew for every task. `env.reset` is seeded by the task's id, the inner step, the trajectory and the
     episode. An episode ends where the environment says so, or after `horizon` steps: what would have come is then not
-    bootstrapped.
+    bootstrapped. A `make` that has a parameter `render_mode` can be filmed.
 
     Args:
         make: half-cheetah-direction, half-cheetah-velocity, ant-goal (`tasks.mujoco`), or package.module:make.
@@ -71,6 +73,7 @@ class Gym:
             ) from None
         self._make = locate("tasks.make", make, NAMED)
         self._how = Collection(trajectories, horizon, episodes, history, discount, gae_lambda, normalise)
+        self._scenes: list[list[np.ndarray]] | None = None
         self._eval_trajectories = eval_trajectories or trajectories
         first = self._made(np.random.default_rng(0))
         self._kept: list[Any] = [first]
@@ -93,6 +96,9 @@ class Gym:
         count = how.trajectories if split == "train" else self._eval_trajectories
         seeds = [task_generator(i, SEEDS + k).integers(2**31, size=(count, how.episodes)) for i in ids]
         environments = self._environments(ids, count)
+        if self._scenes is not None:
+            environments[0] = Filmed(self._made(task_generator(ids[0]), render_mode="rgb_array"))
+            self._scenes.append(environments[0].frames)
         noise = self._actions.noise(ids, k, count, how.episodes * how.horizon)
         vector = side_by_side(environments, np.stack(seeds), self._actions)
         try:
@@ -104,6 +110,22 @@ class Gym:
 
     def score(self, outputs: Tensor, batch: Trajectories) -> tuple[Tensor, Metrics]:
         return score(outputs, batch)
+
+    def film(self) -> Film:
+        """See `tasks.rollout.Film`.
+
+        Raises:
+            InputError: `make` cannot be told to render.
+        """
+        parameters = inspect.signature(self._make).parameters
+        if "render_mode" not in parameters:
+            raise InputError(
+                f"--video: tasks.make takes {', '.join(parameters)}, expected make(generator, render_mode=None), whose "
+                "environment renders frames where it is told 'rgb_array'"
+            )
+        family = copy.copy(self)
+        family._kept, family._scenes = [self._kept[0]], []
+        return Film(family, family._scenes, int(self._kept[0].metadata.get("render_fps", 30)))
 
     def _environments(self, ids: Any, count: int) -> list[Any]:
         """T·N environments, task after task."""
@@ -117,11 +139,46 @@ class Gym:
             told.set_task(task_generator(ids[number // count]))
         return self._kept[: len(ids) * count]
 
-    def _made(self, generator: np.random.Generator) -> Any:
-        made = self._make(generator)
+    def _made(self, generator: np.random.Generator, **more: Any) -> Any:
+        made = self._make(generator, **more)
         if not hasattr(made, "step") or not hasattr(made, "action_space"):
             raise InputError(f"tasks.make: got a {type(made).__name__}, expected a gymnasium.Env")
         return made
+
+
+class Filmed:
+    """An environment whose frames are kept, as far as `side_by_side` asks of one."""
+
+    def __init__(self, environment: Any):
+        self.environment, self.frames = environment, []
+        self.action_space, self.observation_space = environment.action_space, environment.observation_space
+
+    def reset(self, seed: int) -> Any:
+        found = self.environment.reset(seed=seed)
+        self._shoot()
+        return found
+
+    def step(self, action: Any) -> Any:
+        found = self.environment.step(action)
+        self._shoot()
+        return found
+
+    def close(self) -> None:
+        self.environment.close()
+
+    def _shoot(self) -> None:
+        try:
+            frame = self.environment.render()
+        except Exception as error:  # whatever OpenGL's bindings raise where there is no display
+            raise InputError(
+                f"--video: the environment cannot be drawn ({type(error).__name__}: {error}); without a display MuJoCo "
+                "needs MUJOCO_GL=egl or osmesa and its libraries (Debian: libegl1 or libosmesa6)"
+            ) from None
+        if not isinstance(frame, np.ndarray) or frame.dtype != np.uint8 or frame.ndim != 3:
+            raise InputError(
+                f"--video: the environment rendered a {type(frame).__name__}, expected uint8 [height, width, 3]"
+            )
+        self.frames.append(frame)
 
 
 def side_by_side(environments: list[Any], seeds_TNE: np.ndarray, actions: Actions) -> Environment:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -44,34 +46,35 @@ class Retargeted(gymnasium.Wrapper):
         return seen, self._reward(info, self.target), terminated, truncated, info
 
 
-def half_cheetah_direction(generator: np.random.Generator) -> Any:
+def half_cheetah_direction(generator: np.random.Generator, render_mode: str | None = None) -> Any:
     """Run forwards or backwards: reward ±velocity − 0.05‖a‖²."""
     return Retargeted(
-        _cheetah(),
+        _cheetah(render_mode),
         lambda g: 1.0 if g.random() < 0.5 else -1.0,
         lambda info, sign: sign * info["x_velocity"] + info["reward_ctrl"],
         generator,
     )
 
 
-def half_cheetah_velocity(generator: np.random.Generator) -> Any:
+def half_cheetah_velocity(generator: np.random.Generator, render_mode: str | None = None) -> Any:
     """Run at a speed uniform in [0, 2]: reward −|velocity − speed| − 0.05‖a‖²."""
     return Retargeted(
-        _cheetah(),
+        _cheetah(render_mode),
         lambda g: 2 * g.random(),
         lambda info, speed: -abs(info["x_velocity"] - speed) + info["reward_ctrl"],
         generator,
     )
 
 
-def ant_goal(generator: np.random.Generator) -> Any:
+def ant_goal(generator: np.random.Generator, render_mode: str | None = None) -> Any:
     """Go to a place uniform in the disc of radius 3: reward −‖place − goal‖₁ + 1 while upright − 0.1‖a‖².
 
     After the goal environments of ProMP and PEARL (Rakelly et al. 2019, arXiv 1903.08254), without contact costs, and
     with a bonus of 1 instead of 4.
     """
-    with _quiet():
+    with _made(render_mode):
         ant = AntEnv(
+            render_mode=render_mode,
             ctrl_cost_weight=0.1,
             contact_cost_weight=0,
             include_cfrc_ext_in_observation=False,
@@ -89,14 +92,18 @@ def ant_goal(generator: np.random.Generator) -> Any:
     return Retargeted(ant, goal, reward, generator)
 
 
-def _cheetah() -> Any:
-    with _quiet():
-        return HalfCheetahEnv(ctrl_cost_weight=0.05)
+def _cheetah(render_mode: str | None) -> Any:
+    with _made(render_mode):
+        return HalfCheetahEnv(ctrl_cost_weight=0.05, render_mode=render_mode)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without MuJoCo's remarks on Gymnasium's own model files, one for every copy."""
+def _made(render_mode: str | None) -> Iterator[None]:
+    """Without MuJoCo's remarks on Gymnasium's own model files, one for every copy; without a display where there is
+    none, which Gymnasium reads from the environment only.
+    """
+    if render_mode and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+        os.environ.setdefault("MUJOCO_GL", "egl")
     bindings: Any = mujoco
     before = bindings.get_mju_user_warning()
     bindings.set_mju_user_warning(lambda text: None)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.core import Metrics
+from distmeta.core import Episode, Metrics, PerStep
 from distmeta.policies import Trajectories
 from distmeta.seeding import task_generator
 from distmeta.tasks.rollout import Actions, Collection, Environment, score
@@ -65,6 +65,22 @@ class Navigation:
         noise = self._actions.noise(ids, k, count, how.episodes * how.horizon)
         return how.run(plane(self.goals(ids), count), self._actions, noise, policy)
 
+    def figures(self, ids: Any, episodes: Episode) -> dict[str, Any]:
+        """A way to each goal, a star, before adaptation and after each update."""
+        from matplotlib.figure import Figure
+
+        updates = episodes.support.batches if isinstance(episodes.support, PerStep) else ()
+        batches = (*updates, episodes.query)
+        figure = Figure(figsize=(3.2 * len(batches), 3.4), layout="constrained")
+        for k, axes in enumerate(figure.subplots(1, len(batches), squeeze=False)[0]):
+            batch = batches[k]
+            for t, goal in enumerate(self.goals(ids)):
+                axes.plot(*way(batch, t, self._how.horizon).T, color=f"C{t}", linewidth=0.7)
+                axes.plot(*goal, "*", color=f"C{t}", markersize=12, markeredgecolor="black", zorder=3)
+            title = f"after {k} update{'s' * (k > 1)}" if k else "before adaptation"
+            axes.set(title=title, xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), aspect="equal")
+        return {"trajectories": figure}
+
     def score(self, outputs: Tensor, batch: Trajectories) -> tuple[Tensor, Metrics]:
         return score(outputs, batch)
 
@@ -80,3 +96,10 @@ def plane(goal_T2: Tensor, copies: int) -> Environment:
         return place, place, -away.square().sum(-1).sqrt(), (away.abs() < NEAR).all(-1)
 
     return Environment(lambda episode: (start, start), step)
+
+
+def way(batch: Trajectories, t: int, horizon: int) -> Tensor:
+    """Places of the first trajectory's last episode, from the origin to where its last move led, [steps + 1, 2]."""
+    place, action, real = (leaf[t, 0, -horizon:] for leaf in (batch.x, batch.action, batch.real))
+    steps = int(real.sum())
+    return torch.cat([place[:steps, :2], (place[:, :2] + action.clamp(-STEP, STEP))[steps - 1 : steps]])

@@ -28,6 +28,16 @@ class Environment(NamedTuple):
     """(state, action) -> (state, observation, reward [T, N], ended [T, N]). Past an end what it says is not used."""
 
 
+class Film(NamedTuple):
+    """What a family's `film` returns: itself, with a camera on the first trajectory of the first task."""
+
+    family: Any
+    scenes: list[list[np.ndarray]]
+    """A scene for every batch that `family` has collected: frames, uint8 [height, width, 3]."""
+    rate: int
+    """Frames a second."""
+
+
 @dataclass(frozen=True)
 class Actions:
     """The actions of a family: one of `count`, or `count` real numbers."""
