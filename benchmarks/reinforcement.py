@@ -167,7 +167,9 @@ def played(paid_TNHA: np.ndarray, rule: Callable[[np.ndarray, np.ndarray], np.nd
 
 
 def cheetah(given: argparse.Namespace) -> dict[str, Any]:
-    """Environment steps a second, one core: a shard's collection against SyncVectorEnv and the same policy."""
+    """Environment steps a second, one core: a shard's collection against SyncVectorEnv and the same policy, the module
+    called as it is.
+    """
     import gymnasium
 
     from distmeta.tasks.mujoco import half_cheetah_velocity
@@ -192,7 +194,8 @@ def cheetah(given: argparse.Namespace) -> dict[str, Any]:
     def plain() -> None:
         seen, _ = vector.reset(seed=0)
         for _ in range(horizon):
-            mean, log_std = policy(torch.from_numpy(seen).float()).chunk(2, -1)
+            with torch.no_grad():
+                mean, log_std = model.module(torch.from_numpy(seen).float()).chunk(2, -1)
             action = torch.normal(mean, log_std.exp()).clamp(-1, 1)
             seen, *_ = vector.step(action.numpy())
 
@@ -210,11 +213,19 @@ def cheetah(given: argparse.Namespace) -> dict[str, Any]:
             started = time.process_time()
             way()
             rates[name].append(count / (time.process_time() - started))
-    best = {name: float(np.median(values[1:])) for name, values in rates.items()}
-    print(report.table(["environment steps/s", "one core"], [[n, f"{v:,.0f}"] for n, v in best.items()]))
-    ratios = {name: best[name] / best["plain"] for name in ways if name != "plain"}
-    print("\nagainst the plain loop: " + ", ".join(f"{n} {r:.2f}" for n, r in ratios.items()))
-    return {"steps_per_processor_second": best, "ratios": ratios, "environments": shard * copies}
+    measured = {name: np.array(values[1:]) for name, values in rates.items()}
+    medians = {name: float(np.median(values)) for name, values in measured.items()}
+    print(report.table(["environment steps/s", "one core"], [[n, f"{v:,.0f}"] for n, v in medians.items()]))
+    rounds = {name: measured[name] / measured["plain"] for name in ways if name != "plain"}
+    ratios = {name: [float(v) for v in np.quantile(r, [0.5, 0.25, 0.75])] for name, r in rounds.items()}
+    print("\nagainst the plain loop, round by round, median and quartiles:")
+    print("\n".join(f"  {name} {m:.2f} ({low:.2f}–{high:.2f})" for name, (m, low, high) in ratios.items()))
+    return {
+        "steps_per_processor_second": medians,
+        "ratios": ratios,
+        "environments": shard * copies,
+        "rounds": given.repeats,
+    }
 
 
 def learned(given: argparse.Namespace, job: Job) -> tuple[Problem, Theta]:

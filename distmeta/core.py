@@ -200,10 +200,9 @@ def query_loss(
 
 def widened(outputs: Any) -> Any:
     """Outputs as float32 where autocast made them bfloat16: losses and distances are not for eight bits."""
-    return tree_map(
-        lambda leaf: leaf.float() if isinstance(leaf, Tensor) and leaf.dtype == torch.bfloat16 else leaf,
-        outputs,
-    )
+    if not isinstance(outputs, Tensor):
+        return tree_map(lambda leaf: widened(leaf) if isinstance(leaf, Tensor) else leaf, outputs)
+    return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
 
 
 def ways_of(score: Score) -> int | None:

@@ -46,6 +46,18 @@ class Masked(nn.Linear):
         return super().forward(x) * self.mask * self.scale
 
 
+class Tied(nn.Module):
+    """A model with one matrix under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.out = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.out.weight = self.into.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.into(x))
+
+
 def functional(module: Any = None, seed: int = 0, **options: Any) -> Functional:
     build = module or (lambda: MLP((3,), 2, hidden=[4]))
     return Functional(build, torch.Generator().manual_seed(seed), **options)
@@ -53,6 +65,13 @@ def functional(module: Any = None, seed: int = 0, **options: Any) -> Functional:
 
 def job(**changes: Any) -> Job:
     return Job.parse(tree(**changes))
+
+
+def test_tied_parameters_are_one() -> None:
+    model = functional(Tied)
+    x, weight = torch.randn(2, 3), torch.randn(3, 3)
+    assert model.adaptable == ("model.into.weight",)
+    torch.testing.assert_close(model({"model.into.weight": weight}, x), x @ weight.T @ weight.T)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "layer", "none"])

@@ -79,4 +79,8 @@ def _acting(algorithm: Algorithm, theta: Theta, state: Any) -> Callable[[Any], A
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:
+    if isinstance(
+        tree, torch.Tensor
+    ):  # a policy's, once a time step: walking a tree takes as long as a layer
+        return tree.to(device)
     return tree_map(lambda leaf: leaf.to(device), tree)

@@ -75,6 +75,7 @@ class Functional:
         self._initial = {n: p.detach().clone() for n, p in parameters.items() if n not in frozen}
         self.constants: dict[str, Tensor] = {n: parameters[n].detach() for n in sorted(frozen)}
         self.constants |= {n: b.detach() for n, b in self.module.named_buffers()}
+        self._tied = _shares_tensors(self.module)
 
     @property
     def adaptable(self) -> tuple[str, ...]:
@@ -119,7 +120,7 @@ class Functional:
         values = dict(self.constants)
         for name, value in select(phi, PREFIX).items():
             values[name.removeprefix(PREFIX)] = value
-        return widened(torch.func.functional_call(self.module, values, (x,)))
+        return widened(torch.func.functional_call(self.module, values, (x,), tie_weights=self._tied))
 
     def features(self, phi: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """What enters the head, [N, F]; phi need not have the head's entries."""
@@ -147,6 +148,12 @@ class Functional:
         self.constants = {name: move(value) for name, value in self.constants.items()}
         self._initial = {name: move(value) for name, value in self._initial.items()}
         return self
+
+
+def _shares_tensors(module: nn.Module) -> bool:
+    """Whether a parameter or buffer has two names; functional_call looks for such at every call, unless told not to."""
+    both = (module.named_parameters, module.named_buffers)
+    return any(len(list(named())) < len(list(named(remove_duplicate=False))) for named in both)
 
 
 def _find_head(module: nn.Module, out_features: int | None) -> tuple[str, ...]:

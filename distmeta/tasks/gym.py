@@ -187,11 +187,12 @@ def side_by_side(environments: list[Any], seeds_TNE: np.ndarray, actions: Action
     space = environments[0].action_space
     size = math.prod(environments[0].observation_space.shape)
 
-    def given(action: np.ndarray) -> Any:
-        """What the environment takes: within its bounds, or one of its numbers."""
-        if actions.real:
-            return np.clip(action.reshape(space.shape), space.low, space.high)
-        return int(action) + int(space.start)
+    def given(action: Tensor) -> list[Any]:
+        """What the environments take: within their bounds, or one of their numbers."""
+        if not actions.real:
+            return (action.flatten() + int(space.start)).tolist()
+        rows = action.reshape(len(environments), *space.shape).numpy()
+        return list(np.clip(rows, space.low, space.high))
 
     def reset(episode: int) -> tuple[np.ndarray, Tensor]:
         seen = np.empty((len(environments), size), np.float32)
@@ -200,12 +201,12 @@ def side_by_side(environments: list[Any], seeds_TNE: np.ndarray, actions: Action
         return np.zeros(len(environments), bool), torch.from_numpy(seen).view(*shape, size)
 
     def step(ended: np.ndarray, action: Tensor) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
-        ended, rows = ended.copy(), action.flatten(0, 1).numpy()
+        ended, rows = ended.copy(), given(action)
         seen = np.zeros((len(environments), size), np.float32)
         reward = np.zeros(len(environments), np.float32)
         for i, environment in enumerate(environments):
             if not ended[i]:
-                observed, reward[i], terminated, truncated, _ = environment.step(given(rows[i]))
+                observed, reward[i], terminated, truncated, _ = environment.step(rows[i])
                 seen[i] = observed.ravel()
                 ended[i] = terminated or truncated
         tensors = (torch.from_numpy(array) for array in (seen, reward, ended))

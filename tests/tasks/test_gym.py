@@ -67,6 +67,23 @@ def test_named_environments_depend_on_the_task_alone(name: str, actions: int) ->
     assert len({tuple(row.tolist()) for row in together.total}) == 3
 
 
+@pytest.mark.parametrize(
+    ("name", "algorithm"),
+    [("half-cheetah-direction", "maml-rl"), ("half-cheetah-velocity", "meta-sgd"), ("ant-goal", "reptile")],
+)
+def test_a_short_run_of_each(name: str, algorithm: str, workplace: Path) -> None:
+    pytest.importorskip("mujoco", reason="needs the extra rl")
+    tasks = {"type": "gym", "make": name, "trajectories": 2, "horizon": 10}
+    model = {"type": "gaussian", "hidden": [8]}
+    run = {"steps": 2, "tasks_per_step": 2, "shards": 1, "eval_tasks": 2}
+    trained = distmeta.train(Job.parse(tree({"type": algorithm}, tasks=tasks, model=model, run=run))).run
+    found = distmeta.evaluate(trained, ["algorithm.inner_steps=3"])
+    assert len(found.curve["return"]) == 4
+    assert np.isfinite(found.curve["return"]).all()
+    moved = [distmeta.load(trained / "checkpoints" / f"step-0000000{k}").theta for k in (0, 2)]
+    assert all(not torch.equal(moved[0][key], moved[1][key]) for key in moved[0] if "weight" in key)
+
+
 def test_rewards_of_the_cheetah_are_the_papers() -> None:
     pytest.importorskip("mujoco", reason="needs the extra rl")
     from distmeta.tasks.mujoco import half_cheetah_direction, half_cheetah_velocity
@@ -84,10 +101,12 @@ def test_rewards_of_the_cheetah_are_the_papers() -> None:
 def test_a_users_own_environment(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (workplace / "corridor.py").write_text(CORRIDOR)
     monkeypatch.syspath_prepend(str(workplace))
-    tasks = {"type": "gym", "make": "corridor:Corridor", "trajectories": 10, "horizon": 8}
-    job = tree({"type": "maml-rl", "inner_lr": 1.0}, tasks=tasks, run={"steps": 30})
+    tasks = {"type": "gym", "make": "corridor:Corridor", "trajectories": 8, "horizon": 8}
+    small = {"steps": 20, "tasks_per_step": 6, "shards": 1}
+    job = tree({"type": "maml-rl", "inner_lr": 1.0}, tasks=tasks, run=small)
     run = distmeta.train(Job.parse(job)).run
-    figures = distmeta.evaluate(run, ["run.eval_tasks=30"]).figures
+    overrides = ["run.eval_tasks=30", "tasks.make=corridor:Corridor"]  # what is called is named again
+    figures = distmeta.evaluate(run, overrides).figures
     before, after = figures["return_before"], figures["return_after"]
     assert before is not None
     assert after is not None
