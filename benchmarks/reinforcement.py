@@ -174,7 +174,7 @@ def cheetah(given: argparse.Namespace) -> dict[str, Any]:
 
     from distmeta.tasks.mujoco import half_cheetah_velocity
 
-    job = Job.load(JOBS / "cheetah-velocity-maml.yaml", ["tasks.horizon=50"])
+    job = Job.load(JOBS / "cheetah-velocity-maml.yaml")
     problem = build(job)
     shard = job.run.tasks_per_step // (job.run.shards or 1)
     copies, horizon = job.tasks.options["trajectories"], job.tasks.options["horizon"]

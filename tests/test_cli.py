@@ -194,6 +194,11 @@ def test_evaluate(distmeta: Any) -> None:
     assert Path("p.parquet").exists()
     assert 0 <= answer["accuracy_after"] <= 1
     assert distmeta("evaluate", f"{run}/checkpoints/latest", "tasks.shots=2", "--json").json() == answer
+    assert distmeta("evaluate", run, "tasks.shots=2", "--json", "--figures", "drawn").json() == answer
+    assert sorted(path.name for path in Path("drawn").iterdir()) == ["curve.png", "evaluation.json"]
+    assert "--video: digits has nothing to film" in one_line_error(
+        distmeta("evaluate", run, "--video", "v.gif")
+    )
     assert distmeta("evaluate", run, "run.eval_tasks=1", "--json").json()["ci95"] is None
     assert "tasks.way: unknown key" in one_line_error(distmeta("evaluate", run, "tasks.way=5"))
     assert "--episodes" in one_line_error(distmeta("evaluate", run, "--episodes", "nowhere.parquet"))

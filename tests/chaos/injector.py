@@ -22,7 +22,8 @@ KINDS = [
     "kill_workers", "kill_workers", "stop_worker", "pause_worker", "kill_node", "drain_node", "kill_driver",
     "end_driver", "damage_checkpoint",
 ]  # fmt: skip
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
+IMPORTED = [REPOSITORY, REPOSITORY / "tests", REPOSITORY / "tests" / "chaos"]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, IMPORTED))}
 
 
 class Nodes:

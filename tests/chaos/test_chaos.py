@@ -1,7 +1,7 @@
 """Random faults of every kind on a real cluster: the same theta to the bit, every step counted once, nothing left.
 
-The long one, by hand: `pytest -m slow tests/chaos/test_chaos.py` (five times 100 faults over 1,600 steps, in an hour or
-two).
+The long ones, by hand: `pytest -m slow tests/chaos/test_chaos.py` (of MAML five times 100 faults over 1,600 steps, in an
+hour or two).
 """
 
 from __future__ import annotations
@@ -23,6 +23,13 @@ from distmeta.runtime import checkpoint as checkpoints
 
 PACE = 0.15
 """Seconds that a draw takes: the run has to outlast the faults."""
+EPOCHS = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}
+GAUSSIAN = {"type": "gaussian", "hidden": [12], "activation": "tanh"}
+JOBS = {
+    "maml": tree("maml", tasks={"type": "hard_cases:Paced", "seconds": PACE}),
+    "policy": tree(EPOCHS, tasks={"type": "paced:PacedNavigation", "seconds": PACE / 2}, model=GAUSSIAN),
+    "rl2": tree("rl2", tasks={"type": "paced:PacedBandit", "seconds": PACE}),
+}
 
 
 def bits(run: Path) -> bytes:
@@ -31,20 +38,28 @@ def bits(run: Path) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("seed", "faults", "steps"),
-    [(7, 3, 45), *(pytest.param(seed, 100, 1600, marks=pytest.mark.slow) for seed in range(5))],
+    ("name", "seed", "faults", "steps"),
+    [
+        ("maml", 7, 3, 45),
+        ("policy", 41, 2, 24),
+        *(pytest.param(name, 0, 60, 1000, marks=pytest.mark.slow) for name in ("policy", "rl2")),
+        *(pytest.param("maml", seed, 100, 1600, marks=pytest.mark.slow) for seed in range(5)),
+    ],
 )
-def test_chaos(seed: int, faults: int, steps: int, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chaos(
+    name: str, seed: int, faults: int, steps: int, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace}/mlflow.db")
     run: dict[str, Any] = {
         "steps": steps, "eval_every": 20, "eval_tasks": 30, "checkpoint_every": 3, "keep": 3, "name": "shaken",
         "start_timeout": 200.0, "shard_timeout": 40.0, "max_shard_failures": 12,
     }  # fmt: skip
-    job = tree("maml", tasks={"type": "hard_cases:Paced", "seconds": PACE}, run=run)
+    job = JOBS[name] | {"run": JOBS[name]["run"] | run}
+    run = job["run"]
     calm = distmeta.train(Job.parse(job | {"run": run | {"name": "calm"}})).run
 
     begun = time.monotonic()
-    folder = HOME / f"chaos{seed}"
+    folder = HOME / f"{name}{seed}"
     folder.mkdir()
     nodes = Nodes(folder)
     placed = run | {"workers": {"min": 1, "max": 4}, "address": nodes.address}

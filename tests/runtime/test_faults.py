@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import REPOSITORY, tree
+from conftest import POLICIES, REPOSITORY, tree
 from processes import gone, send, worker_pids
 
 import distmeta
@@ -56,16 +56,27 @@ def faulty(workplace: Path, **options: Any) -> dict[str, Any]:
     return tree("maml", tasks=tasks, run=RUN)
 
 
-def test_all_workers_killed_at_once_and_again(workplace: Path, cluster: None) -> None:
+EPOCHS = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}
+
+
+@pytest.mark.parametrize(
+    ("job", "steps"),
+    [(tree("maml"), (2, 3, 5)), (tree(EPOCHS, **POLICIES), (2, 5)), (tree("rl2"), (3,))],
+    ids=["maml", "outer-epochs", "rl2"],
+)
+def test_all_workers_killed_at_once_and_again(
+    job: dict[str, Any], steps: tuple[int, ...], workplace: Path, cluster: None
+) -> None:
     def kill() -> None:
         victims = worker_pids()
         assert victims
         send(victims, signal.SIGKILL)
 
-    calm = outcome(tree("maml", run=RUN))
-    harm = Harm({2: kill, 3: kill, 5: kill})
-    assert outcome(tree("maml", run=RUN), harm, workers=2) == calm
-    assert sum(text.startswith("lost worker") for text in harm.said) >= 3
+    job = job | {"run": job["run"] | RUN}
+    calm = outcome(job)
+    harm = Harm(dict.fromkeys(steps, kill))
+    assert outcome(job, harm, workers=2) == calm
+    assert sum(text.startswith("lost worker") for text in harm.said) >= len(steps)
 
 
 @pytest.mark.parametrize("when", ["build", "train", "val"])
