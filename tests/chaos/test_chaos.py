@@ -38,16 +38,22 @@ def bits(run: Path) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("name", "seed", "faults", "steps"),
+    ("name", "seed", "faults", "steps", "size"),
     [
-        ("maml", 7, 3, 45),
-        ("policy", 41, 2, 24),
-        *(pytest.param(name, 0, 60, 1000, marks=pytest.mark.slow) for name in ("policy", "rl2")),
-        *(pytest.param("maml", seed, 100, 1600, marks=pytest.mark.slow) for seed in range(5)),
+        ("maml", 7, 3, 45, 2),
+        ("policy", 41, 2, 16, 1),  # the driver is killed, then the workers
+        *(pytest.param(name, 0, 60, 1000, 2, marks=pytest.mark.slow) for name in ("policy", "rl2")),
+        *(pytest.param("maml", seed, 100, 1600, 2, marks=pytest.mark.slow) for seed in range(5)),
     ],
 )
 def test_chaos(
-    name: str, seed: int, faults: int, steps: int, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    seed: int,
+    faults: int,
+    steps: int,
+    size: int,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace}/mlflow.db")
     run: dict[str, Any] = {
@@ -66,8 +72,8 @@ def test_chaos(
     (workplace / "job.yaml").write_text(yaml.safe_dump(job | {"run": placed, "tracking": {"type": "mlflow"}}))
     injector = None
     try:
-        nodes.add()
-        nodes.add()
+        for _ in range(size):
+            nodes.add()
         injector = Injector(nodes, workplace / "runs" / "shaken", seed)
         for _ in range(faults):
             injector.until(min(injector.steps() + 2, steps))
