@@ -21,7 +21,7 @@ from distmeta.policies import Trajectories, advantages, baseline, surrogate
 from distmeta.runtime.problem import build
 from distmeta.seeding import task_generator, task_ids
 from distmeta.tasks.bandit import Bandit
-from distmeta.tasks.navigation import NEAR, STEP, Navigation
+from distmeta.tasks.navigation import NEAR, STEP, Navigation, way
 
 ids_of = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3).map(lambda ids: np.array(ids, np.uint64))
 
@@ -93,6 +93,16 @@ def test_navigation_ends_at_the_goal() -> None:
     expected = ((goals.abs().amax(-1) - NEAR) / STEP).ceil()
     torch.testing.assert_close(steps, expected[:, None].expand_as(steps))
     assert bool((batch.real.diff(dim=-1) <= 0).all())
+
+
+def test_the_way_that_is_drawn_is_the_one_that_was_gone() -> None:
+    """From the origin to the place after the last move; of two episodes the last."""
+    family = Navigation(trajectories=2, horizon=4, episodes=2, history=True)
+    ids = task_ids(0, "train", 0, 3)
+    batch = family.collect("train", ids, 0, wander)
+    for t in range(3):
+        moves = batch.action[t, 0, 4:].clamp(-STEP, STEP)[batch.real[t, 0, 4:] > 0]
+        torch.testing.assert_close(way(batch, t, 4), torch.cat([torch.zeros(1, 2), moves.cumsum(0)]))
 
 
 def test_history_shows_the_last_action_and_reward_and_where_episodes_begin() -> None:
