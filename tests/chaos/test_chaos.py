@@ -1,6 +1,6 @@
 """Random faults of every kind on a real cluster: the same theta to the bit, every step counted once, nothing left.
 
-The long ones, by hand: `pytest -m slow tests/chaos/test_chaos.py` (of MAML five times 100 faults over 1,600 steps, in an
+The long ones, by hand: `pytest -m slow tests/chaos/test_chaos.py` (MAML: five times 100 faults over 1,600 steps, in an
 hour or two).
 """
 
