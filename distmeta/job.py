@@ -31,7 +31,7 @@ CHANGING = ("outer.lr", "outer.momentum", "outer.weight_decay", "outer.clip_norm
 """Keys whose values may take over during a run, besides the algorithm's floats."""
 NOT_SEARCHED = (
     "name", "output", "tracking", "sweep", "changes", "run.steps", "run.workers", "run.cpus", "run.gpus", "run.address",
-    "run.start", "run.name", "run.eval", "run.checkpoint", "run.keep", "run.patience",
+    "run.start", "run.name", "run.eval", "run.checkpoint", "run.keep", "run.patience", "run.strategy", "run.servers",
 )  # fmt: skip
 """Beginnings of keys that say where, how long and against what a trial runs."""
 

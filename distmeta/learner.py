@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from distmeta.combining import in_process
 from distmeta.compute.unroll import detached, unroll
 from distmeta.core import Algorithm, Batch, InputError, State, Theta, widened
 from distmeta.job import Job
@@ -176,7 +177,7 @@ def _evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[
     compute = {**tree["compute"], "compile": False}  # evaluation takes no meta-gradient
     if gpus == 0 and compute["precision"] == "tf32":
         compute["precision"] = "float32"
-    run = {**tree["run"], "workers": 0, "gpus_per_worker": gpus}
+    run = in_process(tree["run"]) | {"gpus_per_worker": gpus}
     job = Job.parse({**tree, "run": run, "compute": compute, "sweep": None}, kept)
     if job.compute.execution == "measure":
         raise InputError("compute.execution: got measure, which is for training, expected auto, loop or vmap")

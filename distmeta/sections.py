@@ -8,7 +8,9 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from distmeta import combining
 from distmeta.algorithms import ALGORITHMS
+from distmeta.combining import Strategy
 from distmeta.components import check_options, locate
 from distmeta.core import InputError
 from distmeta.models import MODELS
@@ -148,8 +150,10 @@ class Run(Section):
     """Fixed pieces that a step's tasks are cut into; null: min(8, groups of tasks). The bits depend on it."""
     workers: Workers = 0
     """Ray actors; 0 computes in this process, without Ray. {min: 2, max: 16}: as many of them as find room."""
-    strategy: Literal["driver"] = "driver"
+    strategy: Strategy = "driver"
     """Who holds theta, adds the meta-gradients and steps: a line of runtime.strategies' table."""
+    servers: Positive | None = None
+    """sharded: Ray actors that own a slice of theta each; fewer where theta has fewer blocks of 65,536."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     """May be a fraction; above 0 the worker computes on its GPU."""
@@ -192,8 +196,14 @@ class Run(Section):
     def _check_name(cls, name: str | None) -> str | None:
         return name if name is None else plain_name("run.name", name)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        return combining.filled(data)
+
     @model_validator(mode="after")
     def _check(self) -> Run:
+        combining.check_workers(self.strategy, self.max_workers)
         if self.shards is not None and self.shards > self.tasks_per_step:
             raise InputError(
                 f"run.shards: got {self.shards}, expected at most run.tasks_per_step = {self.tasks_per_step}"

@@ -18,7 +18,7 @@ LAYERS = [
     {"mlflow_store"},  # what tracking needs of MLflow's own
     {"algorithms", "tasks", "models", "compute", "tracking"},
     {"jobfile", "packing", "jobs_api"},
-    {"workers"},  # a section of the job of its own
+    {"workers", "combining"},  # parts of the job's section `run`
     {"sections"},
     {"space"},
     {"job"},

@@ -15,6 +15,14 @@ BLOCK = 65_536
 go through them in such blocks too."""
 
 
+Flat = np.ndarray | tuple[np.ndarray, ...]
+"""A flat vector, or its consecutive pieces."""
+
+
+def whole(flat: Flat) -> np.ndarray:
+    return flat if isinstance(flat, np.ndarray) else np.concatenate(flat)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where each tensor of theta lies in the vector: in theta's own order, one after the other."""
@@ -58,6 +66,25 @@ class Layout:
             theta[name] = torch.from_numpy(np.array(flat[start:stop], np.float32)).view(shape).to(device)
             start = stop
         return theta
+
+    def spans(self, start: int, stop: int) -> list[tuple[str, int, int]]:
+        """Which of its elements each tensor has in [start, stop) of the vector: (name, first, past the last)."""
+        found, offset = [], 0
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            count = math.prod(shape)
+            first, last = max(start - offset, 0), min(stop - offset, count)
+            if first < last:
+                found.append((name, first, last))
+            offset += count
+        return found
+
+
+def edges_of(size: int, pieces: int) -> list[int]:
+    """Cuts a vector at blocks into `pieces` as even as can be, fewer where there are fewer blocks: where they begin,
+    and the end."""
+    blocks = max(-(-size // BLOCK), 1)
+    pieces = min(pieces, blocks)
+    return [min(blocks * i // pieces * BLOCK, size) for i in range(pieces + 1)]
 
 
 def norm(vector: np.ndarray) -> float:

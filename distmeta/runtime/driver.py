@@ -12,6 +12,7 @@ from distmeta.job import Job
 from distmeta.mlflow_store import redact
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint, Progress
+from distmeta.runtime.failure import LostShardError
 from distmeta.runtime.folder import RunFolder, Start, starting_point
 from distmeta.runtime.interrupt import InterruptedRun, StopRequested, interruptions
 from distmeta.runtime.preparation import last_step, outer_at, prepared, tracker_of
@@ -158,12 +159,16 @@ def _guarded(run: _Run) -> Progress:
 
 def _all_steps(run: _Run) -> Path:
     """The loop and its last checkpoint; where theta is lost on the way, on from the checkpoint before."""
+    lost: LostStateError | None = None
     while True:
         try:
+            if lost is not None:
+                _go_back(run, lost)
+            lost = None
             _loop(run)
             return _save(run)
         except LostStateError as error:
-            _go_back(run, error)
+            lost = error
 
 
 def _loop(run: _Run) -> None:
@@ -212,14 +217,15 @@ def _go_back(run: _Run, error: LostStateError) -> None:
     """The strategy lost theta: everything as it was at the last checkpoint.
 
     Raises:
-        LostStateError: it was there before, as often as `run.max_shard_failures` allows.
+        LostShardError: it was there before, as often as `run.max_shard_failures` allows.
     """
     path, checkpoint = checkpoints.load_whole(run.folder.path, run.reporter.say)
     progress = replace(checkpoint.progress, tracking_id=run.progress.tracking_id)
     step, times = run.returns
     run.returns = progress.step, times + 1 if step == progress.step else 1
-    if run.returns[1] > run.problem.job.run.max_shard_failures:
-        raise error
+    limit = run.problem.job.run.max_shard_failures
+    if run.returns[1] > limit:
+        raise LostShardError(f"{error}, for the {limit + 1}th time since step {progress.step}")
     run.reporter.say(f"{error}: back to the checkpoint of step {progress.step}")
     run.folder.go_back(progress)
     run.progress, run.saved, run.changing = progress, (progress, path), {}

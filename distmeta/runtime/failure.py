@@ -22,17 +22,18 @@ class LostShardError(RuntimeError):
         super().__init__(message)  # one argument: survives pickling
 
 
-def gives_up(shard: int, tasks: range, failures: int, limit: int, reason: str) -> str | None:
+def gives_up(what: str, failures: int, limit: int, reason: str) -> str | None:
     """What the run ends with, where a shard has cost as many workers as it may; None: it is computed again.
 
     Args:
+        what: names the shard and its tasks.
         failures: workers that the shard has cost; those that went with their node are not held against it.
         limit: `run.max_shard_failures`.
     """
     if failures < limit:
         return None
     return (
-        f"shard {shard} (tasks {tasks.start} to {tasks.stop - 1}) lost {failures} worker{'s' * (failures > 1)}, "
+        f"{what} lost {failures} worker{'s' * (failures > 1)}, "
         f"the last by: {reason}; run.max_shard_failures is {limit}"
     )
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal, NoReturn
 
 import numpy as np
@@ -15,7 +16,7 @@ from distmeta.core import InputError
 from distmeta.job import Run
 from distmeta.runtime.cluster import Nodes, resources
 from distmeta.runtime.failure import LostShardError, another_may_fare_better, backoff
-from distmeta.runtime.worker import Shard, ShardResult, Worker, WorkerSpec
+from distmeta.runtime.worker import Shard, Worker, WorkerSpec
 
 POLL_SECONDS = 0.2
 """How often a waiting driver looks whether it was interrupted."""
@@ -41,9 +42,20 @@ class WorkerProcess:
         self._worker = Worker(spec)
         return os.getpid()
 
-    def compute(self, flat: np.ndarray, shard: Shard) -> ShardResult:
+    def compute(self, shard: Shard, edges: Sequence[int], *flat: np.ndarray) -> Any:
+        """A shard's result; with `edges`, where the gradient is cut, the pieces after it: objects of their own that may
+        go elsewhere.
+
+        Args:
+            flat: theta, in any number of consecutive pieces.
+        """
         assert self._worker is not None
-        return self._worker.compute(flat, shard)
+        result = self._worker.compute(flat, shard)
+        if not edges:
+            return result
+        assert result.gradient is not None
+        pieces = [result.gradient[a:b] for a, b in pairwise(edges)]
+        return replace(result, gradient=None), *pieces
 
 
 @dataclass
@@ -125,12 +137,14 @@ class Fleet:
         self._ray.wait(everything, num_returns=1, timeout=POLL_SECONDS)
         return self._ray.wait(calls, num_returns=len(calls), timeout=0)[0] if calls else []
 
-    def give(self, worker: int, theta: Any, shard: Shard) -> Any:
-        """The call in which a ready worker computes a shard."""
+    def give(self, worker: int, shard: Shard, theta: Sequence[Any], edges: Sequence[int]) -> list[Any]:
+        """A ready worker computes a shard: its result, and the pieces of its gradient where `edges` cut it."""
         place = self._places[worker]
         assert place.state == "idle"
         place.state, place.since = "busy", time.monotonic()
-        return place.actor.compute.remote(theta, shard)
+        if not edges:
+            return [place.actor.compute.remote(shard, (), *theta)]
+        return place.actor.compute.options(num_returns=len(edges)).remote(shard, edges, *theta)
 
     def freed(self, worker: int) -> None:
         """It computed its shard."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from distmeta.combining import SAME_BITS
 from distmeta.compute.compiler import missing
 from distmeta.core import InputError
 from distmeta.job import Job
@@ -43,7 +44,8 @@ MAY_CHANGE = {
     "output": None,
     "sweep": None,
 }  # fmt: skip
-"""What a resume may change: steps, workers, placement, tracking, output. The rest would be another job."""
+"""What a resume may change: steps, workers, placement, tracking, output; and who holds theta, where the bits do not
+depend on it. The rest would be another job."""
 
 
 SETTLED: dict[str, tuple[Any, ...]] = {
@@ -171,6 +173,8 @@ def _resumed_job(stored: Mapping[str, Any], job: Job, step: int) -> Job:
             _refuse_past_changes(value, asked[section], step)
             merged[section] = asked[section]
         elif isinstance(value, dict):
+            if section == "run" and {value["strategy"], asked[section]["strategy"]} <= SAME_BITS:
+                free = free | {"strategy", "servers"}
             _refuse_changes(section, value, asked[section], free)
             merged[section] = value | {key: asked[section][key] for key in free}
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
 from distmeta.runtime.failure import straggles
@@ -21,6 +21,7 @@ class Outstanding(Generic[Result]):
         self._waiting = deque(range(count))
         self._copies = [0] * count
         self._since = [0.0] * count
+        self._fresh: deque[int] = deque()
 
     @property
     def done(self) -> bool:
@@ -52,7 +53,14 @@ class Outstanding(Generic[Result]):
         first = position not in self.results
         if first:
             self.results[position] = result
+            self._fresh.append(position)
         return first
+
+    def fresh(self) -> Iterator[tuple[int, Result]]:
+        """Answers that were not given out here before."""
+        while self._fresh:
+            position = self._fresh.popleft()
+            yield position, self.results[position]
 
     def lost(self, position: int, blamed: bool) -> int:
         """A worker that had it is no more; how many it has cost."""

@@ -6,9 +6,9 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -64,6 +64,31 @@ def open_pool(problem: Problem, layout: Layout, say: Callable[[str], None]) -> P
     return RayPool(problem, layout, say) if problem.job.run.max_workers else LocalPool(problem, layout)
 
 
+class Answer(NamedTuple):
+    """What came of a shard."""
+
+    shard: Shard
+    """As it was handed out."""
+    result: ShardResult
+    pieces: list[Any]
+    """Its gradient, cut, as Ray objects that stay where they were made; none where it came with the result."""
+
+
+@dataclass
+class Work:
+    """Shards to compute, and with what theta from here on."""
+
+    shards: list[Shard]
+    theta: Sequence[Any]
+    """Ray objects: the flat vector in any number of pieces."""
+    edges: Sequence[int] = ()
+    """Where gradients are cut; none: they come back with the results."""
+    left: Outstanding[Answer] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.left = Outstanding(len(self.shards))
+
+
 @dataclass(frozen=True)
 class _Call:
     """A worker at work."""
@@ -72,17 +97,9 @@ class _Call:
     shard: Shard
     position: int
     since: float
-    of: Outstanding[ShardResult]
-    """The map it was made for; it may outlast it, where another worker was faster."""
-
-    @property
-    def kind(self) -> tuple[str, int, bool]:
-        return kind_of(self.shard)
-
-
-def kind_of(shard: Shard) -> tuple[str, int, bool]:
-    """Shards of a kind take about as long as each other; later epochs find their episodes made."""
-    return shard.split, shard.inner_steps, shard.epoch > 0
+    of: Outstanding[Answer]
+    """What it was made for; it may outlast it, where another worker was faster."""
+    pieces: list[Any]
 
 
 class RayPool:
@@ -113,24 +130,41 @@ class RayPool:
         return max(self._fleet.size, 1)
 
     def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
-        work: Outstanding[ShardResult] = Outstanding(len(shards))
-        theta = self._put(flat, check)
-        self._fleet.resume()
-        while not work.done:
+        work = Work(list(shards), [self.put(flat, check)])
+        for _ in self.answers(work, check):
+            pass
+        return [answer.result for answer in work.left.in_order()]
+
+    def answers(self, work: Work, check: Callable[[], None]) -> Iterator[tuple[int, Answer]]:
+        """Each position's first answer, as it comes."""
+        self.begin()
+        while not work.left.done:
             check()
-            self._fleet.tend()
-            self._hand_out(work, theta, shards)
-            for finished in self._fleet.wait(list(self._calls)):
-                self._take(self._calls.pop(finished), finished)
-            self._replace_hung()
-        return work.in_order()
+            self.turn([work])
+            yield from work.left.fresh()
+
+    def begin(self) -> None:
+        """Before the first turn after a while."""
+        self._fleet.resume()
+
+    def turn(self, works: Sequence[Work]) -> None:
+        """A moment of looking after workers that compute `works`, the first ones first.
+
+        Raises:
+            LostShardError: a shard cost too many workers, or none is left.
+        """
+        self._fleet.tend()
+        self._hand_out(works)
+        for finished in self._fleet.wait(list(self._calls)):
+            self._take(self._calls.pop(finished), finished)
+        self._replace_hung()
 
     def close(self) -> None:
         if hasattr(self, "_fleet"):
             self._fleet.close()
         self._disconnect()
 
-    def _put(self, flat: np.ndarray, check: Callable[[], None]) -> Any:
+    def put(self, flat: np.ndarray, check: Callable[[], None]) -> Any:
         """theta in the object store; a full one is waited for."""
         errors, begun = self._ray.exceptions, time.monotonic()
         while True:
@@ -146,18 +180,30 @@ class RayPool:
                 check()
                 time.sleep(STORE_SECONDS)
 
-    def _hand_out(self, work: Outstanding[ShardResult], theta: Any, shards: Sequence[Shard]) -> None:
+    def _hand_out(self, works: Sequence[Work]) -> None:
         """Every idle worker gets a shard that nobody computes, else one that another is slow with."""
         for worker in self._fleet.idle():
-            now, position = time.monotonic(), work.next()
-            if position is None:
-                position = work.straggler(now, self._times(kind_of(shards[0])))
-                if position is None:
-                    return
-                self._say(f"shard {shards[position].index} is slow: worker {worker} computes it as well")
-            work.given(position, now)
-            call = self._fleet.give(worker, theta, shards[position])
-            self._calls[call] = _Call(worker, shards[position], position, now, work)
+            now = time.monotonic()
+            work, position = self._next(works, now)
+            if work is None:
+                return
+            shard = work.shards[position]
+            if work.left.next() != position:
+                self._say(f"shard {shard.index} is slow: worker {worker} computes it as well")
+            work.left.given(position, now)
+            call, *pieces = self._fleet.give(worker, shard, work.theta, work.edges)
+            self._calls[call] = _Call(worker, shard, position, now, work.left, pieces)
+
+    def _next(self, works: Sequence[Work], now: float) -> tuple[Work | None, int]:
+        for work in works:
+            position = work.left.next()
+            if position is not None:
+                return work, position
+        for work in works:
+            position = work.left.straggler(now, self._times(work.shards[0].kind))
+            if position is not None:
+                return work, position
+        return None, 0
 
     def _take(self, call: _Call, finished: Any) -> None:
         """A finished call: a result, or a worker lost. What the computation itself raised is raised."""
@@ -169,8 +215,8 @@ class RayPool:
             return self._lost(call, describe(error))
         except lost_by(self._ray) as error:
             return self._lost(call, describe(error))
-        self._times(call.kind).append(time.monotonic() - call.since)
-        call.of.answered(call.position, result)
+        self._times(call.shard.kind).append(time.monotonic() - call.since)
+        call.of.answered(call.position, Answer(call.shard, result, call.pieces))
         return self._fleet.freed(call.worker)
 
     def _lost(self, call: _Call, reason: str) -> None:
@@ -184,8 +230,7 @@ class RayPool:
         wanted = call.position not in call.of.results
         delay = backoff(self._fleet.losses(call.worker) + 1) if blamed else 0.0
         if blamed and wanted:
-            tasks = range(call.shard.start, call.shard.stop)
-            message = gives_up(call.shard.index, tasks, failures, self._run.max_shard_failures, reason)
+            message = gives_up(str(call.shard), failures, self._run.max_shard_failures, reason)
             if message is not None:
                 raise LostShardError(message)
         where = reason.partition(":")[0] if blamed else "its node is gone"
@@ -199,9 +244,8 @@ class RayPool:
         for key, call in list(self._calls.items()):
             silent = now - call.since
             failures = call.of.failures[call.position]
-            timed = (
-                () if self._compiles else self._times(call.kind)
-            )  # a first shard may take a minute to compile
+            # a first shard may take a minute to compile
+            timed = () if self._compiles else self._times(call.shard.kind)
             if hung(silent, timed, failures, self._run.shard_timeout):
                 del self._calls[key]
                 self._lost(call, f"no answer for {silent:.0f} s")

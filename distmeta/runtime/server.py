@@ -86,6 +86,11 @@ class ParameterServer:
         """The outer rate of the first part."""
         return float(self._optimizer.param_groups[0]["lr"])
 
+    def rates(self) -> list[float]:
+        """The outer rate of each tensor of theta, in its order."""
+        rates = {id(p): group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
+        return [float(rates[id(parameter)]) for parameter in self._theta.values()]
+
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The optimizer's tensors as `<parameter>/<quantity>`, and the schedule and rates as plain data."""
         tensors = {}
@@ -169,12 +174,17 @@ def _optimizer(theta: dict[str, torch.nn.Parameter], outer: Outer) -> torch.opti
         groups.setdefault(outer.lr if glob is None else outer.rates[glob], []).append(parameter)
     if unused:
         raise InputError(f"outer.rates: {sorted(unused)[0]!r} matches nothing of theta: {', '.join(theta)}")
+    return optimizer_of(list(groups.items()), outer)
+
+
+def optimizer_of(groups: list[tuple[float, list[torch.nn.Parameter]]], outer: Outer) -> torch.optim.Optimizer:
+    """torch.optim's, with a rate for each group of parameters."""
     options = {
         key: getattr(outer, key)
         for key in ("momentum", "nesterov", "betas", "eps", "weight_decay")
         if getattr(outer, key) is not None
     }
-    parts = [{"params": parameters, "lr": rate} for rate, parameters in groups.items()]
+    parts = [{"params": parameters, "lr": rate} for rate, parameters in groups]
     return OPTIMIZERS[outer.optimizer](parts, lr=outer.lr, foreach=False, **options)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from distmeta.compute.compiler import Compiler, missing
 from distmeta.compute.episodes import episodes_of
-from distmeta.compute.flat import Layout
+from distmeta.compute.flat import Flat, Layout, whole
 from distmeta.compute.shard import score_tasks, shard_gradient
 from distmeta.core import InputError, Theta
 from distmeta.job import Job
@@ -42,6 +42,14 @@ class Shard:
     epoch: int = 0
     """Training: which step of the outer optimizer on the same episodes. From 1 on the flat vector that comes with it is
     theta followed by the theta that the episodes are of."""
+
+    @property
+    def kind(self) -> tuple[str, int, bool]:
+        """Shards of a kind take about as long as each other; later epochs find their episodes made."""
+        return self.split, self.inner_steps, self.epoch > 0
+
+    def __str__(self) -> str:
+        return f"shard {self.index} (tasks {self.start} to {self.stop - 1})"
 
 
 @dataclass(frozen=True)
@@ -109,7 +117,7 @@ class Worker:
         """The process id, once the worker is built."""
         return os.getpid()
 
-    def compute(self, flat: np.ndarray, shard: Shard) -> ShardResult:
+    def compute(self, flat: Flat, shard: Shard) -> ShardResult:
         """The shard's gradient sum (split "train"), or its scores."""
         if shard.phase != self._problem.phase:
             self._enter(self._problem.at(shard.phase))
@@ -117,14 +125,14 @@ class Worker:
             self._receive(flat, shard)
             return self._gradient(flat, shard) if shard.split == "train" else self._scores(flat, shard)
 
-    def _receive(self, flat: np.ndarray, shard: Shard) -> None:
+    def _receive(self, flat: Flat, shard: Shard) -> None:
         """Unflattens theta once a step, however many of its shards come here."""
         version = (shard.split, shard.step, shard.epoch)
         if version != self._version or shard.split != "train":
-            self._theta = self._layout.unflatten(flat[: self._layout.size], self._problem.device)
+            self._theta = self._layout.unflatten(whole(flat)[: self._layout.size], self._problem.device)
             self._version = version
 
-    def _episodes(self, flat: np.ndarray, shard: Shard) -> tuple[Any, np.ndarray, float]:
+    def _episodes(self, flat: Flat, shard: Shard) -> tuple[Any, np.ndarray, float]:
         """The shard's episodes, their tasks' ids, and the seconds it took.
 
         Later epochs on them find them here, or collect them again from the theta that they are of: the same to the bit.
@@ -136,7 +144,7 @@ class Worker:
         if episodes is None:
             theta = self._theta
             if shard.epoch:
-                theta = self._layout.unflatten(flat[self._layout.size :], problem.device)
+                theta = self._layout.unflatten(whole(flat)[self._layout.size :], problem.device)
             episodes = episodes_of(
                 problem.family, problem.algorithm, theta, shard.split, ids, shard.inner_steps, problem.device
             )
@@ -145,7 +153,7 @@ class Worker:
             self._kept[name] = episodes
         return episodes, ids, time.perf_counter() - started
 
-    def _gradient(self, flat: np.ndarray, shard: Shard) -> ShardResult:
+    def _gradient(self, flat: Flat, shard: Shard) -> ShardResult:
         problem = self._problem
         episodes, ids, drawing = self._episodes(flat, shard)
         started = time.perf_counter()
@@ -171,7 +179,7 @@ class Worker:
             time.perf_counter() - started,
         )
 
-    def _scores(self, flat: np.ndarray, shard: Shard) -> ShardResult:
+    def _scores(self, flat: Flat, shard: Shard) -> ShardResult:
         problem = self._problem
         episodes, ids, drawing = self._episodes(flat, shard)
         started = time.perf_counter()

@@ -16,8 +16,8 @@ def test_the_first_loss_is_replaced_at_once_further_ones_in_a_row_back_off_up_to
 
 
 def test_a_shard_that_keeps_killing_stops_the_run_and_is_named() -> None:
-    assert gives_up(3, range(12, 16), 2, 3, "ActorDiedError: killed") is None
-    message = gives_up(3, range(12, 16), 3, 3, "ActorDiedError: killed")
+    assert gives_up("shard 3 (tasks 12 to 15)", 2, 3, "ActorDiedError: killed") is None
+    message = gives_up("shard 3 (tasks 12 to 15)", 3, 3, "ActorDiedError: killed")
     for part in ("shard 3", "tasks 12 to 15", "3 workers", "ActorDiedError", "run.max_shard_failures is 3"):
         assert part in str(message)
 

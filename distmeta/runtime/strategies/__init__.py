@@ -15,6 +15,7 @@ from distmeta.sections import Outer
 
 STRATEGIES = {
     "driver": "distmeta.runtime.strategies.driver:Driver",
+    "sharded": "distmeta.runtime.strategies.sharded:Sharded",
 }
 
 

@@ -1,0 +1,52 @@
+"""`run.strategy`: how meta-gradients are combined, and the keys of `run` that belong to one strategy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from distmeta.components import shown
+from distmeta.core import InputError
+
+Strategy = Literal["driver", "sharded"]
+
+KEYS: dict[str, dict[str, Any]] = {
+    "driver": {},
+    "sharded": {"servers": 2},
+}
+"""Each strategy's own keys and their defaults; they are null under any other."""
+ON_WORKERS = {"sharded"}
+"""Those that need Ray workers."""
+SAME_BITS = {"driver", "sharded"}
+"""Between these a resume may go: the same theta and the same state to the bit."""
+OWN = sorted({key for keys in KEYS.values() for key in keys})
+
+
+def filled(run: Any) -> Any:
+    """The section `run` with the defaults of its strategy's keys.
+
+    Raises:
+        InputError: a key of another strategy has a value.
+    """
+    strategy = run.get("strategy", "driver") if isinstance(run, Mapping) else None
+    if not isinstance(strategy, str) or strategy not in KEYS:
+        return run  # refused by its type
+    for key in OWN:
+        if run.get(key) is not None and key not in KEYS[strategy]:
+            owner = next(name for name, keys in KEYS.items() if key in keys)
+            raise InputError(
+                f"run.{key}: got {shown(run[key])} with run.strategy: {strategy}, expected run.strategy: {owner}"
+            )
+    defaults = {key: value for key, value in KEYS[strategy].items() if run.get(key) is None}
+    return {**run, **defaults}
+
+
+def in_process(run: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `run` of a job that computes in this process and combines nothing: an evaluation's."""
+    return {**run, "workers": 0, "strategy": "driver", **dict.fromkeys(OWN)}
+
+
+def check_workers(strategy: str, most: int) -> None:
+    """Raises InputError where a strategy needs workers and the job has none."""
+    if strategy in ON_WORKERS and not most:
+        raise InputError(f"run.strategy: got {strategy!r} with run.workers: 0, expected at least 1 worker")

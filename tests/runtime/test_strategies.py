@@ -1,0 +1,226 @@
+"""Who holds theta and adds does not show in the bits, where that is promised; and what each strategy survives."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import POLICIES, tree
+from processes import descendants, gone, send, state, words, worker_pids
+
+import distmeta
+from distmeta.compute.flat import edges_of, tree_sum
+from distmeta.core import InputError
+from distmeta.job import Job
+from distmeta.runtime import checkpoint as checkpoints
+from distmeta.runtime.driver import Silent
+from distmeta.runtime.failure import LostShardError
+from distmeta.runtime.problem import build
+from distmeta.runtime.server import ParameterServer
+from distmeta.runtime.slices import Slice, SliceSpec, joined, moments_in
+
+WIDE = {"type": "mlp", "hidden": [400, 400], "activation": "tanh"}
+"""162,001 parameters: three of the norm's blocks, and tensors that lie across their edges."""
+RUN = {"steps": 4, "tasks_per_step": 4, "eval_every": 2, "eval_tasks": 4, "workers": 2, "checkpoint_every": 2}
+CLIPPED = {
+    "clip_norm": 0.05,
+    "schedule": {"type": "cosine", "steps": 6, "final": 0.1},
+    "rates": {"*bias": 0.02},
+}
+OUTERS = {
+    "sgd": {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, **CLIPPED},
+    "adam": {"optimizer": "adam", "lr": 0.003, **CLIPPED},
+    "adamw": {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.1},
+    "rmsprop": {"optimizer": "rmsprop", "lr": 0.003, "momentum": 0.5, **CLIPPED},
+}
+
+
+class Watching(Silent):
+    """Does something after a step, in the driver's own thread; keeps what is said."""
+
+    def __init__(self, steps: Mapping[int, Callable[[], Any]] | None = None):
+        self.steps, self.said = dict(steps or {}), list[str]()
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        self.steps.pop(record["step"], lambda: None)()
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def wide(outer: str = "adam", **run: Any) -> dict[str, Any]:
+    return tree("maml", model=WIDE, outer=OUTERS[outer], run=RUN | run)
+
+
+def trained(
+    job: dict[str, Any], reporter: Silent | None = None, resume: Path | None = None, **run: Any
+) -> Path:
+    return distmeta.train(Job.parse(job | {"run": job["run"] | run}), resume, reporter).run
+
+
+def outcome(run: Path) -> tuple[dict[str, bytes], dict[str, bytes], Any, list[dict[str, Any]]]:
+    """theta, the optimizer's state, the schedule; metrics.jsonl without what depends on the clock."""
+    saved = checkpoints.load(run)
+    theta, moments = (
+        {name: value.numpy().tobytes() for name, value in found.items()}
+        for found in (saved.theta, saved.optimizer)
+    )
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [{k: v for k, v in row.items() if not k.startswith(("seconds", "tasks_per"))} for row in rows]
+    return theta, moments, saved.outer, rows
+
+
+def processes(title: str) -> list[int]:
+    """Live Ray actors of a class, below this process."""
+    below = descendants(os.getpid())
+    return [p for p in below if words(p).startswith(f"ray::{title}") and state(p) not in ("", "Z")]
+
+
+def kill(title: str, count: int) -> Callable[[], None]:
+    def act() -> None:
+        found = processes(title)
+        assert found, title
+        send(found[:count], signal.SIGKILL)
+
+    return act
+
+
+@pytest.mark.parametrize("servers", [1, 2, 3])
+@pytest.mark.parametrize("outer", OUTERS)
+def test_slices_step_as_the_whole_to_the_bit(outer: str, servers: int) -> None:
+    """Sums, mean, clipping, optimizer; with its state taken over from the whole and given back."""
+    job = Job.parse(wide(outer))
+    theta = build(job).init()
+    whole = ParameterServer(theta, job.outer)
+    layout, edges = whole.layout, edges_of(whole.layout.size, servers)
+    assert len(edges) == servers + 1
+    draws = np.random.default_rng(0)
+
+    def gradients() -> list[np.ndarray]:
+        return [draws.standard_normal(layout.size).astype(np.float32) for _ in range(3)]
+
+    def mean(vectors: list[np.ndarray]) -> np.ndarray:
+        return tree_sum(vectors) / np.float32(7)
+
+    whole.step(mean(gradients()))
+    tensors, rates = whole.state()[0], dict(zip(layout.names, whole.rates(), strict=True))
+    slices = []
+    for start, stop in pairwise(edges):
+        moments, names = moments_in(layout, tensors, start, stop)
+        sizes = tuple(last - first for _, first, last in layout.spans(start, stop))
+        spec = SliceSpec(sizes, tuple(rates[name] for name in names), job.outer, moments)
+        slices.append((Slice(whole.flat()[start:stop], spec), names, start, stop))
+    for step in range(3):
+        vectors, partial = gradients(), list[float]()
+        for own, _, start, stop in slices:
+            for position in (2, 0, 1):
+                own.receive(step, position, vectors[position][start:stop])
+            finite, sums = own.average(7)
+            assert finite
+            partial += sums
+        size, rates = math.sqrt(math.fsum(partial)), dict(zip(layout.names, whole.rates(), strict=True))
+        assert size == whole.step(mean(vectors))
+        limit = job.outer.clip_norm
+        factor = limit / size if limit is not None and size > limit else None
+        parts = [own.step(factor, [rates[name] for name in names]) for own, names, _, _ in slices]
+        assert np.array_equal(np.concatenate(parts), whole.flat())
+    found = joined(layout, edges, [own.moments() for own, *_ in slices])
+    expected = whole.state()[0]
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def test_sharded_through_lost_workers_and_a_lost_server(workplace: Path, cluster: None) -> None:
+    calm = outcome(trained(wide(workers=0, steps=6)))
+    seen: list[int] = []
+
+    def kill_a_server() -> None:
+        found = processes("SliceServer")
+        seen.append(len(found))
+        send(found[:1], signal.SIGKILL)
+
+    harm = Watching({1: lambda: send(worker_pids()[:1], signal.SIGKILL), 3: kill_a_server, 5: kill_a_server})
+    assert outcome(trained(wide(strategy="sharded", steps=6), harm)) == calm
+    assert seen == [2, 2], "the lost one was replaced"
+    back = [text for text in harm.said if "back to the checkpoint" in text]
+    assert [text.rpartition(" ")[2] for text in back] == ["2", "4"], harm.said
+    assert not gone(processes("SliceServer"), 30), "they end with the run"
+
+
+def test_a_server_that_keeps_dying_ends_the_run_with_its_checkpoint(workplace: Path, cluster: None) -> None:
+    class Killing(Silent):
+        def step(self, record: Mapping[str, Any]) -> None:
+            if record["step"] == 3:
+                send(processes("SliceServer"), signal.SIGKILL)
+
+    with pytest.raises(LostShardError, match=r"servers is lost .*, for the 3th time since step 2$"):
+        trained(wide(strategy="sharded", name="doomed", max_shard_failures=2), Killing())
+    assert checkpoints.load(workplace / "runs" / "doomed").progress.step == 2
+
+
+def test_checkpoints_of_driver_and_sharded_are_interchangeable(workplace: Path, cluster: None) -> None:
+    """With clipping, momentum, rates of parts, and tasks that are left out."""
+    job = wide("sgd", tasks_per_step=16) | {"tasks": {"type": "hard_cases:Poisoned"}}
+    calm = outcome(trained(job, workers=0, steps=6))
+    assert sum(row["tasks_dropped"] for row in calm[3]) > 0
+    assert calm[3][0]["grad_norm"] > 0.05, "it is clipped"
+    begun = trained(job, workers=0, steps=2, name="begun")
+    trained(job, strategy="sharded", servers=3, steps=4, resume=begun)
+    trained(job, workers=0, steps=6, resume=begun)
+    assert outcome(begun) == calm
+
+
+def test_sharded_with_outer_epochs_and_changes(workplace: Path, cluster: None) -> None:
+    epochs = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}
+    run = RUN | {"steps": 3}
+    changes = [{"step": 1, "set": {"outer.lr": 0.02}}, {"step": 2, "set": {"algorithm.inner_lr": 0.05}}]
+    job = tree(epochs, run=run, changes=changes, **POLICIES)
+    calm = outcome(trained(job, workers=0))
+    watching = Watching()
+    assert outcome(trained(job, watching, strategy="sharded", servers=3)) == calm
+    assert any("go to 1 of 3 servers" in text for text in watching.said), watching.said
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (
+            {"strategy": "sharded", "workers": 0},
+            "run.strategy: got 'sharded' with run.workers: 0, expected at least 1 worker",
+        ),
+        (
+            {"servers": 3, "workers": 1},
+            "run.servers: got 3 with run.strategy: driver, expected run.strategy: sharded",
+        ),
+        ({"strategy": "sharded", "servers": 0, "workers": 1}, "run.servers: got 0"),
+        ({"strategy": "shared"}, "run.strategy: got 'shared'"),
+    ],
+)
+def test_a_strategys_keys_are_its_own(run: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        Job.parse(tree("maml", run=run))
+    assert str(caught.value).startswith(message)
+
+
+def test_every_strategy_of_a_job_has_a_class_and_its_keys() -> None:
+    from importlib import import_module
+    from typing import get_args
+
+    from distmeta.combining import KEYS, OWN, Strategy
+    from distmeta.runtime.strategies import STRATEGIES
+    from distmeta.sections import Run
+
+    assert list(get_args(Strategy)) == list(KEYS) == list(STRATEGIES)
+    assert set(OWN) <= set(Run.model_fields)
+    for place in STRATEGIES.values():
+        module, _, name = place.partition(":")
+        assert callable(getattr(import_module(module), name))
