@@ -8,14 +8,16 @@ from typing import Any, Literal
 from distmeta.components import shown
 from distmeta.core import InputError
 
-Strategy = Literal["driver", "sharded"]
+Strategy = Literal["driver", "sharded", "async", "local"]
 
 KEYS: dict[str, dict[str, Any]] = {
     "driver": {},
     "sharded": {"servers": 2},
+    "async": {"max_staleness": 2, "staleness_aware": False},
+    "local": {"replicas": 2, "local_steps": 50, "local_lr": 0.7, "local_momentum": 0.9},
 }
 """Each strategy's own keys and their defaults; they are null under any other."""
-ON_WORKERS = {"sharded"}
+ON_WORKERS = {"sharded", "async"}
 """Those that need Ray workers."""
 SAME_BITS = {"driver", "sharded"}
 """Between these a resume may go: the same theta and the same state to the bit."""
@@ -46,7 +48,21 @@ def in_process(run: Mapping[str, Any]) -> dict[str, Any]:
     return {**run, "workers": 0, "strategy": "driver", **dict.fromkeys(OWN)}
 
 
-def check_workers(strategy: str, most: int) -> None:
-    """Raises InputError where a strategy needs workers and the job has none."""
-    if strategy in ON_WORKERS and not most:
-        raise InputError(f"run.strategy: got {strategy!r} with run.workers: 0, expected at least 1 worker")
+def check(run: Any) -> None:
+    """Raises InputError where the section `run` and its strategy do not go together."""
+    if run.strategy in ON_WORKERS and not run.max_workers:
+        raise InputError(
+            f"run.strategy: got {run.strategy!r} with run.workers: 0, expected at least 1 worker"
+        )
+    if run.strategy != "local":
+        return
+    if run.shards is not None and run.replicas > run.shards:
+        raise InputError(
+            f"run.replicas: got {run.replicas}, expected at most run.shards = {run.shards}, their shares of a step"
+        )
+    for key in ("eval_every", "checkpoint_every"):
+        if getattr(run, key) % run.local_steps:
+            raise InputError(
+                f"run.{key}: got {getattr(run, key)}, expected a multiple of run.local_steps = {run.local_steps}: "
+                "between averages there is no one theta"
+            )

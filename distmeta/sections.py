@@ -154,6 +154,21 @@ class Run(Section):
     """Who holds theta, adds the meta-gradients and steps: a line of runtime.strategies' table."""
     servers: Positive | None = None
     """sharded: Ray actors that own a slice of theta each; fewer where theta has fewer blocks of 65,536."""
+    max_staleness: Count | None = None
+    """async: steps that a gradient may be older than the theta it is applied to; 0 is `driver`."""
+    staleness_aware: bool | None = None
+    """async: gradients count 1 / (1 + staleness), and so does the step's rate."""
+    replicas: Positive | None = None
+    """local: copies of theta that step on their own. The bits depend on it, on the number of workers they do not."""
+    local_steps: Positive | None = None
+    """local: outer steps between two averages."""
+    local_lr: Rate | None = None
+    """local: rate of the step on the averaged delta."""
+    local_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """local: its Nesterov momentum. With 0, and a rate of 1, parameters are averaged."""
+    compress: Literal["none", "bf16", "int8"] = "none"
+    """Of gradients on their way from workers (theta goes to them as it is). The bits depend on it, on workers' number
+    they do not."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     """May be a fraction; above 0 the worker computes on its GPU."""
@@ -203,7 +218,7 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Run:
-        combining.check_workers(self.strategy, self.max_workers)
+        combining.check(self)
         if self.shards is not None and self.shards > self.tasks_per_step:
             raise InputError(
                 f"run.shards: got {self.shards}, expected at most run.tasks_per_step = {self.tasks_per_step}"

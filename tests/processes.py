@@ -41,8 +41,13 @@ def state(pid: int) -> str:
 
 def worker_pids(pid: int | None = None) -> list[int]:
     """The Ray actors below a process (this one unless told) that are distmeta's workers."""
+    return actor_pids("WorkerProcess", pid)
+
+
+def actor_pids(title: str, pid: int | None = None) -> list[int]:
+    """The live Ray actors of a class below a process."""
     below = descendants(os.getpid() if pid is None else pid)
-    return [p for p in below if words(p).startswith("ray::WorkerProcess") and state(p) not in ("", "Z")]
+    return [p for p in below if words(p).startswith(f"ray::{title}") and state(p) not in ("", "Z")]
 
 
 def listening(pids: list[int]) -> set[str]:

@@ -20,7 +20,9 @@ Flat = np.ndarray | tuple[np.ndarray, ...]
 
 
 def whole(flat: Flat) -> np.ndarray:
-    return flat if isinstance(flat, np.ndarray) else np.concatenate(flat)
+    if isinstance(flat, np.ndarray):
+        return flat
+    return flat[0] if len(flat) == 1 else np.concatenate(flat)
 
 
 @dataclass(frozen=True)

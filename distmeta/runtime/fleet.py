@@ -7,11 +7,11 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any, Literal, NoReturn
 
 import numpy as np
 
+from distmeta.compute.compressed import cut
 from distmeta.core import InputError
 from distmeta.job import Run
 from distmeta.runtime.cluster import Nodes, resources
@@ -54,8 +54,14 @@ class WorkerProcess:
         if not edges:
             return result
         assert result.gradient is not None
-        pieces = [result.gradient[a:b] for a, b in pairwise(edges)]
-        return replace(result, gradient=None), *pieces
+        return replace(result, gradient=None), *cut(result.gradient, edges)
+
+    def round(self, own: Any, flat: np.ndarray, state: Any) -> Any:
+        """A replica's steps (`run.strategy: local`): three objects, for the last two may stay here."""
+        from distmeta.runtime.strategies.replica import run_round  # what a worker of `local` alone needs
+
+        assert self._worker is not None
+        return run_round(self._worker, own, flat, state)
 
 
 @dataclass
@@ -137,14 +143,13 @@ class Fleet:
         self._ray.wait(everything, num_returns=1, timeout=POLL_SECONDS)
         return self._ray.wait(calls, num_returns=len(calls), timeout=0)[0] if calls else []
 
-    def give(self, worker: int, shard: Shard, theta: Sequence[Any], edges: Sequence[int]) -> list[Any]:
-        """A ready worker computes a shard: its result, and the pieces of its gradient where `edges` cut it."""
+    def give(self, worker: int, method: str, unit: Any, arguments: Sequence[Any], outputs: int) -> list[Any]:
+        """A ready worker computes something: as many objects."""
         place = self._places[worker]
         assert place.state == "idle"
         place.state, place.since = "busy", time.monotonic()
-        if not edges:
-            return [place.actor.compute.remote(shard, (), *theta)]
-        return place.actor.compute.options(num_returns=len(edges)).remote(shard, edges, *theta)
+        made = getattr(place.actor, method).options(num_returns=outputs).remote(unit, *arguments)
+        return made if outputs > 1 else [made]
 
     def freed(self, worker: int) -> None:
         """It computed its shard."""

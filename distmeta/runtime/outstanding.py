@@ -27,6 +27,11 @@ class Outstanding(Generic[Result]):
     def done(self) -> bool:
         return len(self.results) == self._count
 
+    @property
+    def remaining(self) -> int:
+        """Positions without an answer."""
+        return self._count - len(self.results)
+
     def in_order(self) -> list[Result]:
         return [self.results[position] for position in range(self._count)]
 
@@ -61,6 +66,12 @@ class Outstanding(Generic[Result]):
         while self._fresh:
             position = self._fresh.popleft()
             yield position, self.results[position]
+
+    def again(self, position: int) -> None:
+        """Its answer is of no use."""
+        del self.results[position]
+        if not self._copies[position]:
+            self._waiting.appendleft(position)
 
     def lost(self, position: int, blamed: bool) -> int:
         """A worker that had it is no more; how many it has cost."""

@@ -45,13 +45,13 @@ class LocalPool:
     size = 1
 
     def __init__(self, problem: Problem, layout: Layout):
-        self._worker = Worker.of(problem, layout)
+        self.worker = Worker.of(problem, layout)
 
     def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
         results = []
         for shard in shards:
             check()
-            results.append(self._worker.compute(flat, shard))
+            results.append(self.worker.compute(flat, shard))
         check()
         return results
 
@@ -65,28 +65,37 @@ def open_pool(problem: Problem, layout: Layout, say: Callable[[str], None]) -> P
 
 
 class Answer(NamedTuple):
-    """What came of a shard."""
+    """What came of a shard (or of a replica's round)."""
 
-    shard: Shard
+    shard: Any
     """As it was handed out."""
-    result: ShardResult
+    result: Any
     pieces: list[Any]
-    """Its gradient, cut, as Ray objects that stay where they were made; none where it came with the result."""
+    """Ray objects that stay where they were made: its gradient, cut (a round: its delta and state)."""
 
 
 @dataclass
 class Work:
-    """Shards to compute, and with what theta from here on."""
+    """Shards to compute, and what with from here on."""
 
-    shards: list[Shard]
+    shards: list[Any]
+    """All of a kind; `kind` says how long they take, `str` what they are."""
     theta: Sequence[Any]
-    """Ray objects: the flat vector in any number of pieces."""
+    """Ray objects: the flat vector in any number of pieces (a round: theta and the replica's state)."""
     edges: Sequence[int] = ()
     """Where gradients are cut; none: they come back with the results."""
+    rounds: bool = False
     left: Outstanding[Answer] = field(init=False)
 
     def __post_init__(self) -> None:
         self.left = Outstanding(len(self.shards))
+
+    @property
+    def call(self) -> tuple[str, Sequence[Any], int]:
+        """The worker's method, its further arguments, and how many objects it makes."""
+        if self.rounds:
+            return "round", self.theta, 3
+        return "compute", [tuple(self.edges), *self.theta], max(len(self.edges), 1)
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ class _Call:
     """A worker at work."""
 
     worker: int
-    shard: Shard
+    shard: Any
     position: int
     since: float
     of: Outstanding[Answer]
@@ -191,7 +200,8 @@ class RayPool:
             if work.left.next() != position:
                 self._say(f"shard {shard.index} is slow: worker {worker} computes it as well")
             work.left.given(position, now)
-            call, *pieces = self._fleet.give(worker, shard, work.theta, work.edges)
+            method, arguments, outputs = work.call
+            call, *pieces = self._fleet.give(worker, method, shard, arguments, outputs)
             self._calls[call] = _Call(worker, shard, position, now, work.left, pieces)
 
     def _next(self, works: Sequence[Work], now: float) -> tuple[Work | None, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -45,14 +45,16 @@ class ParameterServer:
         """theta by name, a copy."""
         return {name: value.detach().clone() for name, value in self._theta.items()}
 
-    def step(self, gradient: np.ndarray) -> float:
-        """One outer step on the mean meta-gradient; its norm before clipping."""
+    def step(self, gradient: np.ndarray, factor: float = 1.0) -> float:
+        """One outer step on the mean meta-gradient, at `factor` times the rate; its norm before clipping."""
         size = norm(gradient)
         limit = self.outer.clip_norm
         if limit is not None and size > limit:
             gradient = gradient * np.float32(limit / size)
         for name, part in self.layout.views(torch.from_numpy(np.ascontiguousarray(gradient))).items():
             self._theta[name].grad = part
+        for group in self._optimizer.param_groups:
+            group["lr"] *= factor  # until the schedule sets the next step's
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._advance()
@@ -107,7 +109,7 @@ class ParameterServer:
             InputError: theta, or the optimizer's state, has other names or shapes than this job's.
         """
         check_theta(theta, self._theta)
-        _check_state(tensors, plain, self._theta, self.state()[1])
+        check_state(tensors, plain, self._theta, self.state()[1])
         with torch.no_grad():
             for name, parameter in self._theta.items():
                 parameter.copy_(theta[name])
@@ -128,6 +130,18 @@ class ParameterServer:
                 self._optimizer.state[parameter] = state
 
 
+def clock_of(names: Iterable[str], outer: Outer, plain: dict[str, Any]) -> ParameterServer:
+    """The rates and the schedule alone, at their place; `skip` moves them on.
+
+    Args:
+        plain: as `ParameterServer.state` gave it; nothing: at the start.
+    """
+    clock = ParameterServer({name: torch.zeros(1) for name in names}, outer)
+    if plain:
+        clock.load(clock.theta(), {}, plain)
+    return clock
+
+
 def check_theta(theta: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
     """Raises InputError where a checkpoint's theta has other names or shapes than the job's."""
     shapes = [{name: tuple(value.shape) for name, value in tensors.items()} for tensors in (theta, expected)]
@@ -137,7 +151,7 @@ def check_theta(theta: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
         )
 
 
-def _check_state(
+def check_state(
     tensors: Mapping[str, torch.Tensor], plain: Any, theta: Mapping[str, torch.Tensor], expected: Any
 ) -> None:
     """Raises InputError where the optimizer's state cannot be that of a run of this job: the file may be anybody's."""

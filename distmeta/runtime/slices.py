@@ -9,6 +9,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
+from distmeta.compute.compressed import Vector, decode
 from distmeta.compute.flat import Layout, squared_blocks, tree_sum
 from distmeta.core import Theta
 from distmeta.runtime.server import optimizer_of
@@ -38,7 +39,7 @@ class Slice:
     def __init__(self, flat: np.ndarray, spec: SliceSpec):
         self._flat = torch.from_numpy(flat.copy())
         self._sizes, self._rates = spec.sizes, spec.rates
-        self._sent: dict[int, np.ndarray] = {}
+        self._sent: dict[int, Vector] = {}
         self._attempt = 0
         self._mean: np.ndarray | None = None
         self._marked: tuple[np.ndarray, Moments] | None = None
@@ -54,7 +55,7 @@ class Slice:
                 state = {key: torch.from_numpy(np.array(value)) for key, value in of_part.items()}
                 self._optimizer.state[part] = state
 
-    def receive(self, attempt: int, position: int, gradient: np.ndarray) -> None:
+    def receive(self, attempt: int, position: int, gradient: Vector) -> None:
         """A shard's gradient sum. What is left of another attempt at a step is dropped."""
         if attempt != self._attempt:
             self._sent, self._attempt = {}, attempt
@@ -63,7 +64,7 @@ class Slice:
     def average(self, tasks: int) -> tuple[bool, list[float]]:
         """Adds what came by the tree over positions, divides by the number of tasks; whether the mean is finite, and
         its norm's partial sums."""
-        vectors = [self._sent[position] for position in range(len(self._sent))]
+        vectors = [decode(self._sent[position]) for position in range(len(self._sent))]
         self._sent = {}
         self._mean = tree_sum(vectors) / np.float32(tasks)
         return bool(np.isfinite(self._mean).all()), squared_blocks(self._mean)

@@ -14,13 +14,17 @@ import numpy as np
 import torch
 
 from distmeta.compute.compiler import Compiler, missing
+from distmeta.compute.compressed import Vector, encode
 from distmeta.compute.episodes import episodes_of
 from distmeta.compute.flat import Flat, Layout, whole
 from distmeta.compute.shard import score_tasks, shard_gradient
 from distmeta.core import InputError, Theta
 from distmeta.job import Job
 from distmeta.runtime.problem import Problem, build, numerics_of, shard_slices
-from distmeta.seeding import task_ids
+from distmeta.seeding import task_generator, task_ids
+
+ROUNDING = 2**32
+"""The part of a task's random numbers that gradients are rounded by, past those of any inner step."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,10 @@ class Shard:
     epoch: int = 0
     """Training: which step of the outer optimizer on the same episodes. From 1 on the flat vector that comes with it is
     theta followed by the theta that the episodes are of."""
+    version: int = 0
+    """Which theta it is computed with, where that is not the one of its step."""
+    compress: str = "none"
+    """How its gradient travels."""
 
     @property
     def kind(self) -> tuple[str, int, bool]:
@@ -57,7 +65,8 @@ class ShardResult:
     """What comes back: one flat vector (training), a number a task, and where the time went."""
 
     index: int
-    gradient: np.ndarray | None
+    gradient: Vector | None
+    """As it travels: in float32, or coded as `run.compress` says."""
     tasks: int
     dropped: tuple[int, ...]
     """Task indices within the step."""
@@ -98,11 +107,11 @@ class Worker:
         return worker
 
     def _start(self, problem: Problem, layout: Layout) -> None:
-        self._layout = layout
+        self.layout = layout
         if problem.job.compute.compile and (lacking := missing()):
             raise InputError(f"compute.compile: got true, but there is {lacking}: use compute.compile=false")
         self._enter(problem)
-        self._version: tuple[str, int, int] | None = None
+        self._version: tuple[str, int, int, int] | None = None
         self._theta: Theta = {}
         self._kept: dict[tuple[int, int], Any] = {}
         """Episodes of this step by step and shard, where later epochs ask for them again."""
@@ -113,23 +122,24 @@ class Worker:
         self._problem = problem
         self._compiler = Compiler(compute.precision) if compute.compile else None
 
-    def ready(self) -> int:
-        """The process id, once the worker is built."""
-        return os.getpid()
+    def enter(self, phase: int) -> Problem:
+        """The problem at a phase, from here on."""
+        if phase != self._problem.phase:
+            self._enter(self._problem.at(phase))
+        return self._problem
 
     def compute(self, flat: Flat, shard: Shard) -> ShardResult:
         """The shard's gradient sum (split "train"), or its scores."""
-        if shard.phase != self._problem.phase:
-            self._enter(self._problem.at(shard.phase))
+        self.enter(shard.phase)
         with numerics_of(self._problem.job, self._problem.device):
             self._receive(flat, shard)
             return self._gradient(flat, shard) if shard.split == "train" else self._scores(flat, shard)
 
     def _receive(self, flat: Flat, shard: Shard) -> None:
         """Unflattens theta once a step, however many of its shards come here."""
-        version = (shard.split, shard.step, shard.epoch)
+        version = (shard.split, shard.step, shard.epoch, shard.version)
         if version != self._version or shard.split != "train":
-            self._theta = self._layout.unflatten(whole(flat)[: self._layout.size], self._problem.device)
+            self._theta = self.layout.unflatten(whole(flat)[: self.layout.size], self._problem.device)
             self._version = version
 
     def _episodes(self, flat: Flat, shard: Shard) -> tuple[Any, np.ndarray, float]:
@@ -144,7 +154,7 @@ class Worker:
         if episodes is None:
             theta = self._theta
             if shard.epoch:
-                theta = self._layout.unflatten(whole(flat)[self._layout.size :], problem.device)
+                theta = self.layout.unflatten(whole(flat)[self.layout.size :], problem.device)
             episodes = episodes_of(
                 problem.family, problem.algorithm, theta, shard.split, ids, shard.inner_steps, problem.device
             )
@@ -166,11 +176,14 @@ class Worker:
             problem.execution,
             self._compiler,
         )
-        gradient = self._layout.flatten({name: value.cpu() for name, value in result.gradient.items()})
+        gradient = self.layout.flatten({name: value.cpu() for name, value in result.gradient.items()})
+        draws = task_generator(
+            ids[0], ROUNDING + shard.epoch
+        )  # whichever worker rounds, the bits are the same
         dropped = tuple(shard.start + i for i in result.dropped)
         return ShardResult(
             shard.index,
-            gradient,
+            encode(gradient, shard.compress, draws),
             result.tasks,
             dropped,
             result.metrics,
@@ -227,8 +240,10 @@ def shards_of(
     problem: Problem, split: str, step: int, count: int, pieces: int, inner_steps: int, outputs: bool = False
 ) -> list[Shard]:
     """The plan of a step (or of an evaluation): which tasks each shard holds."""
-    size = problem.algorithm.group_size if split == "train" else 1
+    trains = split == "train"
+    more = {"phase": problem.phase, "compress": problem.job.run.compress if trains else "none"}
+    slices = shard_slices(count, pieces, problem.algorithm.group_size if trains else 1)
     return [
-        Shard(index, split, step, count, piece.start, piece.stop, inner_steps, outputs, phase=problem.phase)
-        for index, piece in enumerate(shard_slices(count, pieces, size))
+        Shard(index, split, step, count, piece.start, piece.stop, inner_steps, outputs, **more)
+        for index, piece in enumerate(slices)
     ]

@@ -1,12 +1,9 @@
-"""Who holds theta and adds does not show in the bits, where that is promised; and what each strategy survives."""
+"""Who holds theta and adds does not show in the bits of `driver` and `sharded`; keys of a job; going back."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import signal
-from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,18 +12,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import POLICIES, tree
-from processes import descendants, gone, send, state, words, worker_pids
+from outcomes import Watching, outcome, trained
+from processes import actor_pids, gone, send, worker_pids
 
-import distmeta
 from distmeta.compute.flat import edges_of, tree_sum
 from distmeta.core import InputError
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.driver import Silent
 from distmeta.runtime.failure import LostShardError
 from distmeta.runtime.problem import build
 from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.slices import Slice, SliceSpec, joined, moments_in
+from distmeta.runtime.strategies.driver import Driver
+from distmeta.runtime.strategy import LostStateError
 
 WIDE = {"type": "mlp", "hidden": [400, 400], "activation": "tanh"}
 """162,001 parameters: three of the norm's blocks, and tensors that lie across their edges."""
@@ -44,54 +42,8 @@ OUTERS = {
 }
 
 
-class Watching(Silent):
-    """Does something after a step, in the driver's own thread; keeps what is said."""
-
-    def __init__(self, steps: Mapping[int, Callable[[], Any]] | None = None):
-        self.steps, self.said = dict(steps or {}), list[str]()
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        self.steps.pop(record["step"], lambda: None)()
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
 def wide(outer: str = "adam", **run: Any) -> dict[str, Any]:
     return tree("maml", model=WIDE, outer=OUTERS[outer], run=RUN | run)
-
-
-def trained(
-    job: dict[str, Any], reporter: Silent | None = None, resume: Path | None = None, **run: Any
-) -> Path:
-    return distmeta.train(Job.parse(job | {"run": job["run"] | run}), resume, reporter).run
-
-
-def outcome(run: Path) -> tuple[dict[str, bytes], dict[str, bytes], Any, list[dict[str, Any]]]:
-    """theta, the optimizer's state, the schedule; metrics.jsonl without what depends on the clock."""
-    saved = checkpoints.load(run)
-    theta, moments = (
-        {name: value.numpy().tobytes() for name, value in found.items()}
-        for found in (saved.theta, saved.optimizer)
-    )
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rows = [{k: v for k, v in row.items() if not k.startswith(("seconds", "tasks_per"))} for row in rows]
-    return theta, moments, saved.outer, rows
-
-
-def processes(title: str) -> list[int]:
-    """Live Ray actors of a class, below this process."""
-    below = descendants(os.getpid())
-    return [p for p in below if words(p).startswith(f"ray::{title}") and state(p) not in ("", "Z")]
-
-
-def kill(title: str, count: int) -> Callable[[], None]:
-    def act() -> None:
-        found = processes(title)
-        assert found, title
-        send(found[:count], signal.SIGKILL)
-
-    return act
 
 
 @pytest.mark.parametrize("servers", [1, 2, 3])
@@ -144,7 +96,7 @@ def test_sharded_through_lost_workers_and_a_lost_server(workplace: Path, cluster
     seen: list[int] = []
 
     def kill_a_server() -> None:
-        found = processes("SliceServer")
+        found = actor_pids("SliceServer")
         seen.append(len(found))
         send(found[:1], signal.SIGKILL)
 
@@ -153,18 +105,31 @@ def test_sharded_through_lost_workers_and_a_lost_server(workplace: Path, cluster
     assert seen == [2, 2], "the lost one was replaced"
     back = [text for text in harm.said if "back to the checkpoint" in text]
     assert [text.rpartition(" ")[2] for text in back] == ["2", "4"], harm.said
-    assert not gone(processes("SliceServer"), 30), "they end with the run"
+    assert not gone(actor_pids("SliceServer"), 30), "they end with the run"
 
 
-def test_a_server_that_keeps_dying_ends_the_run_with_its_checkpoint(workplace: Path, cluster: None) -> None:
-    class Killing(Silent):
-        def step(self, record: Mapping[str, Any]) -> None:
-            if record["step"] == 3:
-                send(processes("SliceServer"), signal.SIGKILL)
+def test_a_state_that_is_lost_again_and_again_ends_the_run_with_its_checkpoint(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = outcome(trained(tree("maml", run=RUN | {"workers": 0})))
+    apply, losses = Driver._apply, list[int]()
 
-    with pytest.raises(LostShardError, match=r"servers is lost .*, for the 3th time since step 2$"):
-        trained(wide(strategy="sharded", name="doomed", max_shard_failures=2), Killing())
+    def losing(strategy: Driver) -> float:
+        size = apply(strategy)
+        if strategy.state().outer["schedule"]["last_epoch"] == 3 and len(losses) < most:
+            losses.append(3)
+            raise LostStateError("theta is gone")
+        return size
+
+    monkeypatch.setattr(Driver, "_apply", losing)
+    most, job, watching = 2, tree("maml", run=RUN | {"workers": 0, "max_shard_failures": 2}), Watching()
+    assert outcome(trained(job, watching)) == calm
+    assert watching.said.count("theta is gone: back to the checkpoint of step 2") == 2
+    most, losses = 9, []
+    with pytest.raises(LostShardError, match=r"^theta is gone, for the 3th time since step 2$"):
+        trained(job, name="doomed")
     assert checkpoints.load(workplace / "runs" / "doomed").progress.step == 2
+    assert len(outcome(workplace / "runs" / "doomed")[3]) == 2
 
 
 def test_checkpoints_of_driver_and_sharded_are_interchangeable(workplace: Path, cluster: None) -> None:
@@ -202,6 +167,23 @@ def test_sharded_with_outer_epochs_and_changes(workplace: Path, cluster: None) -
             "run.servers: got 3 with run.strategy: driver, expected run.strategy: sharded",
         ),
         ({"strategy": "sharded", "servers": 0, "workers": 1}, "run.servers: got 0"),
+        (
+            {"strategy": "async", "workers": 0},
+            "run.strategy: got 'async' with run.workers: 0, expected at least 1 worker",
+        ),
+        (
+            {"strategy": "local", "max_staleness": 2},
+            "run.max_staleness: got 2 with run.strategy: local, expected run.strategy: async",
+        ),
+        (
+            {"strategy": "local", "replicas": 5},
+            "run.replicas: got 5, expected at most run.shards = 4, their shares of a step",
+        ),
+        (
+            {"strategy": "local", "eval_every": 75},
+            "run.eval_every: got 75, expected a multiple of run.local_steps = 50: ",
+        ),
+        ({"compress": "int4"}, "run.compress: got 'int4'"),
         ({"strategy": "shared"}, "run.strategy: got 'shared'"),
     ],
 )

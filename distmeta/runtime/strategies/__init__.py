@@ -16,6 +16,8 @@ from distmeta.sections import Outer
 STRATEGIES = {
     "driver": "distmeta.runtime.strategies.driver:Driver",
     "sharded": "distmeta.runtime.strategies.sharded:Sharded",
+    "async": "distmeta.runtime.strategies.asynchronous:Async",
+    "local": "distmeta.runtime.strategies.local:Local",
 }
 
 

@@ -14,8 +14,8 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 
+from distmeta.compute.compressed import Vector
 from distmeta.compute.flat import edges_of
 from distmeta.core import InputError
 from distmeta.runtime.checkpoint import State
@@ -23,9 +23,9 @@ from distmeta.runtime.failure import LostShardError
 from distmeta.runtime.fleet import POLL_SECONDS, describe, lost_by
 from distmeta.runtime.pool import RayPool, Work
 from distmeta.runtime.problem import Problem
-from distmeta.runtime.server import ParameterServer
+from distmeta.runtime.server import ParameterServer, clock_of
 from distmeta.runtime.slices import Moments, Slice, SliceSpec, joined, moments_in
-from distmeta.runtime.strategies.synchronous import Synchronous
+from distmeta.runtime.strategies.stepping import Stepping
 from distmeta.runtime.strategy import LostStateError, server_of
 from distmeta.runtime.worker import Shard, ShardResult
 from distmeta.sections import Outer
@@ -40,7 +40,7 @@ class SliceServer:
     def ready(self) -> None:
         pass
 
-    def receive(self, attempt: int, position: int, gradient: np.ndarray) -> None:
+    def receive(self, attempt: int, position: int, gradient: Vector) -> None:
         self._slice.receive(attempt, position, gradient)
 
     def average(self, tasks: int) -> tuple[bool, list[float]]:
@@ -63,7 +63,7 @@ class SliceServer:
         self._slice.unmark(undo)
 
 
-class Sharded(Synchronous):
+class Sharded(Stepping):
     pool: RayPool
 
     def __init__(self, problem: Problem, outer: Outer, state: State | None, say: Callable[[str], None]):
@@ -99,8 +99,7 @@ class Sharded(Synchronous):
         """Servers at the state of one in this process, which then only keeps the schedule's clock."""
         flat, (tensors, plain) = server.flat(), server.state()
         rates = dict(zip(self._layout.names, server.rates(), strict=True))
-        self._clock = ParameterServer({name: torch.zeros(1) for name in self._layout.names}, server.outer)
-        self._clock.load(self._clock.theta(), {}, plain)
+        self._clock = clock_of(self._layout.names, server.outer, plain)
         actor = self._ray.remote(SliceServer).options(num_cpus=0, scheduling_strategy="SPREAD")
         self._slices, self._names = [], []
         for start, stop in pairwise(self._edges):
@@ -189,9 +188,7 @@ class Sharded(Synchronous):
 
     def _mark(self) -> None:
         self._all("mark")
-        clock = ParameterServer(self._clock.theta(), self._clock.outer)
-        clock.load(clock.theta(), {}, self._clock.state()[1])
-        self._marked = self._slices, clock
+        self._marked = self._slices, clock_of(self._layout.names, self._clock.outer, self._clock.state()[1])
 
     def _unmark(self, undo: bool) -> None:
         if self._marked is not None:

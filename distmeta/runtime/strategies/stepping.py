@@ -1,4 +1,4 @@
-"""A step that waits for every shard: the same for whoever holds theta, its sums and the optimizer."""
+"""A step on the mean gradient of some shards: the same for whoever holds theta, its sums and the optimizer."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import numpy as np
+
+from distmeta.compute.compressed import decode
+from distmeta.compute.flat import tree_sum
 from distmeta.core import NumericsError
+from distmeta.runtime.checkpoint import State
 from distmeta.runtime.pool import Pool
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.scores import mean_metrics
+from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.strategy import Record
 from distmeta.runtime.worker import Shard, ShardResult, shards_of
+from distmeta.sections import Outer
 
 
 def plan_of(problem: Problem, step: int) -> list[Shard]:
@@ -23,7 +30,7 @@ def plan_of(problem: Problem, step: int) -> list[Shard]:
     return shards_of(problem, "train", step, settings.tasks_per_step, settings.shards, steps)
 
 
-class Synchronous(ABC):
+class Stepping(ABC):
     """Map, add by the fixed tree, divide by the finite tasks, clip, step; `outer_epochs` times on the same episodes."""
 
     pool: Pool
@@ -34,7 +41,7 @@ class Synchronous(ABC):
 
     @abstractmethod
     def _map(self, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
-        """All shards computed with theta as it is."""
+        """What the step takes the mean of: the results of these shards, with theta as it is."""
 
     @abstractmethod
     def _average(self, results: list[ShardResult], tasks: int) -> bool:
@@ -114,3 +121,60 @@ class Synchronous(ABC):
             "seconds_aggregate": added - mapped,
             "seconds_outer": stepped - added,
         }
+
+
+class Central(Stepping):
+    """theta, the sums and the optimizer are in this process."""
+
+    def __init__(self, server: ParameterServer):
+        self._server = server
+        self._mean: np.ndarray | None = None
+        self._marked: tuple[np.ndarray, State] | None = None
+
+    def retune(self, outer: Outer) -> None:
+        self._server.retune(outer)
+
+    def flat(self) -> np.ndarray:
+        return self._server.flat()
+
+    def state(self) -> State:
+        return State(self._server.theta(), *self._server.state())
+
+    def load(self, state: State, outer: Outer) -> None:
+        self._server.retune(outer)
+        self._server.load(*state)
+
+    def close(self) -> None:
+        self.pool.close()
+
+    def _flat_for(self, shards: Sequence[Shard]) -> np.ndarray:
+        """theta, and in later epochs the one that the episodes are of after it."""
+        if self._marked is not None and shards[0].epoch:
+            return np.concatenate([self._server.flat(), self._marked[0]])
+        return self._server.flat()
+
+    def _average(self, results: list[ShardResult], tasks: int) -> bool:
+        self._mean = tree_sum([decode(r.gradient) for r in results if r.gradient is not None]) / np.float32(
+            tasks
+        )
+        return bool(np.isfinite(self._mean).all())
+
+    def _apply(self) -> float:
+        assert self._mean is not None
+        size, self._mean = self._server.step(self._mean), None
+        return size
+
+    def _skip(self) -> float:
+        self._mean = None
+        return self._server.skip()
+
+    def _rate(self) -> float:
+        return self._server.rate()
+
+    def _mark(self) -> None:
+        self._marked = self._server.flat(), self.state()
+
+    def _unmark(self, undo: bool) -> None:
+        if undo and self._marked is not None:
+            self._server.load(*self._marked[1])
+        self._marked = None
