@@ -75,6 +75,14 @@ class Network:
         self._plug("desk", "10.213.0.250")
         return "desk"
 
+    def limit(self, rate: str) -> None:
+        """What each host may send and receive, by `tc tbf`: "100mbit"."""
+        for number in range(1, self.added + 1):
+            for place, device in ((f"host{number}", "eth0"), ("head", f"to-host{number}")):
+                words = ["tc", "-n", self._name(place), "qdisc", "replace", "dev", device, "root", "tbf"]
+                words += ["rate", rate, "burst", "64kb", "latency", "100ms"]
+                subprocess.run(words, check=True, capture_output=True, text=True, timeout=30)
+
     def unplug(self, name: str) -> None:
         """Nothing reaches the host any more; its processes do not know."""
         ip("-n", self._name(name), "link", "set", "eth0", "down")

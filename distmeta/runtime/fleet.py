@@ -102,6 +102,10 @@ class Fleet:
     def node(self, worker: int) -> str | None:
         return self._places[worker].node
 
+    def nodes(self) -> list[str]:
+        """Where workers are, each node once."""
+        return list(dict.fromkeys(place.node for place in self._places if place.node is not None))
+
     def calls(self) -> list[Any]:
         """What workers on their way are waited for by."""
         return [place.call for place in self._places if place.state in ("waiting", "building")]

@@ -138,6 +138,11 @@ class RayPool:
     def size(self) -> int:
         return max(self._fleet.size, 1)
 
+    @property
+    def nodes(self) -> list[str]:
+        """Ids of the nodes that workers are on."""
+        return self._fleet.nodes()
+
     def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
         work = Work(list(shards), [self.put(flat, check)])
         for _ in self.answers(work, check):

@@ -97,12 +97,19 @@ class Sharded(Stepping):
 
     def _start(self, server: ParameterServer) -> None:
         """Servers at the state of one in this process, which then only keeps the schedule's clock."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         flat, (tensors, plain) = server.flat(), server.state()
         rates = dict(zip(self._layout.names, server.rates(), strict=True))
         self._clock = clock_of(self._layout.names, server.outer, plain)
-        actor = self._ray.remote(SliceServer).options(num_cpus=0, scheduling_strategy="SPREAD")
+        nodes = self.pool.nodes
         self._slices, self._names = [], []
-        for start, stop in pairwise(self._edges):
+        for index, (start, stop) in enumerate(pairwise(self._edges)):
+            # beside workers, in turn: what a node's own workers send to its server does not travel
+            place = (
+                NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True) if nodes else "SPREAD"
+            )
+            actor = self._ray.remote(SliceServer).options(num_cpus=0, scheduling_strategy=place)
             moments, names = moments_in(self._layout, tensors, start, stop)
             sizes = tuple(last - first for _, first, last in self._layout.spans(start, stop))
             spec = SliceSpec(sizes, tuple(rates[name] for name in names), server.outer, moments)

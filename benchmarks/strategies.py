@@ -1,0 +1,289 @@
+"""What a step of each strategy costs that computes nothing, against the same bytes moved by hand; and on slow links.
+
+    python benchmarks/strategies.py [steps] [--quick]
+    python benchmarks/strategies.py links [--quick]      # as root: network namespaces, `tc tbf`
+
+steps: two workers, 4 shards, an algorithm whose gradient is 0 everywhere, SGD. By hand, in turn with it, medians:
+driver and async: one `put` of theta, a call a shard to two actors that give back a vector of the same size, one `get`
+of all, the adds, the step. sharded: the same calls give back two pieces each, which go to two more actors that add
+and step. local: one `put`, a call a replica that gives back a vector, their mean, the step; divided by H.
+
+links: the driver and two workers on hosts of their own, namespaces joined by links that `tc tbf` limits both ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import report
+
+SHARDS, WORKERS, LENGTH = 4, 2, 10
+STEPS = {100_000: 30, 10_000_000: 7, 100_000_000: 3}
+LINKS = [
+    (1_000, 10_000_000, ("driver", "sharded", "sharded int8"), 3),
+    (100, 1_000_000, ("driver", "sharded", "local", "local int8"), 2),
+    (10, 250_000, ("driver", "local", "local int8"), 1),
+]
+"""Mbit/s, parameters, strategies, what is measured: as many steps, or rounds of LENGTH steps."""
+
+
+def opened(named: str, size: int, address: str | None = None) -> tuple[Any, Any]:
+    """The problem that computes nothing, and its strategy, ready to advance."""
+    from distmeta.job import Job
+    from distmeta.runtime.problem import build
+    from distmeta.runtime.resolution import resolve
+    from distmeta.runtime.strategies import open_strategy
+
+    strategy, _, compress = named.partition(" ")
+    own = {"local": {"local_steps": LENGTH}, "sharded": {"servers": 2}}.get(strategy, {})
+    run = {
+        "tasks_per_step": SHARDS,
+        "shards": SHARDS,
+        "workers": WORKERS,
+        "cpus_per_worker": 0.5,
+        "eval_every": 0,
+    }
+    run |= {
+        "strategy": strategy,
+        "compress": compress or "none",
+        "checkpoint_every": 0,
+        "address": address,
+        **own,
+    }
+    tree = {
+        "name": "null",
+        "model": {"type": "mlp", "hidden": []},
+        "tasks": {"type": "linear", "shots": 1, "queries": 1},
+        "algorithm": {"type": "driver:Null", "size": size},
+        "outer": {"optimizer": "sgd", "lr": 0.1},
+        "run": run,
+        "tracking": {"type": "none"},
+    }
+    problem = resolve(build(Job.parse(tree)))
+    return problem, open_strategy(problem, problem.job.outer, None, lambda text: None)
+
+
+def advances(
+    named: str, size: int, count: int, floor: Callable[[], object] | None, address: str | None
+) -> Any:
+    """Seconds a step of `count` advances, each followed by its floor; the first of both is not counted."""
+    problem, strategy = opened(named, size, address)
+    ours, by_hand, step = [], [], 0
+    try:
+        for _ in range(count + 1):
+            started = time.perf_counter()
+            records = strategy.advance(problem, step, lambda: None)
+            ours.append((time.perf_counter() - started) / len(records))
+            step += len(records)
+            if floor is not None:
+                started = time.perf_counter()
+                floor()
+                by_hand.append((time.perf_counter() - started) / len(records))
+    finally:
+        strategy.close()
+    return ours[1:], by_hand[1:]
+
+
+class Echo:
+    """By hand: a worker."""
+
+    def __init__(self, size: int):
+        self.gradient = np.zeros(size, np.float32)
+
+    def compute(self, *theta: np.ndarray) -> np.ndarray:
+        return self.gradient
+
+    def compute_two(self, *theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        half = len(self.gradient) // 2
+        return self.gradient[:half], self.gradient[half:]
+
+
+class Half:
+    """By hand: a parameter server of half of theta."""
+
+    def __init__(self, size: int):
+        self.theta, self.vectors = np.zeros(size, np.float32), []
+
+    def add(self, vector: np.ndarray) -> None:
+        self.vectors.append(vector)
+
+    def step(self) -> tuple[None, np.ndarray]:
+        total = self.vectors[0] + self.vectors[1]
+        for vector in self.vectors[2:]:
+            total += vector
+        self.vectors = []
+        self.theta -= 0.1 * total
+        return None, self.theta
+
+
+def floors(size: int) -> tuple[dict[str, Callable[[], object]], Callable[[], None]]:
+    """The bytes of each strategy moved by hand; and what ends the actors."""
+    import ray
+
+    echoes = [ray.remote(Echo).options(num_cpus=0).remote(size) for _ in range(WORKERS)]
+    halves = [ray.remote(Half).options(num_cpus=0).remote(size // 2) for _ in range(2)]
+    theta = np.zeros(size, np.float32)
+    slices = [ray.put(theta[: size // 2]), ray.put(theta[size // 2 :])]
+
+    def through_here(calls: int = SHARDS) -> None:
+        sent = ray.put(theta)
+        vectors = ray.get([echoes[i % WORKERS].compute.remote(sent) for i in range(calls)])
+        total = vectors[0] + vectors[1]
+        for vector in vectors[2:]:
+            total += vector
+        theta.__isub__(0.1 * total)
+
+    def through_servers() -> None:
+        for i in range(SHARDS):
+            pieces = echoes[i % WORKERS].compute_two.options(num_returns=2).remote(*slices)
+            for half, piece in zip(halves, pieces, strict=True):
+                half.add.remote(piece)
+        calls = [half.step.options(num_returns=2).remote() for half in halves]
+        ray.get([done for done, _ in calls])
+        slices[:] = [new for _, new in calls]
+
+    def end() -> None:
+        for actor in [*echoes, *halves]:
+            ray.kill(actor)
+
+    by_hand = {
+        "driver": through_here,
+        "sharded": through_servers,
+        "async": through_here,
+        "local": lambda: through_here(WORKERS),
+    }
+    return by_hand, end
+
+
+def steps(sizes: dict[int, int], quick: bool) -> None:
+    import ray
+
+    start = report.environment()
+    ray.init(
+        address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+    )
+    rows: list[dict[str, Any]] = []
+    for size, count in sizes.items():
+        by_hand, end = floors(size)
+        for named, floor in by_hand.items():
+            ours, floor_times = advances(named, size, count, floor, None)
+            ratios = [a / b for a, b in zip(ours, floor_times, strict=True)]
+            rows.append(
+                {
+                    "parameters": size,
+                    "strategy": named,
+                    "step_ms": 1e3 * statistics.median(ours),
+                    "by_hand_ms": 1e3 * statistics.median(floor_times),
+                    "ratio": statistics.median(ratios),
+                    "rounds": count,
+                }
+            )
+            print(json.dumps(rows[-1]), flush=True)
+        end()
+    ray.shutdown()
+    header = ["parameters", "strategy", "step, ms", "by hand, ms", "ratio"]
+    cells = [
+        [
+            f"{r['parameters']:,}",
+            r["strategy"],
+            f"{r['step_ms']:.1f}",
+            f"{r['by_hand_ms']:.1f}",
+            f"{r['ratio']:.2f}",
+        ]
+        for r in rows
+    ]
+    print(report.table(header, cells))
+    report.write("strategies-steps", start, {"local_steps": LENGTH, "steps": rows}, quick=quick)
+
+
+def links(cases: list[tuple[int, int, tuple[str, ...], int]], quick: bool) -> None:
+    sys.path.insert(0, str(report.ROOT / "tests"))
+    start = report.environment()
+    home = Path(tempfile.mkdtemp(prefix="dm-", dir="/tmp"))  # short: Ray's socket paths have a limit
+    paths = [str(report.ROOT), str(report.ROOT / "benchmarks"), str(report.ROOT / "tests")]
+    os.environ |= {
+        "HOME": str(home), "RAY_TMPDIR": str(home), "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": home.name * 4, "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }  # fmt: skip
+    from network import network
+
+    rows: list[dict[str, Any]] = []
+    with network(home) as hosts:
+        driver = hosts.add(cpus=0)
+        for _ in range(WORKERS):
+            hosts.add(cpus=1)
+        for rate, size, strategies, count in cases:
+            hosts.limit(f"{rate}mbit")
+            for named in strategies:
+                words = [
+                    "--address",
+                    hosts.address,
+                    "--size",
+                    str(size),
+                    "--strategy",
+                    named,
+                    "--count",
+                    str(count),
+                ]
+                line = [sys.executable, str(Path(__file__).absolute()), "inside", *words]
+                done = subprocess.run(hosts.run(driver, line), capture_output=True, text=True, check=False)
+                assert done.returncode == 0, done.stderr
+                seconds = json.loads(done.stdout.splitlines()[-1])
+                row = {
+                    "mbit": rate,
+                    "parameters": size,
+                    "strategy": named,
+                    "step_s": statistics.median(seconds),
+                }
+                rows.append(row | {"all_s": seconds})
+                print(json.dumps(rows[-1]), flush=True)
+    base = {row["mbit"]: row["step_s"] for row in rows if row["strategy"] == "driver"}
+    cells = [
+        [
+            str(r["mbit"]),
+            f"{r['parameters']:,}",
+            r["strategy"],
+            f"{r['step_s']:.2f}",
+            f"{base[r['mbit']] / r['step_s']:.1f}",
+        ]
+        for r in rows
+    ]
+    print(report.table(["Mbit/s", "parameters", "strategy", "step, s", "times driver's speed"], cells))
+    report.write("strategies-links", start, {"local_steps": LENGTH, "links": rows}, quick=quick)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="?", choices=["steps", "links", "inside"], default="steps")
+    parser.add_argument("--quick", action="store_true", help="a smoke run; writes nothing")
+    parser.add_argument("--most", type=int, default=10**9, help="leave out larger thetas")
+    for name, kind in (("address", str), ("size", int), ("strategy", str), ("count", int)):
+        parser.add_argument(f"--{name}", type=kind, help="inside: one measurement, on a host")
+    given = parser.parse_args()
+    os.chdir(Path(__file__).parent)  # workers find `driver:Null` in the working folder
+    if given.what == "inside":
+        print(json.dumps(advances(given.strategy, given.size, given.count, None, given.address)[0]))
+    elif given.what == "links":
+        links([(1_000, 1_000_000, ("driver", "sharded"), 1)] if given.quick else LINKS, given.quick)
+    else:
+        sizes = {size: count for size, count in STEPS.items() if size <= given.most}
+        steps({100_000: 3} if given.quick else sizes, given.quick)
+
+
+if __name__ == "__main__":
+    main()
