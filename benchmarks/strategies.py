@@ -32,14 +32,14 @@ import report
 SHARDS, WORKERS, LENGTH = 4, 2, 10
 STEPS = {100_000: 30, 10_000_000: 7, 100_000_000: 3}
 LINKS = [
-    (1_000, 10_000_000, ("driver", "sharded", "sharded int8"), 3),
-    (100, 1_000_000, ("driver", "sharded", "local", "local int8"), 2),
+    (1_000, 10_000_000, ("driver", "sharded"), 3),
+    (100, 1_000_000, ("driver", "local"), 2),
     (10, 250_000, ("driver", "local", "local int8"), 1),
 ]
 """Mbit/s, parameters, strategies, what is measured: as many steps, or rounds of LENGTH steps."""
 
 
-def opened(named: str, size: int, address: str | None = None) -> tuple[Any, Any]:
+def opened(named: str, size: int) -> tuple[Any, Any]:
     """The problem that computes nothing, and its strategy, ready to advance."""
     from distmeta.job import Job
     from distmeta.runtime.problem import build
@@ -52,14 +52,13 @@ def opened(named: str, size: int, address: str | None = None) -> tuple[Any, Any]
         "tasks_per_step": SHARDS,
         "shards": SHARDS,
         "workers": WORKERS,
-        "cpus_per_worker": 0.5,
+        "cpus_per_worker": 1,
         "eval_every": 0,
     }
     run |= {
         "strategy": strategy,
         "compress": compress or "none",
         "checkpoint_every": 0,
-        "address": address,
         **own,
     }
     tree = {
@@ -75,11 +74,9 @@ def opened(named: str, size: int, address: str | None = None) -> tuple[Any, Any]
     return problem, open_strategy(problem, problem.job.outer, None, lambda text: None)
 
 
-def advances(
-    named: str, size: int, count: int, floor: Callable[[], object] | None, address: str | None
-) -> Any:
+def advances(named: str, size: int, count: int, floor: Callable[[], object] | None) -> Any:
     """Seconds a step of `count` advances, each followed by its floor; the first of both is not counted."""
-    problem, strategy = opened(named, size, address)
+    problem, strategy = opened(named, size)
     ours, by_hand, step = [], [], 0
     try:
         for _ in range(count + 1):
@@ -178,7 +175,7 @@ def steps(sizes: dict[int, int], quick: bool) -> None:
     for size, count in sizes.items():
         by_hand, end = floors(size)
         for named, floor in by_hand.items():
-            ours, floor_times = advances(named, size, count, floor, None)
+            ours, floor_times = advances(named, size, count, floor)
             ratios = [a / b for a, b in zip(ours, floor_times, strict=True)]
             rows.append(
                 {
@@ -225,44 +222,45 @@ def links(cases: list[tuple[int, int, tuple[str, ...], int]], quick: bool) -> No
         driver = hosts.add(cpus=0)
         for _ in range(WORKERS):
             hosts.add(cpus=1)
-        for rate, size, strategies, count in cases:
-            hosts.limit(f"{rate}mbit")
-            for named in strategies:
-                words = [
-                    "--address",
-                    hosts.address,
-                    "--size",
-                    str(size),
-                    "--strategy",
-                    named,
-                    "--count",
-                    str(count),
-                ]
-                line = [sys.executable, str(Path(__file__).absolute()), "inside", *words]
-                done = subprocess.run(hosts.run(driver, line), capture_output=True, text=True, check=False)
-                assert done.returncode == 0, done.stderr
-                seconds = json.loads(done.stdout.splitlines()[-1])
-                row = {
-                    "mbit": rate,
-                    "parameters": size,
-                    "strategy": named,
-                    "step_s": statistics.median(seconds),
-                }
-                rows.append(row | {"all_s": seconds})
-                print(json.dumps(rows[-1]), flush=True)
+        line = [sys.executable, str(Path(__file__).absolute()), "inside", "--address", hosts.address]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(hosts.run(driver, line), **pipes) as inside:
+            assert inside.stdin is not None
+            assert inside.stdout is not None
+            for rate, size, strategies, count in cases:
+                hosts.limit(f"{rate}mbit")
+                for named in strategies:
+                    print(json.dumps([named, size, count]), file=inside.stdin, flush=True)
+                    seconds = json.loads(inside.stdout.readline())
+                    found = {"mbit": rate, "parameters": size, "strategy": named}
+                    rows.append(found | {"step_s": statistics.median(seconds), "all_s": seconds})
+                    print(json.dumps(rows[-1]), flush=True)
+                    report.write(
+                        "strategies-links", start, {"local_steps": LENGTH, "links": rows}, quick=quick
+                    )
+            inside.stdin.close()
     base = {row["mbit"]: row["step_s"] for row in rows if row["strategy"] == "driver"}
     cells = [
         [
-            str(r["mbit"]),
-            f"{r['parameters']:,}",
-            r["strategy"],
-            f"{r['step_s']:.2f}",
-            f"{base[r['mbit']] / r['step_s']:.1f}",
+            str(row["mbit"]),
+            f"{row['parameters']:,}",
+            row["strategy"],
+            f"{row['step_s']:.2f}",
+            f"{base[row['mbit']] / row['step_s']:.1f}",
         ]
-        for r in rows
+        for row in rows
     ]
     print(report.table(["Mbit/s", "parameters", "strategy", "step, s", "times driver's speed"], cells))
-    report.write("strategies-links", start, {"local_steps": LENGTH, "links": rows}, quick=quick)
+
+
+def inside(address: str) -> None:
+    """On the driver's host: measures what it is asked for, line by line."""
+    import ray
+
+    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    for line in sys.stdin:
+        named, size, count = json.loads(line)
+        print(json.dumps(advances(named, size, count, None)[0]), flush=True)
 
 
 def main() -> None:
@@ -272,12 +270,11 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=["steps", "links", "inside"], default="steps")
     parser.add_argument("--quick", action="store_true", help="a smoke run; writes nothing")
     parser.add_argument("--most", type=int, default=10**9, help="leave out larger thetas")
-    for name, kind in (("address", str), ("size", int), ("strategy", str), ("count", int)):
-        parser.add_argument(f"--{name}", type=kind, help="inside: one measurement, on a host")
+    parser.add_argument("--address", help="inside: the cluster of namespaces")
     given = parser.parse_args()
     os.chdir(Path(__file__).parent)  # workers find `driver:Null` in the working folder
     if given.what == "inside":
-        print(json.dumps(advances(given.strategy, given.size, given.count, None, given.address)[0]))
+        inside(given.address)
     elif given.what == "links":
         links([(1_000, 1_000_000, ("driver", "sharded"), 1)] if given.quick else LINKS, given.quick)
     else:

@@ -225,7 +225,7 @@ def _go_back(run: _Run, error: LostStateError) -> None:
     run.returns = progress.step, times + 1 if step == progress.step else 1
     limit = run.problem.job.run.max_shard_failures
     if run.returns[1] > limit:
-        raise LostShardError(f"{error}, for the {limit + 1}th time since step {progress.step}")
+        raise LostShardError(f"{error}, {limit + 1} times since step {progress.step}")
     run.reporter.say(f"{error}: back to the checkpoint of step {progress.step}")
     run.folder.go_back(progress)
     run.progress, run.saved, run.changing = progress, (progress, path), {}

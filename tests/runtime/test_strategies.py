@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,22 @@ from conftest import POLICIES, tree
 from outcomes import Watching, outcome, trained
 from processes import actor_pids, gone, send, worker_pids
 
+import distmeta
 from distmeta.compute.flat import edges_of, tree_sum
 from distmeta.core import InputError
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
+from distmeta.runtime import driver
+from distmeta.runtime.checkpoint import State
 from distmeta.runtime.failure import LostShardError
 from distmeta.runtime.problem import build
 from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.slices import Slice, SliceSpec, joined, moments_in
+from distmeta.runtime.strategies import STRATEGIES
 from distmeta.runtime.strategies.driver import Driver
 from distmeta.runtime.strategy import LostStateError
+from distmeta.sections import Outer
+from distmeta.tracking import NoTracker
 
 WIDE = {"type": "mlp", "hidden": [400, 400], "activation": "tanh"}
 """162,001 parameters: three of the norm's blocks, and tensors that lie across their edges."""
@@ -108,28 +115,56 @@ def test_sharded_through_lost_workers_and_a_lost_server(workplace: Path, cluster
     assert not gone(actor_pids("SliceServer"), 30), "they end with the run"
 
 
-def test_a_state_that_is_lost_again_and_again_ends_the_run_with_its_checkpoint(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calm = outcome(trained(tree("maml", run=RUN | {"workers": 0})))
-    apply, losses = Driver._apply, list[int]()
+class Forgetful(Driver):
+    """Loses everything in step 4, `most` times."""
 
-    def losing(strategy: Driver) -> float:
-        size = apply(strategy)
-        if strategy.state().outer["schedule"]["last_epoch"] == 3 and len(losses) < most:
-            losses.append(3)
+    most, losses = 2, 0
+    gone = False
+
+    def _apply(self) -> float:
+        size = super()._apply()
+        if self.state().outer["schedule"]["last_epoch"] == 4 and Forgetful.losses < Forgetful.most:
+            Forgetful.losses += 1
+            self.gone = True
             raise LostStateError("theta is gone")
         return size
 
-    monkeypatch.setattr(Driver, "_apply", losing)
-    most, job, watching = 2, tree("maml", run=RUN | {"workers": 0, "max_shard_failures": 2}), Watching()
+    def state(self) -> State:
+        if self.gone:
+            raise LostStateError("theta is gone")
+        return super().state()
+
+    def load(self, state: State, outer: Outer) -> None:
+        self.gone = False
+        super().load(state, outer)
+
+
+def test_a_state_that_is_lost_again_and_again_ends_the_run_with_its_checkpoint(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is done twice is written and tracked once."""
+
+    class Recorder(NoTracker):
+        def log_step(self, record: Mapping[str, Any]) -> None:
+            tracked.append(record["step"])
+
+    job, watching, tracked = (
+        tree("maml", run=RUN | {"workers": 0, "max_shard_failures": 2}),
+        Watching(),
+        list[int](),
+    )
+    calm = outcome(trained(job))
+    monkeypatch.setattr(driver, "tracker_of", lambda *arguments: Recorder())
+    monkeypatch.setitem(STRATEGIES, "driver", f"{__name__}:Forgetful")
     assert outcome(trained(job, watching)) == calm
     assert watching.said.count("theta is gone: back to the checkpoint of step 2") == 2
-    most, losses = 9, []
-    with pytest.raises(LostShardError, match=r"^theta is gone, for the 3th time since step 2$"):
+    assert tracked == [1, 2, 3, 4]
+    monkeypatch.setattr(Forgetful, "most", 9)
+    with pytest.raises(LostShardError, match=r"^theta is gone, 3 times since step 2$"):
         trained(job, name="doomed")
     assert checkpoints.load(workplace / "runs" / "doomed").progress.step == 2
-    assert len(outcome(workplace / "runs" / "doomed")[3]) == 2
+    trained(job, resume=workplace / "runs" / "doomed", steps=3)
+    assert [row["step"] for row in outcome(workplace / "runs" / "doomed")[3]] == [1, 2, 3]
 
 
 def test_checkpoints_of_driver_and_sharded_are_interchangeable(workplace: Path, cluster: None) -> None:
@@ -140,6 +175,8 @@ def test_checkpoints_of_driver_and_sharded_are_interchangeable(workplace: Path, 
     assert calm[3][0]["grad_norm"] > 0.05, "it is clipped"
     begun = trained(job, workers=0, steps=2, name="begun")
     trained(job, strategy="sharded", servers=3, steps=4, resume=begun)
+    assert Job.load(begun / "job.yaml").run.strategy == "sharded"
+    assert distmeta.evaluate(begun, ["run.eval_tasks=4"]).tasks == 4
     trained(job, workers=0, steps=6, resume=begun)
     assert outcome(begun) == calm
 
@@ -198,7 +235,6 @@ def test_every_strategy_of_a_job_has_a_class_and_its_keys() -> None:
     from typing import get_args
 
     from distmeta.combining import KEYS, OWN, Strategy
-    from distmeta.runtime.strategies import STRATEGIES
     from distmeta.sections import Run
 
     assert list(get_args(Strategy)) == list(KEYS) == list(STRATEGIES)

@@ -82,6 +82,7 @@ class Sharded(Stepping):
         """Partial sums of the norm of the mean gradient."""
         self._marked: tuple[list[Any], ParameterServer] | None = None
         self._servers: list[Any] = []
+        self._lost = ""
         self.pool = RayPool(problem, server.layout, say)
         import ray
 
@@ -132,7 +133,7 @@ class Sharded(Stepping):
 
     def load(self, state: State, outer: Outer) -> None:
         self._dismiss()
-        self._marked = None
+        self._marked, self._lost = None, ""
         self._start(server_of(self._problem, outer, state))
 
     def close(self) -> None:
@@ -216,6 +217,8 @@ class Sharded(Stepping):
             LostStateError: a server is dead, or silent for `limit` seconds.
             ObjectLostError: what it was to be given is.
         """
+        if self._lost:  # one that is silent for long may speak again, of another step than the rest
+            raise LostStateError(self._lost)
         deadline = time.monotonic() + limit
         while check is not None and calls:
             check()
@@ -231,7 +234,6 @@ class Sharded(Stepping):
         except lost_by(self._ray) as error:
             if isinstance(error, self._ray.exceptions.ObjectLostError) and check is not None:
                 raise
-            servers = len(self._servers)
-            raise LostStateError(
-                f"one of the {servers} servers is lost ({describe(error).partition(':')[0]})"
-            ) from None
+            kind = describe(error).partition(":")[0]
+            self._lost = f"one of the {len(self._servers)} servers is lost ({kind})"
+            raise LostStateError(self._lost) from None
