@@ -218,11 +218,19 @@ def links(cases: list[tuple[int, int, tuple[str, ...], int]], quick: bool) -> No
     from network import network
 
     rows: list[dict[str, Any]] = []
-    with network(home) as hosts:
+    folder = home / "net"
+    folder.mkdir()
+    with network(folder) as hosts:
         driver = hosts.add(cpus=0)
         for _ in range(WORKERS):
             hosts.add(cpus=1)
-        line = [sys.executable, str(Path(__file__).absolute()), "inside", "--address", hosts.address]
+        line = [
+            "sh",
+            "-c",
+            f'mount --bind "{folder / driver}" "{folder}" && exec "$@"',
+            "sh",
+        ]  # its node's own disk
+        line += [sys.executable, str(Path(__file__).absolute()), "inside", "--address", hosts.address]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with subprocess.Popen(hosts.run(driver, line), **pipes) as inside:
             assert inside.stdin is not None
