@@ -8,16 +8,17 @@ from typing import Any, Literal
 from distmeta.components import shown
 from distmeta.core import InputError
 
-Strategy = Literal["driver", "sharded", "async", "local"]
+Strategy = Literal["driver", "sharded", "all-reduce", "async", "local"]
 
 KEYS: dict[str, dict[str, Any]] = {
     "driver": {},
     "sharded": {"servers": 2},
+    "all-reduce": {},
     "async": {"max_staleness": 2, "staleness_aware": False},
     "local": {"replicas": 2, "local_steps": 50, "local_lr": 0.7, "local_momentum": 0.9},
 }
 """Each strategy's own keys and their defaults; they are null under any other."""
-ON_WORKERS = {"sharded", "async"}
+ON_WORKERS = {"sharded", "all-reduce", "async"}
 """Those that need Ray workers."""
 SAME_BITS = {"driver", "sharded"}
 """Between these a resume may go: the same theta and the same state to the bit."""
@@ -53,6 +54,11 @@ def check(run: Any) -> None:
     if run.strategy in ON_WORKERS and not run.max_workers:
         raise InputError(
             f"run.strategy: got {run.strategy!r} with run.workers: 0, expected at least 1 worker"
+        )
+    if run.strategy == "all-reduce" and run.compress != "none":
+        raise InputError(
+            f"run.compress: got {run.compress} with run.strategy: all-reduce, whose sums travel as they are: "
+            "expected none"
         )
     if run.strategy != "local":
         return

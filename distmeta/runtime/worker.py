@@ -92,12 +92,7 @@ class Worker:
     """Computes any shard of a job. Holds nothing that a result depends on but the job."""
 
     def __init__(self, spec: WorkerSpec):
-        if spec.folder not in sys.path:
-            sys.path.insert(0, spec.folder)
-        with contextlib.suppress(OSError):  # a node may lack the folder: its relative paths then fail by name
-            if os.path.isdir(spec.folder):
-                os.chdir(spec.folder)
-        self._start(build(Job.parse(spec.job), spec.constants), spec.layout)
+        self._start(problem_of(spec), spec.layout)
 
     @classmethod
     def of(cls, problem: Problem, layout: Layout) -> Worker:
@@ -212,6 +207,16 @@ class Worker:
         return ShardResult(
             shard.index, None, tasks, (), scores.metrics, predictions, drawing, time.perf_counter() - started
         )
+
+
+def problem_of(spec: WorkerSpec) -> Problem:
+    """The problem, built in a worker's process."""
+    if spec.folder not in sys.path:
+        sys.path.insert(0, spec.folder)
+    with contextlib.suppress(OSError):  # a node may lack the folder: its relative paths then fail by name
+        if os.path.isdir(spec.folder):
+            os.chdir(spec.folder)
+    return build(Job.parse(spec.job), spec.constants)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from distmeta.sections import Outer
 STRATEGIES = {
     "driver": "distmeta.runtime.strategies.driver:Driver",
     "sharded": "distmeta.runtime.strategies.sharded:Sharded",
+    "all-reduce": "distmeta.runtime.strategies.all_reduce:AllReduce",
     "async": "distmeta.runtime.strategies.asynchronous:Async",
     "local": "distmeta.runtime.strategies.local:Local",
 }

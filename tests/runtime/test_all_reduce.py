@@ -1,0 +1,348 @@
+"""`all-reduce`: driver's theta within rounding, and what a group under Ray Train survives."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from conftest import HOME, POLICIES, REPOSITORY, tree
+from processes import descendants, gone, send, state, words
+
+import distmeta
+from distmeta.core import InputError
+from distmeta.job import Job
+from distmeta.runtime import checkpoint as checkpoints
+from distmeta.runtime.driver import Silent
+from distmeta.runtime.problem import build
+from distmeta.runtime.resolution import resolve
+from distmeta.runtime.strategies.all_reduce import AllReduce, boundary
+from distmeta.runtime.strategies.group import Answer, Failure, Halt, Host, Lost, Stop
+from distmeta.runtime.strategy import LostStateError
+
+SGD = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "clip_norm": 1.0}
+POISONED = {"type": "hard_cases:Poisoned"}
+"""One task in four is not finite."""
+EPOCHS = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
+GROUP = {"strategy": "all-reduce", "workers": 2, "start_timeout": 120.0}
+
+
+class Watching(Silent):
+    """Does something after a step, in the driver's own thread; keeps what is said."""
+
+    def __init__(self, steps: Mapping[int, Callable[[], Any]] | None = None):
+        self.steps, self.said = dict(steps or {}), list[str]()
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        self.steps.pop(record["step"], lambda: None)()
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def trained(
+    job: dict[str, Any], reporter: Silent | None = None, resume: Path | None = None, **run: Any
+) -> Path:
+    return distmeta.train(Job.parse(job | {"run": job["run"] | run}), resume, reporter).run
+
+
+def flat(run: Path) -> np.ndarray:
+    theta = checkpoints.load(run).theta
+    return np.concatenate([theta[name].numpy().ravel() for name in sorted(theta)])
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def distance(found: np.ndarray, expected: np.ndarray) -> float:
+    """Relative, in the 2-norm."""
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def close(found: float | None, expected: float | None, relative: float) -> bool:
+    """A loss of policy gradients is nothing but rounding."""
+    if found is None or expected is None:
+        return found is expected
+    return math.isclose(found, expected, rel_tol=relative, abs_tol=1e-6)
+
+
+def ranks(pid: int | None = None) -> list[int]:
+    """The group's processes below one."""
+    below = descendants(os.getpid() if pid is None else pid)
+    return [p for p in below if words(p).startswith("ray::RayTrainWorker") and state(p) not in ("", "Z")]
+
+
+JOBS = {
+    "sgd": tree("maml", tasks=POISONED, outer=SGD, run={"steps": 20}),
+    "epochs": tree(EPOCHS, outer=SGD, run={"steps": 3}, **POLICIES),
+    "all-bad": tree("maml", tasks={"type": "hard_cases:AllBad"}, outer=SGD, run={"steps": 2}),
+    "stop": tree("maml", tasks=POISONED, outer=SGD, run={"steps": 4, "on_nonfinite": "stop"}),
+    "mistake": tree("maml", outer=SGD, run={"steps": 20}),
+    "halted": tree("maml", outer=SGD, run={"steps": 20}),
+}
+
+
+def test_ranks_agree_with_the_driver_and_on_every_failure(workplace: Path) -> None:
+    """Three processes for four shards, without Ray: the replicas alone."""
+    (workplace / "jobs.json").write_text(json.dumps(JOBS))
+    script = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
+    processes = [
+        subprocess.Popen([*script, str(rank), "3", str(workplace)], env=ENVIRONMENT, cwd=workplace)
+        for rank in range(3)
+    ]
+    assert [process.wait(180) for process in processes] == [0, 0, 0]
+    found = [json.loads((workplace / f"rank-{rank}.json").read_text()) for rank in range(3)]
+    for name, job in JOBS.items():
+        thetas = [np.load(workplace / f"{name}-{rank}.npy") for rank in range(3)]
+        assert all(np.array_equal(theta, thetas[0]) for theta in thetas), "replicas, to the bit"
+        stops = {
+            "stop": ["0: NumericsError"] * 2,
+            "mistake": ["4: ZeroDivisionError"],
+            "halted": ["8: Abandoned"],
+        }
+        assert [each[name]["stops"] for each in found] == [stops.get(name, [])] * 3
+        assert found[0][name]["gathered"] == [0, 3000, 6000, 0, 1, 2]
+        if name == "stop":
+            continue
+        alone = trained(job)
+        assert distance(thetas[0], flat(alone)) < 1e-5, name
+        for got, expected in zip(found[0][name]["records"], rows(alone), strict=True):
+            assert got.get("dropped") == expected.get("dropped")
+            assert got["tasks"] == expected["tasks"]
+            assert close(got["loss_after"], expected["loss_after"], 1e-4)
+
+
+def test_through_evaluations_checkpoints_and_a_killed_rank(workplace: Path, cluster: None) -> None:
+    job = tree("maml", tasks=POISONED, outer=SGD)
+    job["run"] |= {"steps": 20, "eval_every": 10, "eval_tasks": 60, "checkpoint_every": 5}
+    alone = trained(job)
+    victims: list[list[int]] = []
+
+    def kill() -> None:
+        victims.append(ranks())
+        send(victims[-1][:1], signal.SIGKILL)
+
+    watching = Watching({8: kill})
+    run = trained(job, watching, **GROUP)
+    assert len(victims[0]) == 2
+    assert distance(flat(run), flat(alone)) < 1e-5
+    back = [text for text in watching.said if "back to the checkpoint of step" in text]
+    assert len(back) == 1, watching.said
+    assert re.match(
+        r"lost the group \(rank [01]: \w*Actor\w*\): back to the checkpoint of step 5", back[0]
+    ), back
+    assert [row["step"] for row in rows(run)] == list(range(1, 21))
+    for got, expected in zip(rows(run), rows(alone), strict=True):
+        assert got.keys() == expected.keys()
+        assert got.get("dropped") == expected.get("dropped")
+        for name in {"loss_after", "grad_norm", "val_loss_after"} & expected.keys():
+            assert close(got[name], expected[name], 1e-3)
+    assert not gone(ranks(), 30)
+    assert not (HOME / "ray_results").exists()
+
+
+def test_ctrl_c_saves_and_a_resume_goes_on(workplace: Path, cluster: None) -> None:
+    """The command, on a Ray of its own; then on the cluster, with Adam, whose losses are driver's."""
+    job = tree("maml", run=GROUP | {"steps": 100_000, "name": "long", "eval_every": 7, "eval_tasks": 50})
+    shared = set(Path("/dev/shm").iterdir())
+    process, run = started(job, 5)
+    family = descendants(process.pid)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert not gone(family, 30)
+    assert set(Path("/dev/shm").iterdir()) <= shared
+    step = checkpoints.load(run).progress.step
+    assert step == len(rows(run)) == json.loads(out)["step"] >= 5
+    resumed = Job.load(run / "job.yaml", [f"run.steps={step + 9}"])
+    distmeta.train(resumed, resume=run)
+    alone = trained(job, strategy="driver", workers=0, steps=step + 9, name="alone")
+    assert [row["step"] for row in rows(run)] == list(range(1, step + 10))
+    losses = [[row["loss_after"] for row in rows(each)] for each in (run, alone)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def started(job: dict[str, Any], lines: int) -> tuple[subprocess.Popen[str], Path]:
+    """`distmeta train` of the job, once it has taken so many steps; its run."""
+    Path("job.yaml").write_text(yaml.safe_dump(job))
+    words = [sys.executable, "-m", "distmeta.cli", "train", "job.yaml", "--json"]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        words, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT, start_new_session=True
+    )
+    run, deadline = Path("runs", job["run"]["name"]).absolute(), time.monotonic() + 180
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < lines:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "the run did not get going"
+        time.sleep(0.05)
+    return process, run
+
+
+@pytest.mark.slow
+def test_no_room_and_a_mistake_are_said_at_once(workplace: Path, cluster: None) -> None:
+    job = tree("maml", run=GROUP)
+    with pytest.raises(
+        InputError, match=r"run.workers: got 5 of 1 CPU .* not ready .* the cluster has 4 CPU"
+    ):
+        trained(job, workers=5, start_timeout=20.0)
+    assert not (workplace / "runs").exists()
+    mistake = {"fail": "ZeroDivisionError", "times": 1}
+    job["tasks"] = {"type": "hard_cases:Faulty", "folder": str(workplace), **mistake}
+    with pytest.raises(ZeroDivisionError):
+        trained(job, name="mistake")
+    assert checkpoints.load(workplace / "runs" / "mistake").progress.step == 0
+
+
+@pytest.mark.slow
+def test_a_group_takes_what_fits(workplace: Path, cluster: None) -> None:
+    sizes: list[int] = []
+    watching = Watching({6: lambda: sizes.append(len(ranks()))})
+    run = trained(tree("maml", run=GROUP | {"workers": {"min": 1, "max": 6}}), watching)
+    assert [row["step"] for row in rows(run)] == list(range(1, 7))
+    assert sizes == [4]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_costs_the_group(workplace: Path, cluster: None) -> None:
+    stopped: list[int] = []
+
+    def stop() -> None:
+        stopped.extend(ranks()[:1])
+        send(stopped, signal.SIGSTOP)
+
+    watching = Watching({3: stop})
+    run = trained(tree("maml", run=GROUP | {"steps": 8, "eval_every": 2, "shard_timeout": 10.0}), watching)
+    assert [row["step"] for row in rows(run)] == list(range(1, 9))
+    assert any(text.startswith("lost the group (no answer for 2") for text in watching.said), watching.said
+    assert not gone(stopped, 60)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_nothing_behind(workplace: Path) -> None:
+    job = tree("maml", run=GROUP | {"steps": 100_000, "name": "killed", "checkpoint_every": 3})
+    shared = set(Path("/dev/shm").iterdir())
+    process, run = started(job, 7)
+    family = descendants(process.pid)
+    send(ranks(process.pid)[:1], signal.SIGSTOP)
+    send([process.pid], signal.SIGKILL)
+    process.wait(30)
+    left = gone(family, 30)
+    assert not left, [words(pid) for pid in left]
+    assert set(Path("/dev/shm").iterdir()) <= shared
+    assert checkpoints.load(run).progress.step >= 6
+
+
+def test_steps_go_ahead_to_the_next_theta_that_is_looked_at() -> None:
+    changes = [{"step": 8, "set": {"outer.lr": 0.1}}]
+    job = tree("maml", changes=changes, run={"steps": 17, "eval_every": 5, "checkpoint_every": 6})
+    problem = resolve(build(Job.parse(job)))
+    assert [boundary(problem, step) for step in (0, 4, 5, 6, 8, 10, 12, 15, 16)] == [
+        5,
+        5,
+        6,
+        8,
+        10,
+        12,
+        15,
+        17,
+        17,
+    ]
+
+
+def test_jobs_that_have_no_group() -> None:
+    with pytest.raises(
+        InputError, match=r"^run.strategy: got 'all-reduce' with run.workers: 0, expected at least 1"
+    ):
+        Job.parse(tree("maml", run={"strategy": "all-reduce"}))
+    with pytest.raises(InputError, match=r"^run.compress: got int8 with run.strategy: all-reduce"):
+        Job.parse(tree("maml", run=GROUP | {"compress": "int8"}))
+    sweep = {"space": {"outer.lr": {"uniform": [0.1, 0.2]}}, "trials": 2}
+    with pytest.raises(
+        InputError, match=r"^sweep: got run.strategy: all-reduce, whose workers Ray Train places"
+    ):
+        Job.parse(tree("maml", sweep=sweep, run={"strategy": "all-reduce", "workers": 2, "eval_every": 2}))
+
+
+def test_a_command_reaches_every_rank_and_a_lost_group_ends_it() -> None:
+    """The host's bookkeeping, without Ray."""
+    asyncio.run(asyncio.wait_for(_host_scenes(), 20))
+
+
+async def _host_scenes() -> None:
+    host = Host()
+    ready = asyncio.create_task(host.ready(0))
+    await host.join("a", 0, 2, None)
+    await asyncio.sleep(0)
+    assert not ready.done()
+    await host.join("a", 1, 2, None)
+    assert await ready == ("a", 2, None)
+    asked = asyncio.create_task(host.ask("a", "steps"))
+    assert [await host.next("a", 0) for _ in range(2)] == ["steps", "steps"]
+    await host.tell("a", Halt())
+    assert await host.next("a", 1) == Halt()
+    await host.answer("a", 0, 1, Answer("one"))
+    await host.answer("a", 0, 0, Answer("zero"))
+    assert await asked == [Answer("zero"), Answer("one")]
+    asked, waiting = asyncio.create_task(host.ask("a", "more")), asyncio.create_task(host.next("a", 3))
+    await asyncio.sleep(0)
+    await host.lost("ActorDiedError: killed")
+    assert await asked == Lost("ActorDiedError: killed", 1)
+    assert await waiting == Stop()
+    assert await host.ask("a", "late") == Lost("ActorDiedError: killed", 1)
+    ready = asyncio.create_task(host.ready(1))
+    await host.join("b", 0, 1, Failure.of(ValueError("no such model")))
+    name, world, failure = await ready  # type: ignore[misc]
+    assert (name, world) == ("b", 1)
+    assert failure is not None
+    assert isinstance(failure.error, ValueError)
+    asked = asyncio.create_task(host.ask("b", "steps"))
+    await asyncio.sleep(0)
+    await host.join("c", 0, 3, None)
+    lost = await asked
+    assert lost == Lost("Ray Train resized it from 1 to 3 workers", 2)
+    await host.answer("b", 0, 0, Answer("too late"))
+    assert (await host.ready(1)) == lost, "said once, to who does not know"
+
+
+def test_a_lost_group_is_said_by_who_died() -> None:
+    from distmeta.runtime.strategies.trainer import interface_of, reason_of
+
+    class HealthError(Exception):
+        health_check_failure = MemoryError("gone")
+
+    told = RuntimeError("Traceback:\n  ...\nRuntimeError: [gloo] Connection closed by peer")
+    assert reason_of({0: told, 1: HealthError()}) == "rank 1: MemoryError"
+    assert reason_of({0: told}) == "rank 0: RuntimeError: [gloo] Connection closed by peer"
+    assert (interface_of("127.0.0.1"), interface_of("203.0.113.9")) == ("lo", None)
+
+
+def test_a_state_that_is_lost_stays_lost() -> None:
+    strategy = AllReduce.__new__(AllReduce)
+    strategy._attempt, strategy._lost = "", "lost the group (as a test says)"
+    with pytest.raises(LostStateError, match="as a test says"):
+        strategy.state()
+
+
+def test_what_cannot_be_pickled_travels_as_text() -> None:
+    class LocalError(Exception):
+        pass
+
+    failure = Failure.of(LocalError("only here"))
+    assert isinstance(failure.error, RuntimeError)
+    assert "LocalError: only here" in str(failure.error)
+    assert isinstance(Failure.of(InputError("tasks.path: missing")).error, InputError)
