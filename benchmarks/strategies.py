@@ -6,7 +6,9 @@
 steps: two workers, 4 shards, an algorithm whose gradient is 0 everywhere, SGD. By hand, in turn with it, medians:
 driver and async: one `put` of theta, a call a shard to two actors that give back a vector of the same size, one `get`
 of all, the adds, the step. sharded: the same calls give back two pieces each, which go to two more actors that add
-and step. local: one `put`, a call a replica that gives back a vector, their mean, the step; divided by H.
+and step. all-reduce: a call to two actors that add their two vectors, all-reduce them by gloo and step, as many
+times as steps were taken at once. local: one `put`, a call a replica that gives back a vector, their mean, the step;
+divided by H.
 
 links: the driver and two workers on hosts of their own, namespaces joined by links that `tc tbf` limits both ways.
 """
@@ -32,7 +34,7 @@ import report
 SHARDS, WORKERS, LENGTH = 4, 2, 10
 STEPS = {100_000: 30, 10_000_000: 7, 100_000_000: 3}
 LINKS = [
-    (1_000, 10_000_000, ("driver", "sharded"), 3),
+    (1_000, 10_000_000, ("driver", "sharded", "all-reduce"), 3),
     (100, 1_000_000, ("driver", "local"), 2),
     (10, 250_000, ("driver", "local", "local int8"), 1),
 ]
@@ -49,6 +51,7 @@ def opened(named: str, size: int) -> tuple[Any, Any]:
     strategy, _, compress = named.partition(" ")
     own = {"local": {"local_steps": LENGTH}, "sharded": {"servers": 2}}.get(strategy, {})
     run = {
+        "steps": 10**6,
         "tasks_per_step": SHARDS,
         "shards": SHARDS,
         "workers": WORKERS,
@@ -74,7 +77,7 @@ def opened(named: str, size: int) -> tuple[Any, Any]:
     return problem, open_strategy(problem, problem.job.outer, None, lambda text: None)
 
 
-def advances(named: str, size: int, count: int, floor: Callable[[], object] | None) -> Any:
+def advances(named: str, size: int, count: int, floor: Callable[[int], object] | None) -> Any:
     """Seconds a step of `count` advances, each followed by its floor; the first of both is not counted."""
     problem, strategy = opened(named, size)
     ours, by_hand, step = [], [], 0
@@ -86,7 +89,7 @@ def advances(named: str, size: int, count: int, floor: Callable[[], object] | No
             step += len(records)
             if floor is not None:
                 started = time.perf_counter()
-                floor()
+                floor(len(records))
                 by_hand.append((time.perf_counter() - started) / len(records))
     finally:
         strategy.close()
@@ -125,7 +128,29 @@ class Half:
         return None, self.theta
 
 
-def floors(size: int) -> tuple[dict[str, Callable[[], object]], Callable[[], None]]:
+class Summing:
+    """By hand: a rank."""
+
+    def __init__(self, size: int, rank: int, meeting: str):
+        from torch import distributed
+
+        distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORKERS)
+        self.theta, self.gradients = (
+            np.zeros(size, np.float32),
+            [np.zeros(size, np.float32) for _ in range(2)],
+        )
+
+    def steps(self, count: int) -> None:
+        import torch
+        from torch import distributed
+
+        for _ in range(count):
+            total = self.gradients[0] + self.gradients[1]
+            distributed.all_reduce(torch.from_numpy(total))
+            self.theta -= 0.1 * total
+
+
+def floors(size: int) -> tuple[dict[str, Callable[[int], object]], Callable[[], None]]:
     """The bytes of each strategy moved by hand; and what ends the actors."""
     import ray
 
@@ -134,7 +159,10 @@ def floors(size: int) -> tuple[dict[str, Callable[[], object]], Callable[[], Non
     theta = np.zeros(size, np.float32)
     slices = [ray.put(theta[: size // 2]), ray.put(theta[size // 2 :])]
 
-    def through_here(calls: int = SHARDS) -> None:
+    meeting = tempfile.mktemp()
+    ranks = [ray.remote(Summing).options(num_cpus=0).remote(size, i, meeting) for i in range(WORKERS)]
+
+    def through_here(calls: int) -> None:
         sent = ray.put(theta)
         vectors = ray.get([echoes[i % WORKERS].compute.remote(sent) for i in range(calls)])
         total = vectors[0] + vectors[1]
@@ -152,14 +180,15 @@ def floors(size: int) -> tuple[dict[str, Callable[[], object]], Callable[[], Non
         slices[:] = [new for _, new in calls]
 
     def end() -> None:
-        for actor in [*echoes, *halves]:
+        for actor in [*echoes, *halves, *ranks]:
             ray.kill(actor)
 
     by_hand = {
-        "driver": through_here,
-        "sharded": through_servers,
-        "async": through_here,
-        "local": lambda: through_here(WORKERS),
+        "driver": lambda steps: through_here(SHARDS),
+        "sharded": lambda steps: through_servers(),
+        "all-reduce": lambda steps: ray.get([rank.steps.remote(steps) for rank in ranks]),
+        "async": lambda steps: through_here(SHARDS),
+        "local": lambda steps: through_here(WORKERS),
     }
     return by_hand, end
 
