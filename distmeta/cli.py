@@ -12,6 +12,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from distmeta.simulation.command import simulate
+
 app = typer.Typer(
     help="Distributed meta-training: one job file, any number of workers, the same numbers to the bit.",
     no_args_is_help=True,
@@ -197,6 +199,9 @@ def submit(
         _print_json(told)
     else:
         print(ended.submission_id)
+
+
+app.command()(simulate)
 
 
 @app.command()

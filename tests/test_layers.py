@@ -25,7 +25,7 @@ LAYERS = [
     {"runtime"},
     {"learner"},
     {"pictures"},
-    {"evaluation", "onetask", "sweeps", "submission"},
+    {"evaluation", "onetask", "sweeps", "submission", "simulation"},
     {"terminal"},
     {"cli"},
 ]

@@ -1,0 +1,198 @@
+"""Measures `costs` on this machine, with the job's own parts and the runtime's own pool."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+
+import numpy as np
+
+from distmeta.compute.flat import Layout
+from distmeta.job import Job
+from distmeta.runtime.cluster import connect
+from distmeta.runtime.driver import settled
+from distmeta.runtime.pool import LocalPool, Pool, open_pool
+from distmeta.runtime.problem import Problem
+from distmeta.runtime.scores import mean_metrics
+from distmeta.runtime.server import ParameterServer
+from distmeta.runtime.worker import Shard, ShardResult, shards_of
+from distmeta.simulation import transfers
+from distmeta.simulation.costs import Costs, JobCosts, Machine
+from distmeta.simulation.transfers import undisturbed
+
+ROUNDS = 9
+"""Times that something is measured, after a first that does not count."""
+SECONDS = 3.0
+"""Of one measurement, where a round takes long: fewer rounds then, three at least."""
+TOGETHER = 4
+"""Workers at once, at most, that their slowing each other down is measured with."""
+
+
+def calibrate(job: Job, say: Callable[[str], None]) -> tuple[Costs, JobCosts]:
+    """Costs of this machine, and of the job on it.
+
+    Raises:
+        InputError: the job's parts do not go together, or Ray has no room for a worker.
+    """
+    import ray
+
+    problem = problem_of(job, say)
+    say("measuring the job's computations in this process …")
+    own = job_costs(problem)
+    run = problem.job.run
+    leave = connect(ray, run.address, math.ceil(2 * run.cpus_per_worker))
+    try:
+        say("measuring Ray's object store …")
+        moved = transfers.measure(ray, run.cpus_per_worker)
+        cores = int(ray.cluster_resources().get("CPU", 1) // run.cpus_per_worker)
+        slowdown: list[float] = []
+        overheads, start = (0.0, 0.0, 0.0), 0.0
+        for workers in range(1, min(max(cores, 1), TOGETHER) + 1):
+            say(f"measuring {workers} Ray worker{'s' * (workers > 1)} …")
+            with _pool(problem, workers) as (pool, seconds):
+                alone = own if workers == 1 else job_costs(problem)  # the machine may have become busier
+                slowdown.append(_slowdown(pool, problem, alone))
+                if workers == 1:
+                    overheads, start = _overheads(pool, problem), seconds
+    finally:
+        leave()
+    bytes_, (step, call, driving) = own.bytes, overheads
+    sent = moved.reply(bytes_) if bytes_ else 0.0
+    machine = Machine(
+        call=max(call - sent, 0.0),
+        call_driver=min(driving, max(call - sent, 0.0)),
+        step=max(step - moved.put(bytes_) - moved.receive(bytes_), 0.0),
+        put=moved.put,
+        receive=moved.receive,
+        reply=moved.reply,
+        reply_shared=moved.reply_shared,
+        add=moved.add,
+        ring=moved.ring,
+        slowdown=tuple(slowdown),
+        cores=max(cores, 1),
+        start=start,
+    )
+    about = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": f"{platform.node()}, {platform.machine()}, {max(cores, 1)} cores",
+        "job": job.name,
+    }
+    return Costs(machine, about=about), own
+
+
+def problem_of(job: Job, say: Callable[[str], None] = lambda text: None) -> Problem:
+    """The job's problem, settled, computing in this process."""
+    return settled(job.replace(run={"workers": 0, "eval_every": 0, "patience": None}), say)
+
+
+def job_costs(problem: Problem) -> JobCosts:
+    """A shard of the job's size and one of another size give the line; the outer step is timed on its own."""
+    theta = problem.init()
+    layout = Layout.of(theta)
+    pool, flat, group = LocalPool(problem, layout), layout.flatten(theta), problem.algorithm.group_size
+    large = _shard_tasks(problem)
+    small = large // 2 // group * group
+    if not small:
+        small, large = large, 2 * large
+    times = {
+        tasks: usual(lambda step, tasks=tasks: _busy(pool.map(flat, _plan(problem, step, tasks, 1), _go)))
+        for tasks in (small, large)
+    }
+    task = max((times[large] - times[small]) / (large - small), 0.0)
+    server = ParameterServer(theta, problem.job.outer)
+    gradient = np.full(layout.size, 1e-8, np.float32)
+
+    def outer(step: int) -> float:
+        started = time.perf_counter()
+        mean = gradient / np.float32(large)
+        np.isfinite(mean).all()
+        server.step(mean)
+        server.flat()
+        return time.perf_counter() - started
+
+    shards = problem.job.run.shards
+    assert shards is not None, "resolved"
+    return JobCosts(layout.size, shards, max(times[large] - task * large, 0.0), task, usual(outer))
+
+
+def usual(measured: Callable[[int], float]) -> float:
+    """Seconds, `undisturbed`, of several rounds, each given its number."""
+    measured(0)
+    found: list[float] = []
+    began = time.perf_counter()
+    while len(found) < ROUNDS and (len(found) < 3 or time.perf_counter() - began < SECONDS):
+        found.append(measured(len(found) + 1))
+    return undisturbed(found)
+
+
+@contextmanager
+def _pool(problem: Problem, workers: int) -> Iterator[tuple[Pool, float]]:
+    """A pool of the runtime's own, and the seconds until it was ready."""
+    began = time.perf_counter()
+    job = problem.job.replace(run={"workers": workers})
+    pool = open_pool(replace(problem, job=job), Layout.of(problem.init()), lambda text: None)
+    try:
+        yield pool, time.perf_counter() - began
+    finally:
+        pool.close()
+
+
+def _slowdown(pool: Pool, problem: Problem, alone: JobCosts) -> float:
+    """Seconds of the job's shards in the pool's workers, all at work, over the seconds of one in this process."""
+    tasks, flat = _shard_tasks(problem), _flat(problem)
+    count = 2 * pool.size
+    together = usual(
+        lambda step: _busy(pool.map(flat, _plan(problem, step, count * tasks, count), _go)) / count
+    )
+    return together / alone.compute(tasks)
+
+
+def _overheads(pool: Pool, problem: Problem) -> tuple[float, float, float]:
+    """Seconds of one worker's step that it does not compute: what there is once a step, and with each shard; and the
+    driver's processor's seconds with each shard. From steps of 2 and of 8 shards of the fewest tasks.
+    """
+    group, flat = problem.algorithm.group_size, _flat(problem)
+    few, many = 2, 8
+    found: dict[int, list[tuple[float, float]]] = {few: [], many: []}
+    for step in range(2 * ROUNDS):
+        for shards in (few, many):
+            began, processor = time.perf_counter(), time.thread_time()
+            results = pool.map(flat, _plan(problem, step, shards * group, shards), _go)
+            mean_metrics(results)
+            took, worked = time.perf_counter() - began, time.thread_time() - processor
+            if step:
+                found[shards].append((took - _busy(results), worked))
+    waits = {k: undisturbed(row[0] for row in rows) for k, rows in found.items()}
+    works = {k: undisturbed(row[1] for row in rows) for k, rows in found.items()}
+    call = max((waits[many] - waits[few]) / (many - few), 0.0)
+    driving = max((works[many] - works[few]) / (many - few), 0.0)
+    return waits[few] - few * call, call, driving
+
+
+def _plan(problem: Problem, step: int, tasks: int, shards: int) -> list[Shard]:
+    return shards_of(problem, "train", step, tasks, shards, problem.algorithm.inner_steps)
+
+
+def _shard_tasks(problem: Problem) -> int:
+    """Tasks of the job's largest shard."""
+    run, group = problem.job.run, problem.algorithm.group_size
+    assert run.shards is not None, "resolved"
+    return -(-run.tasks_per_step // group // run.shards) * group
+
+
+def _flat(problem: Problem) -> np.ndarray:
+    theta = problem.init()
+    return Layout.of(theta).flatten(theta)
+
+
+def _busy(results: list[ShardResult]) -> float:
+    return sum(result.seconds_draw + result.seconds_compute for result in results)
+
+
+def _go() -> None:
+    """Nothing interrupts a measurement."""

@@ -1,0 +1,79 @@
+"""`distmeta simulate`. Nothing heavy is imported before it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+COSTS = "costs.json"
+
+
+def simulate(
+    job: Annotated[str, typer.Argument(metavar="JOB")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="Changes to the job.")
+    ] = None,
+    workers: Annotated[str, typer.Option(help="Numbers of workers.")] = "8,64,512,4096",
+    link: Annotated[
+        str, typer.Option(help="Rate of a network card, or local: this machine's own.")
+    ] = "10Gbit",
+    latency: Annotated[str, typer.Option(help="Of a message, one way.")] = "100us",
+    workers_per_node: Annotated[int, typer.Option(help="That share a network card.")] = 1,
+    stragglers: Annotated[str, typer.Option(help="none or lognormal:SIGMA.")] = "none",
+    failures_per_hour: Annotated[float, typer.Option(help="In the whole cluster.")] = 0.0,
+    strategies: Annotated[str | None, typer.Option(help="Those to compare; by default all.")] = None,
+    servers: Annotated[int, typer.Option(help="Of sharded.")] = 8,
+    max_staleness: Annotated[int, typer.Option(help="Of async, in steps.")] = 4,
+    local_steps: Annotated[int, typer.Option(help="Of local: steps between averages.")] = 16,
+    scale_tasks: Annotated[
+        bool, typer.Option("--scale-tasks", help="As many shards as workers, and tasks with them.")
+    ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine's costs; writes them to --costs.")
+    ] = False,
+    costs: Annotated[str, typer.Option(help="File of measured costs.")] = COSTS,
+    plot: Annotated[str | None, typer.Option(help="Picture to write.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One line of JSON on stdout, nothing else.")
+    ] = False,
+) -> None:
+    """Simulate a job's steps on clusters of other sizes, under each strategy; recommends one."""
+    from distmeta.job import Job
+    from distmeta.simulation import cluster as clusters
+    from distmeta.simulation import report
+    from distmeta.simulation.study import costs_of, study
+
+    counts = clusters.parse_workers(workers)
+    names = clusters.parse_strategies(strategies)
+    asked = clusters.Cluster(
+        counts[0],
+        clusters.Link.parse(link),
+        clusters.parse_latency(latency),
+        workers_per_node,
+        clusters.Stragglers.parse(stragglers),
+        failures_per_hour,
+        servers,
+        max_staleness,
+        local_steps,
+    )
+    loaded = Job.load(job, list(overrides or []))
+    with contextlib.redirect_stdout(sys.stderr):  # Ray tells there of workers that died, in its own words
+        found, own = costs_of(loaded, Path(costs), calibrate, _note)
+    result = study(loaded, found, own, asked, counts, names, scale_tasks)
+    if plot is not None:
+        report.plot(result, Path(plot))
+    if as_json:
+        print(json.dumps(report.as_json(result)), flush=True)
+        return
+    from rich.console import Console
+
+    report.show(result, Console(highlight=False))
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,170 @@
+"""What `distmeta simulate` shows: a table, what was assumed, a plot, a line of JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from distmeta.components import shown
+from distmeta.core import InputError
+from distmeta.simulation.cluster import LOCAL
+from distmeta.simulation.model import WORTH, Outcome
+from distmeta.simulation.study import Study
+
+COLORS = {"driver": "C0", "sharded": "C2", "all-reduce": "C3", "async": "C1", "local": "C4"}
+
+
+def show(study: Study, console: Console) -> None:
+    own, run = study.own, study.job.run
+    console.print(
+        f"{study.job.name}: {own.parameters:,} parameters, {run.tasks_per_step} tasks a step in {own.shards} shards; "
+        f"one process computes {_alone(study):,.4g} tasks/s"
+    )
+    console.print(_table(study))
+    for workers, name in study.recommended.items():
+        found = study.outcomes[workers][name]
+        console.print(f"{workers:,} workers: {name}; it is bound by {found.bottleneck} ({found.share:.0%})")
+    console.print("\nassumed:")
+    for line in assumptions(study):
+        console.print(f"- {line}", soft_wrap=True)
+
+
+def _alone(study: Study) -> float:
+    """Tasks a second of one process that does nothing else."""
+    shard = study.job.run.tasks_per_step / study.own.shards
+    return shard / study.own.compute(shard)
+
+
+def _table(study: Study) -> Table:
+    table = Table()
+    for column in ("workers", "strategy"):
+        table.add_column(column)
+    for column in ("s a step", "tasks/s", "efficiency", "MB a step", "busiest card, MB"):
+        table.add_column(column, justify="right")
+    table.add_column("bottleneck")
+    for workers, found in study.outcomes.items():
+        best = study.recommended[workers]
+        for name, outcome in found.items():
+            table.add_row(
+                f"{workers:,}", f"{name} ←" if name == best else name, *_cells(outcome),
+                style="bold" if name == best else "", end_section=name == list(found)[-1],
+            )  # fmt: skip
+    return table
+
+
+def _cells(outcome: Outcome) -> list[str]:
+    notes = [f"{outcome.bottleneck} {outcome.share:.0%}"]
+    if outcome.dropped:
+        notes.append(f"{outcome.dropped:.0%} dropped")
+    if outcome.lost:
+        notes.append(f"{outcome.lost:.2%} lost to failures")
+    return [
+        f"{outcome.seconds_step:.3g}",
+        f"{outcome.tasks_per_second:,.4g}",
+        f"{outcome.efficiency:.1%}",
+        f"{outcome.bytes_step / 1e6:,.4g}",
+        f"{outcome.bytes_busiest / 1e6:,.4g} ({outcome.busiest})",
+        ", ".join(notes),
+    ]
+
+
+def assumptions(study: Study) -> Iterator[str]:
+    """A line each."""
+    cluster, own, machine, about = study.cluster, study.own, study.costs.machine, study.costs.about
+    measured = f"{about.get('machine', 'a machine')}, {about.get('date', 'at some time')}"
+    yield f"costs: measured on {measured}; workers, driver and servers are all as fast as that"
+    if str(cluster.link) == LOCAL:
+        yield (
+            f"link: {LOCAL}: everything on one machine of {machine.cores} cores, through its object store, no network; "
+            "computations share the cores and slow each other as measured"
+        )
+    else:
+        yield (
+            f"link: {cluster.link} in each direction of each network card, both at once, and "
+            f"{1e6 * cluster.latency:g} us for a message; a card sends one after the other; no switch is ever full"
+        )
+        yield f"nodes: {cluster.per_node} workers on each; the driver and every server have a node of their own"
+    if study.scaled:
+        yield "tasks: as many shards as workers at least, of the job's size: larger steps than the job's"
+    else:
+        yield (
+            f"tasks: the job's {study.job.run.tasks_per_step} a step in {own.shards} shards: more workers than that "
+            "have nothing to do (--scale-tasks grows both)"
+        )
+    yield "driver: theta leaves its card once for each node, as all ask at once; each shard's sum comes back on its own"
+    yield (
+        f"sharded: {cluster.servers} servers; a shard's sum travels in as many slices; the driver sends integers; a "
+        "server takes for a slice what the driver takes for a call"
+    )
+    yield "all-reduce: shards are dealt out, not taken; a ring over all workers, with work or without"
+    yield (
+        f"async: a step after every {own.shards} shards that came; what is more than {cluster.max_staleness} steps old "
+        "is dropped; tasks/s does not tell how much less a stale gradient teaches"
+    )
+    yield (
+        f"local: {cluster.local_steps} steps between averages, uncompressed, through the driver; tasks/s does not tell "
+        "how much less they teach"
+    )
+    if cluster.stragglers.sigma:
+        yield f"stragglers: {cluster.stragglers}, drawn anew for each shard; no shard is computed twice to save time"
+    else:
+        yield "stragglers: none"
+    if cluster.failures_per_hour:
+        every = study.job.run.checkpoint_every or study.job.run.steps
+        yield (
+            f"failures: {cluster.failures_per_hour:g} processes an hour in the whole cluster, whatever its size; the "
+            f"next is ready after {machine.start:.1f} s; all-reduce, and sharded where it was a server, go back to the "
+            f"last checkpoint (every {every} steps)"
+        )
+    yield "a step: one outer epoch; evaluation, checkpoints and tracking are not in it"
+    worth = ", ".join(f"{name} {times:g} times" for name, times in WORTH.items())
+    yield f"recommended: the first in the table that none below it beats by enough in tasks/s: {worth}"
+
+
+def as_json(study: Study) -> dict[str, Any]:
+    """One line's worth: plain data, all numbers finite."""
+    return {
+        "job": study.job.name,
+        "parameters": study.own.parameters,
+        "link": str(study.cluster.link),
+        "latency": study.cluster.latency,
+        "recommended": {str(workers): name for workers, name in study.recommended.items()},
+        "outcomes": [asdict(one) for found in study.outcomes.values() for one in found.values()],
+        "assumptions": list(assumptions(study)),
+    }
+
+
+def plot(study: Study, path: Path) -> None:
+    """Tasks a second over the workers, a line a strategy, and what perfect scaling would give.
+
+    Raises:
+        InputError: matplotlib knows no such format, or the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    workers = list(study.outcomes)
+    ideal = [count * _alone(study) for count in workers]
+    axes.plot(workers, ideal, color="0.6", linestyle=":", label="nothing but computing")
+    for name in study.outcomes[workers[0]]:
+        rates = [study.outcomes[count][name].tasks_per_second for count in workers]
+        axes.plot(workers, rates, marker="o", color=COLORS[name], label=name)
+    best = [study.outcomes[count][name].tasks_per_second for count, name in study.recommended.items()]
+    axes.plot(workers, best, "k*", markersize=11, linestyle="none", label="recommended", zorder=3)
+    axes.set(xscale="log", yscale="log", xlabel="workers", ylabel="tasks/s")
+    axes.set_title(f"{study.job.name}, {study.own.parameters:,} parameters, link {study.cluster.link}")
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--plot: got {shown(str(path))}, which cannot be written ({error})") from None
+    finally:
+        pyplot.close(figure)
