@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from random import Random
 from typing import Any
 
@@ -16,27 +18,69 @@ from distmeta.simulation.costs import JobCosts, Machine
 Events = Generator[simpy.Event, Any, None]
 
 
-class Lane:
-    """What serves one at a time, first come first served: a processor, one direction of a network card."""
+class Processor:
+    """Serves one at a time, first come first served."""
 
     def __init__(self, env: simpy.Environment):
-        self._env = env
-        self.turn = simpy.Resource(env, capacity=1)
+        self._env, self._turn = env, simpy.Resource(env, capacity=1)
         self.busy = 0.0
         """Seconds it served."""
 
     def use(self, seconds: float) -> Events:
-        with self.turn.request() as turn:
+        with self._turn.request() as turn:
             yield turn
             yield self._env.timeout(seconds)
         self.busy += seconds
 
 
+class Lane:
+    """One direction of a network card, which the messages that are on it share evenly, as connections do.
+
+    With n messages on it each gets rate / n. `_given` is what a message that was there from the beginning has had: one
+    of `size` bytes that begins now is through when that has grown by `size`.
+    """
+
+    def __init__(self, env: simpy.Environment, rate: float):
+        self._env, self._rate = env, rate
+        self._ends: list[tuple[float, int, simpy.Event]] = []
+        self._given, self._since, self._changes = 0.0, 0.0, 0
+
+    def send(self, size: float) -> simpy.Event:
+        """Happens when the last byte is through."""
+        self._give()
+        through = self._env.event()
+        heappush(self._ends, (self._given + size, self._changes, through))
+        self._expect()
+        return through
+
+    def _give(self) -> None:
+        if self._ends:
+            self._given += (self._env.now - self._since) * self._rate / len(self._ends)
+        self._since = self._env.now
+
+    def _expect(self) -> None:
+        """The next end, unless another message begins before it."""
+        self._changes += 1
+        if self._ends:
+            left = max(self._ends[0][0] - self._given, 0.0) * len(self._ends) / self._rate
+            timeout = simpy.Timeout(self._env, left, self._changes)
+            timeout.callbacks.append(self._end)
+
+    def _end(self, event: simpy.Event) -> None:
+        if event.value != self._changes:
+            return
+        self._since = self._env.now
+        self._given = self._ends[0][0]
+        while self._ends and self._ends[0][0] <= self._given * (1 + 1e-12):
+            heappop(self._ends)[2].succeed()
+        self._expect()
+
+
 class Node:
     """A machine of the cluster: both directions of its network card, and the processor that serves others."""
 
-    def __init__(self, env: simpy.Environment):
-        self.out, self.into, self.processor = Lane(env), Lane(env), Lane(env)
+    def __init__(self, env: simpy.Environment, rate: float):
+        self.out, self.into, self.processor = Lane(env, rate), Lane(env, rate), Processor(env)
         self.bytes = 0.0
         """Through its card, both directions together."""
         self._env, self._flows, self._since, self._card = env, 0, 0.0, 0.0
@@ -78,8 +122,8 @@ class Site:
     def __init__(self, cluster: Cluster, machine: Machine, job: JobCosts, work: Work):
         self.cluster, self.machine, self.job, self.work = cluster, machine, job, work
         self.env = simpy.Environment()
-        self.driver = Node(self.env)
-        self.nodes = [Node(self.env) for _ in range(cluster.nodes)]
+        self.driver = self.node()
+        self.nodes = [self.node() for _ in range(cluster.nodes)]
         self.servers: list[Node] = []
         self.spent: defaultdict[str, float] = defaultdict(float)
         """Seconds of all workers together, by what they did: compute, calls, object store, ring."""
@@ -93,10 +137,14 @@ class Site:
         """Workers that have something to do."""
         self._random = Random(f"{cluster.seed}/{cluster.workers}")
         self._local = cluster.link.bytes_per_second is None
-        self._store = Lane(self.env)  # of the one machine, where there is no network
+        self._store = Processor(self.env)  # of the one machine, where there is no network
         self._cores = simpy.Resource(self.env, machine.cores if self._local else cluster.workers)
         together = min(cluster.workers if self._local else cluster.per_node, machine.cores)
         self._slowdown = machine.slowdown[together - 1]
+
+    def node(self) -> Node:
+        """A machine more."""
+        return Node(self.env, self.cluster.link.bytes_per_second or math.inf)
 
     def node_of(self, worker: int) -> Node:
         return self.nodes[worker // self.cluster.per_node]
@@ -110,31 +158,36 @@ class Site:
         return self.env.timeout(seconds)
 
     def send(self, source: Node, target: Node, size: float) -> Events:
-        """A message: its bytes through both cards at once, each first come first served, then the latency.
+        """A message: its bytes through both cards at once, each of which all that are on it share, then the latency.
 
         seconds = size / link + latency, where nobody else uses the two cards; 0 on one machine
         """
         self.bytes += size
         source.bytes += size
         target.bytes += size
-        if self.cluster.link.bytes_per_second is None:
+        if self._local:
             return
-        seconds = size / self.cluster.link.bytes_per_second
-        with source.out.turn.request() as mine:
-            yield mine
-            with target.into.turn.request() as theirs:
-                yield theirs
-                source.flows(1)
-                target.flows(1)
-                yield self.env.timeout(seconds)
-                source.flows(-1)
-                target.flows(-1)
+        source.flows(1)
+        target.flows(1)
+        yield source.out.send(size) & target.into.send(size)
+        source.flows(-1)
+        target.flows(-1)
         yield self.env.timeout(self.cluster.latency)
+
+    def serve(self, server: Node, seconds: float) -> Events:
+        """A server's processor at work; on one machine, on one of its cores."""
+        with self._cores.request() as core:
+            if self._local:
+                yield core
+            yield from server.processor.use(seconds)
+
+    @property
+    def latency(self) -> float:
+        return 0.0 if self._local else self.cluster.latency
 
     def call(self) -> Events:
         """What a call takes besides the driver's own work on it: (call − call_driver) + latency, on its way there."""
-        latency = 0.0 if self._local else self.cluster.latency
-        yield self.spend("calls", self.machine.call - self.machine.call_driver + latency)
+        yield self.spend("calls", self.machine.call - self.machine.call_driver + self.latency)
 
     def compute(self, tasks: float) -> Events:
         """A shard: (shard + task · tasks) · slowdown · the straggler's factor; on one machine, on one of its cores."""
@@ -143,17 +196,18 @@ class Site:
             yield core
             yield self.spend("compute", seconds)
 
-    def reply(self, worker: int, target: Node, size: float) -> Events:
-        """A gradient goes into its node's object store, from there to another node.
-
-        seconds = reply(size) + size / link + latency
-        """
+    def keep(self, size: float) -> Events:
+        """A gradient goes into its node's object store: reply(size); on one machine, part of it one at a time."""
         seconds = self.machine.reply(size)
         shared = seconds * self.machine.reply_shared if self._local else 0.0
         if shared:
             yield from self._store.use(shared)
             self.spent["object store"] += shared
         yield self.spend("object store", seconds - shared)
+
+    def reply(self, worker: int, target: Node, size: float) -> Events:
+        """… and from there to another node: reply(size) + size / link + latency."""
+        yield from self.keep(size)
         yield from self.send(self.node_of(worker), target, size)
 
     def ring(self, size: float) -> Events:
@@ -166,9 +220,8 @@ class Site:
         """
         workers, rate = self.cluster.workers, self.cluster.link.bytes_per_second
         sending = 0.0 if rate is None else size / workers / rate
-        latency = 0.0 if rate is None else self.cluster.latency
         rounds = 2 * (workers - 1)
-        seconds = rounds * (latency + max(sending, self.machine.ring(2 * size / workers) / 2))
+        seconds = rounds * (self.latency + max(sending, self.machine.ring(2 * size / workers) / 2))
         if not rounds:
             return
         for node in self.nodes:
@@ -179,23 +232,28 @@ class Site:
 
 
 class Copies:
-    """theta on the nodes. The first worker of a node that asks has it sent, the node's others wait for that.
-
-    Held in slices by its sources, each of which sends its own.
-    """
+    """theta on the nodes. The first worker of a node that asks has it sent, the node's others wait for that; a worker
+    that has the version already does not ask. Held in slices by its sources, each of which sends its own."""
 
     def __init__(self, site: Site, sources: Sequence[Node]):
         self._site, self._sources = site, sources
         self._sent: dict[int, tuple[int, simpy.Event]] = {}
+        self._have: dict[int, int] = {}
 
     def fetch(self, worker: int, version: int) -> Events:
-        """S messages of B/S; a worker begins with the source of its own number, so that not all ask the same first."""
+        """S messages of B/S, and receive(B)."""
         site, count = self._site, len(self._sources)
         node = worker // site.cluster.per_node
+        if self._have.get(worker, -1) >= version:
+            return
+        self._have[worker] = version
         if self._sent.get(node, (-1,))[0] < version:
             size = site.job.bytes / count
-            turns = [self._sources[(node + k) % count] for k in range(count)]
-            sending = site.all([site.send(source, site.nodes[node], size) for source in turns])
+            sending = site.all([site.send(source, site.nodes[node], size) for source in self._sources])
             self._sent[node] = version, sending
         yield self._sent[node][1]
         yield site.spend("object store", site.machine.receive(site.job.bytes))
+
+    def forget(self, worker: int) -> None:
+        """It is another process now."""
+        self._have.pop(worker, None)

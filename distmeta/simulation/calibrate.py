@@ -15,8 +15,8 @@ import numpy as np
 from distmeta.compute.flat import Layout
 from distmeta.job import Job
 from distmeta.runtime.cluster import connect
-from distmeta.runtime.driver import settled
 from distmeta.runtime.pool import LocalPool, Pool, open_pool
+from distmeta.runtime.preparation import settled
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.scores import mean_metrics
 from distmeta.runtime.server import ParameterServer
@@ -66,6 +66,8 @@ def calibrate(job: Job, say: Callable[[str], None]) -> tuple[Costs, JobCosts]:
     machine = Machine(
         call=max(call - sent, 0.0),
         call_driver=min(driving, max(call - sent, 0.0)),
+        message=moved.message,
+        message_driver=moved.message_driver,
         step=max(step - moved.put(bytes_) - moved.receive(bytes_), 0.0),
         put=moved.put,
         receive=moved.receive,

@@ -48,6 +48,10 @@ class Machine:
     """A call of a worker that computes and sends nothing, until the next one can begin."""
     call_driver: Cost
     """That part of it in which the driver can do nothing else."""
+    message: Cost
+    """A call of an actor that does nothing, there and back."""
+    message_driver: Cost
+    """What one of many such calls takes of the caller's processor."""
     step: Cost
     """The driver's work in a step besides calls and vectors."""
     put: Curve

@@ -13,6 +13,8 @@ from distmeta.simulation.strategies import STEPS as ACTORS
 SHARDS = 4_096
 """Shards that are simulated where stragglers make steps differ: as many steps as that gives, within `STEPS`."""
 STEPS = (1, 64)
+SETTLED = 256
+"""Shards of `async` that are simulated at least."""
 WORTH = {"sharded": 1.1, "all-reduce": 1.1, "async": 1.5, "local": 1.5}
 """How many times the tasks a second of the best one before it a strategy must do to be recommended: `sharded` has more
 to go wrong than `driver`, `all-reduce` gives other bits, `async` and `local` take other steps."""
@@ -73,8 +75,9 @@ def simulate(
     if cluster.stragglers.sigma:
         even = replace(cluster, stragglers=Stragglers())
         calm, without = _run(strategy, even, machine, job, work)
-        causes = {name: share * without / seconds for name, share in _causes(calm).items()}
-        causes["stragglers"] = 1 - without / seconds
+        if without < seconds:  # workers out of step may also share a card better
+            causes = {name: share * without / seconds for name, share in _causes(calm).items()}
+            causes["stragglers"] = 1 - without / seconds
     bottleneck = max(causes, key=causes.__getitem__)
     share = causes[bottleneck]
     if bottleneck == "compute" and site.active < cluster.workers / 2:
@@ -128,7 +131,7 @@ def _run(
     warm = 0
     if strategy == "async":  # until workers no longer move in step
         warm = 2 + -(-site.active // work.shards)
-        steps = warm + max(steps, warm)
+        steps = warm + max(steps, warm, SETTLED // max(work.shards, cluster.workers))
     elif strategy == "local":
         steps = max(1, steps // cluster.local_steps) * cluster.local_steps
     site.env.run(site.env.process(ACTORS[strategy](site, steps, lost)))

@@ -14,6 +14,7 @@ from distmeta.components import shown
 from distmeta.core import InputError
 from distmeta.simulation.cluster import LOCAL
 from distmeta.simulation.model import WORTH, Outcome
+from distmeta.simulation.strategies import BLOCK
 from distmeta.simulation.study import Study
 
 COLORS = {"driver": "C0", "sharded": "C2", "all-reduce": "C3", "async": "C1", "local": "C4"}
@@ -86,7 +87,7 @@ def assumptions(study: Study) -> Iterator[str]:
     else:
         yield (
             f"link: {cluster.link} in each direction of each network card, both at once, and "
-            f"{1e6 * cluster.latency:g} us for a message; a card sends one after the other; no switch is ever full"
+            f"{1e6 * cluster.latency:g} us for a message; messages share a card evenly; no switch is ever full"
         )
         yield f"nodes: {cluster.per_node} workers on each; the driver and every server have a node of their own"
     if study.scaled:
@@ -98,8 +99,8 @@ def assumptions(study: Study) -> Iterator[str]:
         )
     yield "driver: theta leaves its card once for each node, as all ask at once; each shard's sum comes back on its own"
     yield (
-        f"sharded: {cluster.servers} servers; a shard's sum travels in as many slices; the driver sends integers; a "
-        "server takes for a slice what the driver takes for a call"
+        f"sharded: {cluster.servers} servers (no more than theta has blocks of {BLOCK:,}); each shard's sum travels to "
+        "them in slices, while the worker goes on; the driver sends integers"
     )
     yield "all-reduce: shards are dealt out, not taken; a ring over all workers, with work or without"
     yield (

@@ -14,12 +14,15 @@ import simpy
 from distmeta.simulation.actors import Copies, Events, Node, Site
 from distmeta.simulation.cluster import STRATEGIES
 
+BLOCK = 65_536
+"""Numbers of theta; compute.flat's, which is not imported: a simulation needs no torch."""
+
 
 def driver(site: Site, steps: int, lost: bool = False) -> Events:
     """theta is put once, goes to each working node once, every shard's sum comes back, the driver adds and steps.
 
     W = 1:  step + put + B/b + l + receive + K·(call + l + c + reply + B/b + l) + (K−1)·add + outer
-    W = K and a link so slow that its cards are all that counts:  W·B/b + … + W·B/b
+    W = K and a link so slow that nothing else counts:  W·B/b out of the driver's card, then W·B/b into it
 
     A worker takes the next shard once the driver has its last. `lost`: see `taking`.
     """
@@ -28,6 +31,7 @@ def driver(site: Site, steps: int, lost: bool = False) -> Events:
 
     def answer(worker: int) -> Events:
         yield from site.reply(worker, site.driver, site.job.bytes)
+        yield from site.driver.processor.use(site.machine.call_driver / 2)
 
     workers = [
         taking(site, worker, shards, copies, answer, lost and worker == 0) for worker in range(site.active)
@@ -43,38 +47,46 @@ def driver(site: Site, steps: int, lost: bool = False) -> Events:
 
 
 def sharded(site: Site, steps: int, lost: bool = False) -> Events:
-    """Each of S servers owns B/S: workers fetch S slices and send S slices of every shard; the driver sends integers.
+    """Each server owns a slice of B/S bytes; the driver sends integers and names objects.
 
-    W = 1:  step + S·(B/S)/b + l + receive + K·(call + l + c + reply + S·(B/S)/b + l) + add and outer, 1/S of each,
-    and 4·l + S·call_driver for the norm and the step, which servers are asked for after the last slice.
-    A server's processor takes call_driver + add(B/S) for each slice, while others still compute.
+    Workers fetch S slices, leave every shard's gradient in their node's store, cut in S; as its answer comes, the
+    driver calls each server to fetch its piece, which the worker does not wait for. After the last, servers are called
+    twice: to add and for the norm, then to step. With l = 0 and b without limit, W = 1:
+        step + receive + K·(call + c + reply(B) + S·message_driver) + message + message_driver
+        + 2·(S·message_driver + message) + (K−1)·add(B/S) + outer/S + put(B/S)
     """
-    machine, job = site.machine, site.job
-    site.servers = [Node(site.env) for _ in range(site.cluster.servers)]
-    slice_bytes, count = job.bytes / site.cluster.servers, site.cluster.servers
+    machine, job, count = site.machine, site.job, min(site.cluster.servers, blocks(site.job.parameters))
+    site.servers = [site.node() for _ in range(count)]
+    size = job.bytes / count
     copies = Copies(site, site.servers)
     shards = simpy.Store(site.env)
-
-    def push(worker: int, server: Node) -> Events:
-        yield from site.send(site.node_of(worker), server, slice_bytes)
-        yield from server.processor.use(machine.call_driver + machine.add(slice_bytes))
+    pieces: list[simpy.Event] = []
 
     def answer(worker: int) -> Events:
-        yield site.spend("object store", machine.reply(job.bytes))
-        yield site.all([push(worker, site.servers[(worker + k) % count]) for k in range(count)])
+        yield from site.keep(job.bytes)
+        yield site.env.timeout(site.latency)
+        yield from site.driver.processor.use(machine.call_driver / 2 + count * machine.message_driver)
+        pieces.extend(site.env.process(piece(worker, server)) for server in site.servers)
 
-    def commit(server: Node) -> Events:
-        """Asked for its part of the norm, then for its step: there and back twice."""
-        yield site.env.timeout(4 * _latency(site))
-        yield from server.processor.use(job.outer / count)
+    def piece(worker: int, server: Node) -> Events:
+        yield site.env.timeout(machine.message + site.latency)
+        yield from site.send(site.node_of(worker), server, size)
+        yield from site.serve(server, machine.message_driver)
+
+    def called(server: Node, seconds: float) -> Events:
+        yield site.env.timeout(machine.message + 2 * site.latency)
+        yield from site.serve(server, seconds)
 
     for worker in range(site.active):
         site.env.process(taking(site, worker, shards, copies, answer, lost and worker == 0))
     for step in range(steps):
         yield from site.driver.processor.use(machine.step)
         yield _hand_out(site, shards, step)
-        yield from site.driver.processor.use(count * machine.call_driver)
-        yield site.all([commit(server) for server in site.servers])
+        yield site.env.all_of(pieces)
+        pieces.clear()
+        for work in ((site.work.shards - 1) * machine.add(size), job.outer / count + machine.put(size)):
+            yield from site.driver.processor.use(count * machine.message_driver)
+            yield site.all([called(server, work) for server in site.servers])
         site.ends.append(site.env.now)
 
 
@@ -95,8 +107,8 @@ def asynchronous(site: Site, steps: int, lost: bool = False) -> Events:
     """No worker waits for another: it fetches the newest theta, computes a shard, sends it, and so on.
 
     The driver adds what arrives and takes an outer step after every K gradients. One that was computed on a theta more
-    than `max_staleness` steps old is dropped, and its tasks count for nothing; so K·(max_staleness + 1) workers are used
-    at most. W = 1: as `driver`, but theta is fetched as often as it changes, which is before every K-th shard.
+    than `max_staleness` steps old is dropped, and its tasks count for nothing; so K·(max_staleness + 1) workers are
+    used at most. W = 1: as `driver`, but theta is fetched as often as it changes, which is before every K-th shard.
     """
     machine, job, work = site.machine, site.job, site.work
     copies = Copies(site, [site.driver])
@@ -171,29 +183,26 @@ def taking(
     answer: Callable[[int], Events],
     dies: bool,
 ) -> Events:
-    """A worker of `driver` and `sharded`: takes a shard whenever it is free, fetches theta with a step's first.
+    """A worker of `driver` and `sharded`: takes a shard when it is free, fetches theta with a step's first, answers.
 
     `dies`: half way through its first shard it is gone; the shard goes to whoever is free, and it is back, without
     theta, after `machine.start` seconds.
     """
-    latest = -1
     while True:
         shard = yield shards.get()
         step, tasks, done = shard
         yield from site.driver.processor.use(site.machine.call_driver / 2)
         yield from site.call()
-        if latest < step:
-            yield from copies.fetch(worker, step)
-            latest = step
+        yield from copies.fetch(worker, step)
         if dies:
-            dies, latest = False, -1
+            dies = False
+            copies.forget(worker)
             yield site.env.timeout(site.job.compute(tasks) / 2)
             yield shards.put(shard)
             yield site.env.timeout(site.machine.start)
             continue
         yield from site.compute(tasks)
         yield from answer(worker)
-        yield from site.driver.processor.use(site.machine.call_driver / 2)
         done()
 
 
@@ -219,5 +228,6 @@ def _dealt(site: Site, worker: int) -> Events:
     yield site.env.timeout(max(mine - 1, 0) * site.machine.add(site.job.bytes))
 
 
-def _latency(site: Site) -> float:
-    return 0.0 if site.cluster.link.bytes_per_second is None else site.cluster.latency
+def blocks(parameters: int) -> int:
+    """Blocks of the norm: a slice has one at least."""
+    return -(-parameters // BLOCK)

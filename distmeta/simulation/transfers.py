@@ -15,6 +15,7 @@ from distmeta.simulation.costs import Curve
 SIZES = (4_000, 64_000, 256_000, 1_000_000, 4_000_000, 16_000_000, 64_000_000)
 """Bytes. Ray sends results up to 100 kB with the answer itself, larger ones through the object store."""
 ROUNDS = 9
+MANY = 16
 VECTORS = 4
 """That are added at once."""
 
@@ -22,6 +23,8 @@ VECTORS = 4
 class Transfers(NamedTuple):
     """See `costs.Machine`."""
 
+    message: float
+    message_driver: float
     put: Curve
     receive: Curve
     reply: Curve
@@ -73,6 +76,9 @@ def measure(ray: Any, cpus: float) -> Transfers:
             given = _usual(lambda size=size: timed(lambda: ray.get(one.give.remote(size))))
             replies.append((size, max(given - empty, 0.0)))
             adds.append((size, _usual(lambda size=size: _add(ray, actors, size))))
+        many = _usual(lambda: timed(lambda: ray.get([a.give.remote(4) for a in MANY * actors]))) / len(
+            MANY * actors
+        )
         both = _usual(lambda: timed(lambda: ray.get([a.give.remote(SIZES[-1]) for a in (one, two)])))
         last = replies[-1][1]
         shared = min(max((both - empty - last) / last, 0.0), 1.0) if last else 0.0
@@ -80,7 +86,9 @@ def measure(ray: Any, cpus: float) -> Transfers:
     finally:
         for actor in actors:
             ray.kill(actor)
-    return Transfers(_curve(puts), _curve(receives), _curve(replies), shared, _curve(adds), ring)
+    return Transfers(
+        empty, min(many, empty), _curve(puts), _curve(receives), _curve(replies), shared, _curve(adds), ring
+    )
 
 
 def timed(action: Callable[[], object]) -> float:
