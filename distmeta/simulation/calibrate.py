@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -45,14 +46,14 @@ def calibrate(job: Job, say: Callable[[str], None]) -> tuple[Costs, JobCosts]:
     say("measuring the job's computations in this process …")
     own = job_costs(problem)
     run = problem.job.run
-    leave = connect(ray, run.address, math.ceil(2 * run.cpus_per_worker))
+    leave = connect(ray, run.address, math.ceil(max(2, TOGETHER) * run.cpus_per_worker))
     try:
         say("measuring Ray's object store …")
         moved = transfers.measure(ray, run.cpus_per_worker)
-        cores = int(ray.cluster_resources().get("CPU", 1) // run.cpus_per_worker)
+        cores = processors()
         slowdown: list[float] = []
         overheads, start = (0.0, 0.0, 0.0), 0.0
-        for workers in range(1, min(max(cores, 1), TOGETHER) + 1):
+        for workers in range(1, min(cores, TOGETHER) + 1):
             say(f"measuring {workers} Ray worker{'s' * (workers > 1)} …")
             with _pool(problem, workers) as (pool, seconds):
                 alone = own if workers == 1 else job_costs(problem)  # the machine may have become busier
@@ -76,15 +77,20 @@ def calibrate(job: Job, say: Callable[[str], None]) -> tuple[Costs, JobCosts]:
         add=moved.add,
         ring=moved.ring,
         slowdown=tuple(slowdown),
-        cores=max(cores, 1),
+        cores=cores,
         start=start,
     )
     about = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{platform.node()}, {platform.machine()}, {max(cores, 1)} cores",
+        "machine": f"{platform.node()}, {platform.machine()}, {cores} cores",
         "job": job.name,
     }
     return Costs(machine, about=about), own
+
+
+def processors() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def problem_of(job: Job, say: Callable[[str], None] = lambda text: None) -> Problem:

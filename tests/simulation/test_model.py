@@ -5,30 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from costs_by_hand import JOB, MACHINE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distmeta.simulation.cluster import STRATEGIES, Cluster, Link, Stragglers
-from distmeta.simulation.costs import Curve, JobCosts, Machine
+from distmeta.simulation.costs import Curve
 from distmeta.simulation.model import Outcome, recommended, simulate, work_of
 
-MACHINE = Machine(
-    call=2e-3,
-    call_driver=4e-4,
-    message=8e-4,
-    message_driver=1e-4,
-    step=1e-3,
-    put=Curve(((0.0, 1e-4), (4e6, 2e-3))),
-    receive=Curve(((0.0, 0.0), (4e6, 1e-3))),
-    reply=Curve(((0.0, 2e-4), (4e6, 3e-3))),
-    reply_shared=0.0,
-    add=Curve(((0.0, 1e-5), (4e6, 8e-4))),
-    ring=Curve(((0.0, 1e-3), (4e6, 6e-3))),
-    slowdown=(1.0, 1.25),
-    cores=2,
-    start=6.0,
-)
-JOB = JobCosts(parameters=1_000_000, shards=8, shard=2e-3, task=5e-3, outer=4e-3)
 B = JOB.bytes
 RATE, LATENCY = 1.25e8, 1e-4
 CLUSTER = Cluster(1, Link(RATE), LATENCY)
