@@ -4,8 +4,8 @@
 
 The machine's costs are measured with one job, as `--calibrate` does. Each of the others is then measured in this
 process alone, as `distmeta simulate` does with a job that its costs file lacks; predicted with `--link local`; and
-trained for real, with 1, 2 and 4 Ray workers: the median of `seconds_step` in its metrics.jsonl, without the first steps. Four
-workers share two cores here: reported, not claimed.
+trained for real, with 1, 2 and 4 Ray workers: the median of `seconds_step` in its metrics.jsonl, without the first
+steps. Four workers share two cores here: reported, not claimed.
 
 A round begins with a calibration of its own, for the machine may have become slower; figures are medians over rounds.
 `--wait`: before each measurement, at most so long for two idle seconds of the machine.
@@ -31,7 +31,7 @@ from distmeta.runtime import driver
 from distmeta.runtime.cluster import connect
 from distmeta.simulation.calibrate import calibrate, job_costs, problem_of
 from distmeta.simulation.cluster import Cluster, Link
-from distmeta.simulation.costs import Costs
+from distmeta.simulation.costs import Costs, JobCosts
 from distmeta.simulation.model import simulate, work_of
 
 WORKERS = (1, 2, 4)
@@ -54,8 +54,7 @@ def sinusoid(hidden: int, tasks: int, shards: int) -> dict[str, Any]:
 
 CALIBRATED = sinusoid(256, 32, 8)
 JOBS: dict[str, dict[str, Any]] = {
-    "narrow, many shards": sinusoid(128, 64, 16),
-    "many tasks": sinusoid(256, 128, 4),
+    "many shards": sinusoid(128, 64, 16),
     "wide": sinusoid(1000, 32, 8),
     "wider": sinusoid(2000, 16, 4),
     "conv4": {
@@ -96,10 +95,12 @@ def one_round(
     costs, _ = calibrate(job_of(CALIBRATED, 1, workers=1), said)
     rows = []
     for name, tree in jobs.items():
+        quiet()
+        own = job_costs(problem_of(job_of(tree, steps)))
         for strategy, settings in strategies().items():
-            for workers in WORKERS:
+            for workers in WORKERS if strategy == "driver" else CLAIMED:
                 idle = quiet()
-                row = cell(costs, tree, steps, strategy, workers, settings)
+                row = cell(costs, own, tree, steps, strategy, workers, settings)
                 rows.append(
                     {"job": name, "strategy": strategy, "workers": workers, "idle_before": idle} | row
                 )
@@ -108,9 +109,14 @@ def one_round(
 
 
 def cell(
-    costs: Costs, tree: dict[str, Any], steps: int, strategy: str, workers: int, settings: dict[str, Any]
+    costs: Costs,
+    own: JobCosts,
+    tree: dict[str, Any],
+    steps: int,
+    strategy: str,
+    workers: int,
+    settings: dict[str, Any],
 ) -> dict[str, Any]:
-    own = job_costs(problem_of(job_of(tree, steps)))
     cluster = Cluster(workers, Link(None), servers=SERVERS)
     work = work_of(tree["run"]["tasks_per_step"], own.shards, workers, scale=False)
     predicted = simulate(strategy, cluster, costs.machine, own, work).seconds_step
@@ -169,8 +175,8 @@ def main() -> None:
     import ray
 
     leave = connect(ray, None, max(WORKERS))
-    jobs = {"many tasks": JOBS["many tasks"]} if given.quick else JOBS
-    steps = 8 if given.quick else 24
+    jobs = {"many shards": JOBS["many shards"]} if given.quick else JOBS
+    steps = 8 if given.quick else 20
     rounds = []
     try:
         for _ in range(1 if given.quick else given.repeats):

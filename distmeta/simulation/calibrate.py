@@ -13,6 +13,7 @@ from datetime import datetime, timezone
 
 import numpy as np
 
+from distmeta.combining import in_process
 from distmeta.compute.flat import Layout
 from distmeta.job import Job
 from distmeta.runtime.cluster import connect
@@ -95,7 +96,8 @@ def processors() -> int:
 
 def problem_of(job: Job, say: Callable[[str], None] = lambda text: None) -> Problem:
     """The job's problem, settled, computing in this process."""
-    return settled(job.replace(run={"workers": 0, "eval_every": 0, "patience": None}), say)
+    run = in_process(job.tree()["run"]) | {"eval_every": 0, "patience": None}
+    return settled(Job.parse(job.tree() | {"run": run}), say)
 
 
 def job_costs(problem: Problem) -> JobCosts:

@@ -18,7 +18,7 @@ LOCAL = "local"
 """The link between processes of one machine: its object store, at the cost that was measured."""
 MOST_WORKERS = 10_000
 """Of one simulated cluster: more events than a person waits for."""
-MOST_SERVERS = 256
+SERVERS, MOST_SERVERS = 8, 256
 STRATEGIES = ("driver", "sharded", "all-reduce", "async", "local")
 """By the names that `run.strategy` has for them, the exact ones first."""
 WIDEST = 3.0
@@ -119,7 +119,7 @@ class Cluster:
     stragglers: Stragglers = Stragglers()
     failures_per_hour: float = 0.0
     """Workers and servers lost in an hour, wherever."""
-    servers: int = 8
+    servers: int = SERVERS
     """Of `sharded`, each on a node of its own."""
     max_staleness: int = 4
     """Of `async`, in steps."""

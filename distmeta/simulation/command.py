@@ -27,7 +27,7 @@ def simulate(
     stragglers: Annotated[str, typer.Option(help="none or lognormal:SIGMA.")] = "none",
     failures_per_hour: Annotated[float, typer.Option(help="In the whole cluster.")] = 0.0,
     strategies: Annotated[str | None, typer.Option(help="Those to compare; by default all.")] = None,
-    servers: Annotated[int, typer.Option(help="Of sharded.")] = 8,
+    servers: Annotated[int | None, typer.Option(help="Of sharded; by default the job's, else 8.")] = None,
     max_staleness: Annotated[int, typer.Option(help="Of async, in steps.")] = 4,
     local_steps: Annotated[int, typer.Option(help="Of local: steps between averages.")] = 16,
     scale_tasks: Annotated[
@@ -50,6 +50,7 @@ def simulate(
 
     counts = clusters.parse_workers(workers)
     names = clusters.parse_strategies(strategies)
+    loaded = Job.load(job, list(overrides or []))
     asked = clusters.Cluster(
         counts[0],
         clusters.Link.parse(link),
@@ -57,11 +58,10 @@ def simulate(
         workers_per_node,
         clusters.Stragglers.parse(stragglers),
         failures_per_hour,
-        servers,
+        loaded.run.servers or clusters.SERVERS if servers is None else servers,
         max_staleness,
         local_steps,
     )
-    loaded = Job.load(job, list(overrides or []))
     with contextlib.redirect_stdout(sys.stderr):  # Ray tells there of workers that died, in its own words
         found, own = costs_of(loaded, Path(costs), calibrate, _note)
     result = study(loaded, found, own, asked, counts, names, scale_tasks)

@@ -15,6 +15,8 @@ SHARDS = 4_096
 STEPS = (1, 64)
 SETTLED = 256
 """Shards of `async` that are simulated at least."""
+SAME_STEPS = ("driver", "sharded", "all-reduce")
+"""To the bit, or within rounding."""
 WORTH = {"sharded": 1.1, "all-reduce": 1.1, "async": 1.5, "local": 1.5}
 """How many times the tasks a second of the best one before it a strategy must do to be recommended: `sharded` has more
 to go wrong than `driver`, `all-reduce` gives other bits, `async` and `local` take other steps."""
@@ -81,7 +83,9 @@ def simulate(
     bottleneck = max(causes, key=causes.__getitem__)
     share = causes[bottleneck]
     if bottleneck == "compute" and site.active < cluster.workers / 2:
-        bottleneck = f"{work.shards} shards: {cluster.workers - site.active} workers idle"
+        bottleneck = (
+            f"{work.shards} shard{'s' * (work.shards > 1)}: {cluster.workers - site.active} workers idle"
+        )
     steps = len(site.ends)
     computed = steps * work.tasks + site.dropped
     lasting = _failure(strategy, cluster, machine, job, work, seconds, checkpoint_every)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -21,15 +22,22 @@ COLORS = {"driver": "C0", "sharded": "C2", "all-reduce": "C3", "async": "C1", "l
 
 
 def show(study: Study, console: Console) -> None:
-    own, run = study.own, study.job.run
+    own, shards = study.own, _of(study.own.shards, "shard")
     console.print(
-        f"{study.job.name}: {own.parameters:,} parameters, {run.tasks_per_step} tasks a step in {own.shards} shards; "
-        f"one process computes {_alone(study):,.4g} tasks/s"
+        f"{study.job.name}: {own.parameters:,} parameters, {study.job.run.tasks_per_step} tasks a step in {shards}; "
+        f"one process computes {_alone(study):,.4g} tasks/s",
+        soft_wrap=True,
     )
     console.print(_table(study))
     for workers, name in study.recommended.items():
         found = study.outcomes[workers][name]
-        console.print(f"{workers:,} workers: {name}; it is bound by {found.bottleneck} ({found.share:.0%})")
+        same = study.same_steps[workers]
+        console.print(
+            f"{_of(workers, 'worker')}: {name}, bound by {found.bottleneck} ({found.share:.0%}); the busiest card is a "
+            f"{found.busiest}'s: {found.bytes_busiest / 1e6:,.4g} MB a step"
+            + (f"; of those that take the same steps: {same}" if same not in (None, name) else ""),
+            soft_wrap=True,
+        )
     console.print("\nassumed:")
     for line in assumptions(study):
         console.print(f"- {line}", soft_wrap=True)
@@ -42,11 +50,11 @@ def _alone(study: Study) -> float:
 
 
 def _table(study: Study) -> Table:
-    table = Table()
-    for column in ("workers", "strategy"):
-        table.add_column(column)
-    for column in ("s a step", "tasks/s", "efficiency", "MB a step", "busiest card, MB"):
-        table.add_column(column, justify="right")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("workers", justify="right", no_wrap=True)
+    table.add_column("strategy", no_wrap=True)
+    for column in ("s/step", "tasks/s", "efficient", "MB/step"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("bottleneck")
     for workers, found in study.outcomes.items():
         best = study.recommended[workers]
@@ -56,6 +64,10 @@ def _table(study: Study) -> Table:
                 style="bold" if name == best else "", end_section=name == list(found)[-1],
             )  # fmt: skip
     return table
+
+
+def _of(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def _cells(outcome: Outcome) -> list[str]:
@@ -69,7 +81,6 @@ def _cells(outcome: Outcome) -> list[str]:
         f"{outcome.tasks_per_second:,.4g}",
         f"{outcome.efficiency:.1%}",
         f"{outcome.bytes_step / 1e6:,.4g}",
-        f"{outcome.bytes_busiest / 1e6:,.4g} ({outcome.busiest})",
         ", ".join(notes),
     ]
 
@@ -89,27 +100,27 @@ def assumptions(study: Study) -> Iterator[str]:
             f"link: {cluster.link} in each direction of each network card, both at once, and "
             f"{1e6 * cluster.latency:g} us for a message; messages share a card evenly; no switch is ever full"
         )
-        yield f"nodes: {cluster.per_node} workers on each; the driver and every server have a node of their own"
+        yield f"nodes: {_of(cluster.per_node, 'worker')} on each; the driver and every server have a node of their own"
     if study.scaled:
         yield "tasks: as many shards as workers at least, of the job's size: larger steps than the job's"
     else:
         yield (
-            f"tasks: the job's {study.job.run.tasks_per_step} a step in {own.shards} shards: more workers than that "
-            "have nothing to do (--scale-tasks grows both)"
+            f"tasks: the job's {study.job.run.tasks_per_step} a step in {_of(own.shards, 'shard')}: more workers than "
+            "that have nothing to do (--scale-tasks grows both)"
         )
-    yield "driver: theta leaves its card once for each node, as all ask at once; each shard's sum comes back on its own"
+    yield "driver: theta leaves its card once for each node, as all ask at once; each shard's sum comes back by itself"
     yield (
-        f"sharded: {cluster.servers} servers (no more than theta has blocks of {BLOCK:,}); each shard's sum travels to "
-        "them in slices, while the worker goes on; the driver sends integers"
+        f"sharded: {_of(cluster.servers, 'server')} (no more than theta has blocks of {BLOCK:,}); each shard's sum "
+        "travels to them in slices, while the worker goes on; the driver sends integers"
     )
     yield "all-reduce: shards are dealt out, not taken; a ring over all workers, with work or without"
     yield (
-        f"async: a step after every {own.shards} shards that came; what is more than {cluster.max_staleness} steps old "
-        "is dropped; tasks/s does not tell how much less a stale gradient teaches"
+        f"async: a step after every {_of(own.shards, 'shard')} that came; what is more than {cluster.max_staleness} "
+        "steps old is dropped; tasks/s does not tell how much less a stale gradient teaches"
     )
     yield (
-        f"local: {cluster.local_steps} steps between averages, uncompressed, through the driver; tasks/s does not tell "
-        "how much less they teach"
+        f"local: {_of(cluster.local_steps, 'step')} between averages, uncompressed, through the driver; tasks/s does "
+        "not tell how much less they teach"
     )
     if cluster.stragglers.sigma:
         yield f"stragglers: {cluster.stragglers}, drawn anew for each shard; no shard is computed twice to save time"
@@ -135,6 +146,7 @@ def as_json(study: Study) -> dict[str, Any]:
         "link": str(study.cluster.link),
         "latency": study.cluster.latency,
         "recommended": {str(workers): name for workers, name in study.recommended.items()},
+        "recommended_same_steps": {str(workers): name for workers, name in study.same_steps.items()},
         "outcomes": [asdict(one) for found in study.outcomes.values() for one in found.values()],
         "assumptions": list(assumptions(study)),
     }

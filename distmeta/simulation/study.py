@@ -11,7 +11,7 @@ from pathlib import Path
 from distmeta.job import Job
 from distmeta.simulation.cluster import Cluster
 from distmeta.simulation.costs import Costs, JobCosts, load, save
-from distmeta.simulation.model import Outcome, recommended, simulate, work_of
+from distmeta.simulation.model import SAME_STEPS, Outcome, recommended, simulate, work_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,15 @@ class Study:
     @property
     def recommended(self) -> dict[int, str]:
         return {workers: recommended(found) for workers, found in self.outcomes.items()}
+
+    @property
+    def same_steps(self) -> dict[int, str | None]:
+        """The same among those whose steps are the driver's; None: none was asked about."""
+        kept = {
+            workers: {name: found[name] for name in SAME_STEPS if name in found}
+            for workers, found in self.outcomes.items()
+        }
+        return {workers: recommended(found) if found else None for workers, found in kept.items()}
 
 
 def study(
