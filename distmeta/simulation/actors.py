@@ -241,7 +241,7 @@ class Copies:
         self._have: dict[int, int] = {}
 
     def fetch(self, worker: int, version: int) -> Events:
-        """S messages of B/S, and receive(B)."""
+        """S messages of B/S, and receive(B), twice where S > 1."""
         site, count = self._site, len(self._sources)
         node = worker // site.cluster.per_node
         if self._have.get(worker, -1) >= version:
@@ -252,7 +252,8 @@ class Copies:
             sending = site.all([site.send(source, site.nodes[node], size) for source in self._sources])
             self._sent[node] = version, sending
         yield self._sent[node][1]
-        yield site.spend("object store", site.machine.receive(site.job.bytes))
+        copies = 1 if count == 1 else 2  # slices are joined, then cut into tensors
+        yield site.spend("object store", copies * site.machine.receive(site.job.bytes))
 
     def forget(self, worker: int) -> None:
         """It is another process now."""

@@ -173,6 +173,8 @@ def plot(study: Study, path: Path) -> None:
     best = [study.outcomes[count][name].tasks_per_second for count, name in study.recommended.items()]
     axes.plot(workers, best, "k*", markersize=11, linestyle="none", label="recommended", zorder=3)
     axes.set(xscale="log", yscale="log", xlabel="workers", ylabel="tasks/s")
+    axes.set_xticks(workers, [f"{count:,}" for count in workers])
+    axes.minorticks_off()
     axes.set_title(f"{study.job.name}, {study.own.parameters:,} parameters, link {study.cluster.link}")
     axes.legend()
     try:

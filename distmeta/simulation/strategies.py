@@ -52,7 +52,7 @@ def sharded(site: Site, steps: int, lost: bool = False) -> Events:
     Workers fetch S slices, leave every shard's gradient in their node's store, cut in S; as its answer comes, the
     driver calls each server to fetch its piece, which the worker does not wait for. After the last, servers are called
     twice: to add and for the norm, then to step. With l = 0 and b without limit, W = 1:
-        step + receive + K·(call + c + reply(B) + S·message_driver) + message + message_driver
+        step + 2·receive + K·(call + c + reply(B) + S·message_driver) + message + message_driver
         + 2·(S·message_driver + message) + (K−1)·add(B/S) + outer/S + put(B/S)
     """
     machine, job, count = site.machine, site.job, min(site.cluster.servers, blocks(site.job.parameters))
