@@ -47,14 +47,15 @@ def calibrate(job: Job, say: Callable[[str], None]) -> tuple[Costs, JobCosts]:
     say("measuring the job's computations in this process …")
     own = job_costs(problem)
     run = problem.job.run
-    leave = connect(ray, run.address, math.ceil(max(2, TOGETHER) * run.cpus_per_worker))
+    leave = connect(ray, run.address, math.ceil(TOGETHER * run.cpus_per_worker))
     try:
         say("measuring Ray's object store …")
-        moved = transfers.measure(ray, run.cpus_per_worker)
+        moved = transfers.measure(ray)
         cores = processors()
         slowdown: list[float] = []
         overheads, start = (0.0, 0.0, 0.0), 0.0
-        for workers in range(1, min(cores, TOGETHER) + 1):
+        room = int(ray.cluster_resources().get("CPU", 0) // run.cpus_per_worker)
+        for workers in range(1, max(min(cores, room, TOGETHER), 1) + 1):
             say(f"measuring {workers} Ray worker{'s' * (workers > 1)} …")
             with _pool(problem, workers) as (pool, seconds):
                 alone = own if workers == 1 else job_costs(problem)  # the machine may have become busier
@@ -64,7 +65,7 @@ def calibrate(job: Job, say: Callable[[str], None]) -> tuple[Costs, JobCosts]:
     finally:
         leave()
     bytes_, (step, call, driving) = own.bytes, overheads
-    sent = moved.reply(bytes_) if bytes_ else 0.0
+    sent = moved.reply(bytes_)
     machine = Machine(
         call=max(call - sent, 0.0),
         call_driver=min(driving, max(call - sent, 0.0)),

@@ -64,7 +64,7 @@ def simulate(
     )
     with contextlib.redirect_stdout(sys.stderr):  # Ray tells there of workers that died, in its own words
         found, own = costs_of(loaded, Path(costs), calibrate, _note)
-    result = study(loaded, found, own, asked, counts, names, scale_tasks)
+    result = study(loaded, found, own, asked, counts, names, scale_tasks, _note)
     if plot is not None:
         report.plot(result, Path(plot))
     if as_json:

@@ -73,19 +73,10 @@ def simulate(
         checkpoint_every: steps between the checkpoints that a strategy which cannot mend itself goes back to.
     """
     site, seconds = _run(strategy, cluster, machine, job, work)
-    causes = _causes(site)
+    calm = None
     if cluster.stragglers.sigma:
-        even = replace(cluster, stragglers=Stragglers())
-        calm, without = _run(strategy, even, machine, job, work)
-        if without < seconds:  # workers out of step may also share a card better
-            causes = {name: share * without / seconds for name, share in _causes(calm).items()}
-            causes["stragglers"] = 1 - without / seconds
-    bottleneck = max(causes, key=causes.__getitem__)
-    share = causes[bottleneck]
-    if bottleneck == "compute" and site.active < cluster.workers / 2:
-        bottleneck = (
-            f"{work.shards} shard{'s' * (work.shards > 1)}: {cluster.workers - site.active} workers idle"
-        )
+        calm = _run(strategy, replace(cluster, stragglers=Stragglers()), machine, job, work)
+    bottleneck, share = _bottleneck(site, seconds, calm)
     steps = len(site.ends)
     computed = steps * work.tasks + site.dropped
     lasting = _failure(strategy, cluster, machine, job, work, seconds, checkpoint_every)
@@ -134,13 +125,26 @@ def _run(
     steps = steps if cluster.stragglers.sigma else 1
     warm = 0
     if strategy == "async":  # until workers no longer move in step
-        warm = 2 + -(-site.active // work.shards)
+        warm = 2 + min(-(-cluster.workers // work.shards), cluster.max_staleness + 1)
         steps = warm + max(steps, warm, SETTLED // max(work.shards, cluster.workers))
     elif strategy == "local":
         steps = max(1, steps // cluster.local_steps) * cluster.local_steps
     site.env.run(site.env.process(ACTORS[strategy](site, steps, lost)))
     began = site.ends[warm - 1] if warm else 0.0
     return site, (site.ends[-1] - began) / (len(site.ends) - warm)
+
+
+def _bottleneck(site: Site, seconds: float, calm: tuple[Site, float] | None) -> tuple[str, float]:
+    """What takes most of a step, and the fraction; `calm`: the same without stragglers, whose part is the difference."""
+    causes = _causes(site)
+    if calm is not None and calm[1] < seconds:  # workers out of step may also share a card better
+        even = calm[1] / seconds
+        causes = {name: share * even for name, share in _causes(calm[0]).items()} | {"stragglers": 1 - even}
+    name = max(causes, key=causes.__getitem__)
+    idle, shards = site.cluster.workers - site.active, site.work.shards
+    if name == "compute" and idle > site.active:
+        return f"{shards} shard{'s' * (shards > 1)}: {idle} workers idle", causes[name]
+    return name, causes[name]
 
 
 def _causes(site: Site) -> dict[str, float]:

@@ -13,6 +13,9 @@ from distmeta.simulation.cluster import Cluster
 from distmeta.simulation.costs import Costs, JobCosts, load, save
 from distmeta.simulation.model import SAME_STEPS, Outcome, recommended, simulate, work_of
 
+MANY = 1000
+"""Workers that take seconds to simulate."""
+
 
 @dataclass(frozen=True)
 class Study:
@@ -49,10 +52,13 @@ def study(
     workers: Sequence[int],
     strategies: Sequence[str],
     scale: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Study:
     """Simulates each strategy on each number of workers; the cluster's own number is not looked at."""
     outcomes = {}
     for count in workers:
+        if count >= MANY:
+            say(f"simulating {count:,} workers …")
         work = work_of(job.run.tasks_per_step, own.shards, count, scale)
         here = replace(cluster, workers=count)
         outcomes[count] = {
