@@ -1,6 +1,6 @@
 """What `distmeta simulate` says a step takes, against what it took, on jobs that it was not calibrated on.
 
-    python benchmarks/simulator.py [--quick] [--repeats N] [--wait SECONDS]
+    python benchmarks/simulator.py [--quick] [--repeats N] [--wait SECONDS] [--minutes M]
 
 The machine's costs are measured with one job, as `--calibrate` does. Each of the others is then measured in this
 process alone, as `distmeta simulate` does with a job that its costs file lacks; predicted with `--link local`; and
@@ -8,7 +8,8 @@ trained for real, with 1, 2 and 4 Ray workers: the median of `seconds_step` in i
 steps. Four workers share two cores here: reported, not claimed.
 
 A round begins with a calibration of its own, for the machine may have become slower; figures are medians over rounds.
-`--wait`: before each measurement, at most so long for two idle seconds of the machine.
+`--wait`: at most so long, altogether, for the machine to be idle before a measurement. `--minutes`: no measurement
+begins after that; what was not begun is left out.
 """
 
 from __future__ import annotations
@@ -54,15 +55,15 @@ def sinusoid(hidden: int, tasks: int, shards: int) -> dict[str, Any]:
 
 CALIBRATED = sinusoid(256, 32, 8)
 JOBS: dict[str, dict[str, Any]] = {
-    "many shards": sinusoid(128, 64, 16),
     "wide": sinusoid(1000, 32, 8),
-    "wider": sinusoid(2000, 16, 4),
     "conv4": {
         "model": {"type": "conv4", "width": 16},
         "tasks": {"type": "digits", "ways": 3, "shots": 1, "queries": 5},
         "algorithm": {"type": "maml", "inner_lr": 0.1, "inner_steps": 1},
         "run": {"tasks_per_step": 16, "shards": 8},
     },
+    "wider": sinusoid(2000, 16, 4),
+    "many shards": sinusoid(128, 64, 16),
 }
 
 
@@ -89,7 +90,7 @@ def strategies() -> dict[str, dict[str, Any]]:
 
 
 def one_round(
-    steps: int, quiet: Callable[[], float], jobs: dict[str, dict[str, Any]]
+    steps: int, quiet: Callable[[], float], jobs: dict[str, dict[str, Any]], until: float
 ) -> list[dict[str, Any]]:
     quiet()
     costs, _ = calibrate(job_of(CALIBRATED, 1, workers=1), said)
@@ -99,6 +100,8 @@ def one_round(
         own = job_costs(problem_of(job_of(tree, steps)))
         for strategy, settings in strategies().items():
             for workers in WORKERS if strategy == "driver" else CLAIMED:
+                if time.monotonic() > until:
+                    return rows
                 idle = quiet()
                 row = cell(costs, own, tree, steps, strategy, workers, settings)
                 rows.append(
@@ -137,10 +140,13 @@ def idle_share(seconds: float = 2.0) -> float:
 
 
 def waiting(most: float) -> Callable[[], float]:
+    left = [most]
+
     def quiet() -> float:
-        began, idle = time.monotonic(), idle_share()
-        while idle < IDLE and time.monotonic() - began < most:
+        idle = idle_share()
+        while idle < IDLE and left[0] > 0:
             idle = idle_share()
+            left[0] -= 2.0
         return round(idle, 2)
 
     return quiet
@@ -148,8 +154,11 @@ def waiting(most: float) -> Callable[[], float]:
 
 def summary(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Medians over the rounds."""
-    found = []
-    for same in zip(*rounds, strict=True):
+    found: list[dict[str, Any]] = []
+    cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in (row for rows in rounds for row in rows):
+        cells.setdefault((row["job"], row["strategy"], row["workers"]), []).append(row)
+    for same in cells.values():
         figures = {
             key: statistics.median(row[key] for row in same)
             for key in ("predicted", "measured", "ratio", "idle_before")
@@ -170,6 +179,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run; writes nothing")
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
     parser.add_argument("--wait", type=float, default=0.0, help="seconds, at most, for a quiet machine")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which nothing more is begun")
     given = parser.parse_args()
     start = report.environment()
     import ray
@@ -177,10 +187,11 @@ def main() -> None:
     leave = connect(ray, None, max(WORKERS))
     jobs = {"many shards": JOBS["many shards"]} if given.quick else JOBS
     steps = 8 if given.quick else 20
-    rounds = []
+    rounds, until, quiet = [], time.monotonic() + 60 * given.minutes, waiting(given.wait)
     try:
         for _ in range(1 if given.quick else given.repeats):
-            rounds.append(one_round(steps, waiting(given.wait), jobs))
+            if time.monotonic() < until:
+                rounds.append(one_round(steps, quiet, jobs, until))
     finally:
         leave()
     rows = summary(rounds)

@@ -135,7 +135,7 @@ def _run(
 
 
 def _bottleneck(site: Site, seconds: float, calm: tuple[Site, float] | None) -> tuple[str, float]:
-    """What takes most of a step, and the fraction; `calm`: the same without stragglers, whose part is the difference."""
+    """What takes most of a step, and the fraction; `calm`: the same without stragglers, whose part is the rest."""
     causes = _causes(site)
     if calm is not None and calm[1] < seconds:  # workers out of step may also share a card better
         even = calm[1] / seconds
