@@ -138,9 +138,7 @@ class Site:
         self._random = Random(f"{cluster.seed}/{cluster.workers}")
         self._local = cluster.link.bytes_per_second is None
         self._store = Processor(self.env)  # of the one machine, where there is no network
-        self._cores = simpy.Resource(self.env, machine.cores if self._local else cluster.workers)
-        together = min(cluster.workers if self._local else cluster.per_node, machine.cores)
-        self._slowdown = machine.slowdown[together - 1]
+        self._cores = simpy.Resource(self.env, machine.cores)  # of the one machine too
 
     def node(self) -> Node:
         """A machine more."""
@@ -176,10 +174,19 @@ class Site:
 
     def serve(self, server: Node, seconds: float) -> Events:
         """A server's processor at work; on one machine, on one of its cores."""
-        with self._cores.request() as core:
-            if self._local:
-                yield core
+        if not self._local:
             yield from server.processor.use(seconds)
+            return
+        with self._cores.request() as core:
+            yield core
+            yield from server.processor.use(seconds)
+
+    @property
+    def slowdown(self) -> float:
+        """Of a computation, by those of other workers on the same machine."""
+        measured = self.machine.slowdown
+        together = min(self.active, self.machine.cores) if self._local else self.cluster.per_node
+        return measured[min(together, len(measured)) - 1]
 
     @property
     def latency(self) -> float:
@@ -191,7 +198,10 @@ class Site:
 
     def compute(self, tasks: float) -> Events:
         """A shard: (shard + task · tasks) · slowdown · the straggler's factor; on one machine, on one of its cores."""
-        seconds = self.job.compute(tasks) * self._slowdown * self.cluster.stragglers.factor(self._random)
+        seconds = self.job.compute(tasks) * self.slowdown * self.cluster.stragglers.factor(self._random)
+        if not self._local:
+            yield self.spend("compute", seconds)
+            return
         with self._cores.request() as core:
             yield core
             yield self.spend("compute", seconds)

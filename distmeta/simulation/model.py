@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from distmeta.simulation.actors import Node, Site, Work
 from distmeta.simulation.cluster import STRATEGIES, Cluster, Stragglers
 from distmeta.simulation.costs import JobCosts, Machine
-from distmeta.simulation.strategies import STEPS as ACTORS
+from distmeta.simulation.strategies import ACTORS
 
 SHARDS = 4_096
 """Shards that are simulated where stragglers make steps differ: as many steps as that gives, within `STEPS`."""

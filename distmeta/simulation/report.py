@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from distmeta.components import shown
+from distmeta.compute.flat import BLOCK
 from distmeta.core import InputError
 from distmeta.simulation.cluster import LOCAL
 from distmeta.simulation.model import WORTH, Outcome
-from distmeta.simulation.strategies import BLOCK
 from distmeta.simulation.study import Study
 
 COLORS = {"driver": "C0", "sharded": "C2", "all-reduce": "C3", "async": "C1", "local": "C4"}

@@ -11,11 +11,9 @@ from collections.abc import Callable
 
 import simpy
 
+from distmeta.compute.flat import edges_of
 from distmeta.simulation.actors import Copies, Events, Node, Site
 from distmeta.simulation.cluster import STRATEGIES
-
-BLOCK = 65_536
-"""Numbers of theta; compute.flat's, which is not imported: a simulation needs no torch."""
 
 
 def driver(site: Site, steps: int, lost: bool = False) -> Events:
@@ -55,7 +53,8 @@ def sharded(site: Site, steps: int, lost: bool = False) -> Events:
         step + 2·receive + K·(call + c + reply(B) + S·message_driver) + message + message_driver
         + 2·(S·message_driver + message) + (K−1)·add(B/S) + outer/S + put(B/S)
     """
-    machine, job, count = site.machine, site.job, min(site.cluster.servers, blocks(site.job.parameters))
+    machine, job = site.machine, site.job
+    count = len(edges_of(job.parameters, site.cluster.servers)) - 1
     site.servers = [site.node() for _ in range(count)]
     size = job.bytes / count
     copies = Copies(site, site.servers)
@@ -170,7 +169,7 @@ def local(site: Site, steps: int, lost: bool = False) -> Events:
         site.ends += [began + took * (k + 1) for k in range(rounds)]
 
 
-STEPS: dict[str, Callable[..., Events]] = dict(
+ACTORS: dict[str, Callable[..., Events]] = dict(
     zip(STRATEGIES, (driver, sharded, all_reduce, asynchronous, local), strict=True)
 )
 
@@ -226,8 +225,3 @@ def _dealt(site: Site, worker: int) -> Events:
     for _ in range(mine):
         yield from site.compute(site.work.shard)
     yield site.env.timeout(max(mine - 1, 0) * site.machine.add(site.job.bytes))
-
-
-def blocks(parameters: int) -> int:
-    """Blocks of the norm: a slice has one at least."""
-    return -(-parameters // BLOCK)

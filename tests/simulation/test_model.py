@@ -20,6 +20,7 @@ WORK = work_of(32, 8, 1, scale=False)
 C = JOB.compute(4)
 """Seconds of a shard."""
 SENT = B / RATE + LATENCY
+NOTHING = Curve(((0.0, 0.0),))
 
 
 def run(strategy: str, workers: int = 1, **changes: object) -> Outcome:
@@ -141,7 +142,7 @@ def test_more_link_is_not_slower(
 def test_failures_cost(strategy: str) -> None:
     """More than nothing, the more the more there are; never more than everything. Where the driver is the limit, one
     worker less is no loss to it: here it is not."""
-    free = replace(MACHINE, call_driver=0.0, step=0.0, add=Curve(((0.0, 0.0),)), put=Curve(((0.0, 0.0),)))
+    free = replace(MACHINE, call_driver=0.0, step=0.0, add=NOTHING, put=NOTHING)
     job = replace(JOB, outer=0.0)
     rates = [
         simulate(
@@ -180,6 +181,20 @@ def test_the_same_seed_is_the_same_simulation(strategy: str) -> None:
     assert first.seconds_step != other.seconds_step
     if strategy != "async":
         assert first.seconds_step > run(strategy, 4, link=fast).seconds_step
+
+
+def test_computations_of_one_machine_slow_each_other() -> None:
+    """As measured with so many at once; more than were measured are as slow as those."""
+    free = replace(
+        MACHINE, call=0.0, call_driver=0.0, put=NOTHING, receive=NOTHING, reply=NOTHING, add=NOTHING
+    )
+    large = replace(free, step=0.0, cores=16, slowdown=(1.0, 1.2, 1.5))
+    job = replace(JOB, outer=0.0)
+    for workers, slowdown in ((1, 1.0), (2, 1.2), (4, 1.5), (8, 1.5), (16, 1.5)):
+        found = simulate("driver", Cluster(workers, Link(None)), large, job, WORK)
+        assert found.seconds_step == pytest.approx(max(8 // workers, 1) * C * slowdown)
+    shared = replace(CLUSTER, workers=8, per_node=2, link=Link(1e18), latency=0.0)
+    assert simulate("driver", shared, large, job, WORK).seconds_step == pytest.approx(C * 1.2, rel=1e-6)
 
 
 def test_workers_without_a_shard() -> None:
