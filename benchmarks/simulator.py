@@ -8,10 +8,9 @@ trained for real, with 1, 2 and 4 Ray workers: the median of `seconds_step` in i
 steps. Four workers share two cores here: reported, not claimed.
 
 A round begins with a calibration of its own, for the machine may have become slower; figures are medians over rounds.
-`to the quartile`: the same prediction over the steps' lower quartile, which is what costs are taken by: on a machine that
-others load, medians have their part in them.
-`--wait`: at most so long, altogether, for the machine to be idle before a measurement. `--minutes`: no measurement
-begins after that; what was not begun is left out.
+`to the quartile`: the same prediction over the steps' lower quartile, which is what costs are taken by: where others
+load the machine, medians have their part in them. `--wait`: at most so long, altogether, for the machine to be idle
+before a measurement. `--minutes`: no measurement begins after that; what was not begun is left out.
 """
 
 from __future__ import annotations
