@@ -10,7 +10,8 @@ steps. Four workers share two cores here: reported, not claimed.
 A round begins with a calibration of its own, for the machine may have become slower; figures are medians over rounds.
 `to the quartile`: the same prediction over the steps' lower quartile, which is what costs are taken by: where others
 load the machine, medians have their part in them. `--wait`: at most so long, altogether, for the machine to be idle
-before a measurement. `--minutes`: no measurement begins after that; what was not begun is left out.
+before a measurement. `--minutes`: no measurement begins after that; what was not begun is left out. Ray's workers run
+at this process's priority, so that what else runs on the machine slows both alike.
 """
 
 from __future__ import annotations
@@ -192,6 +193,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="after which nothing more is begun")
     given = parser.parse_args()
     start = report.environment()
+    os.environ["RAY_worker_niceness"] = "0"  # Ray's 15 gives a busy machine's processors to others first
     import ray
 
     leave = connect(ray, None, max(WORKERS))
