@@ -18,7 +18,7 @@ LOCAL = "local"
 """The link between processes of one machine: its object store, at the cost that was measured."""
 MOST_WORKERS = 10_000
 """Of one simulated cluster: more events than a person waits for."""
-SERVERS, MOST_SERVERS = 8, 256
+MOST_SERVERS = 256
 STRATEGIES = ("driver", "sharded", "all-reduce", "async", "local")
 """By the names that `run.strategy` has for them, the exact ones first."""
 WIDEST = 3.0
@@ -48,7 +48,7 @@ class Link:
             return LOCAL
         bits = 8 * self.bytes_per_second
         unit = max((u for u in BITS if bits >= BITS[u]), key=BITS.__getitem__, default="bit")
-        return f"{bits / BITS[unit]:g}{unit}"
+        return f"{bits / BITS[unit]:.6f}".rstrip("0").rstrip(".") + unit  # as `parse` takes it: no exponent
 
 
 def parse_latency(text: str) -> float:
@@ -119,11 +119,11 @@ class Cluster:
     stragglers: Stragglers = Stragglers()
     failures_per_hour: float = 0.0
     """Workers and servers lost in an hour, wherever."""
-    servers: int = SERVERS
+    servers: int = 2
     """Of `sharded`, each on a node of its own."""
-    max_staleness: int = 4
+    max_staleness: int = 2
     """Of `async`, in steps."""
-    local_steps: int = 16
+    local_steps: int = 50
     """Of `local`: steps between two averages (H)."""
     seed: int = 0
 

@@ -27,9 +27,11 @@ def simulate(
     stragglers: Annotated[str, typer.Option(help="none or lognormal:SIGMA.")] = "none",
     failures_per_hour: Annotated[float, typer.Option(help="In the whole cluster.")] = 0.0,
     strategies: Annotated[str | None, typer.Option(help="Those to compare; by default all.")] = None,
-    servers: Annotated[int | None, typer.Option(help="Of sharded; by default the job's, else 8.")] = None,
-    max_staleness: Annotated[int, typer.Option(help="Of async, in steps.")] = 4,
-    local_steps: Annotated[int, typer.Option(help="Of local: steps between averages.")] = 16,
+    servers: Annotated[int | None, typer.Option(help="Of sharded; by default as in the job.")] = None,
+    max_staleness: Annotated[int | None, typer.Option(help="Of async, in steps; as in the job.")] = None,
+    local_steps: Annotated[
+        int | None, typer.Option(help="Of local: steps between averages; as in the job.")
+    ] = None,
     scale_tasks: Annotated[
         bool, typer.Option("--scale-tasks", help="As many shards as workers, and tasks with them.")
     ] = False,
@@ -43,6 +45,7 @@ def simulate(
     ] = False,
 ) -> None:
     """Simulate a job's steps on clusters of other sizes, under each strategy; recommends one."""
+    from distmeta.combining import KEYS
     from distmeta.job import Job
     from distmeta.simulation import cluster as clusters
     from distmeta.simulation import report
@@ -51,6 +54,10 @@ def simulate(
     counts = clusters.parse_workers(workers)
     names = clusters.parse_strategies(strategies)
     loaded = Job.load(job, list(overrides or []))
+    own = {**KEYS["sharded"], **KEYS["async"], **KEYS["local"]}  # where the job has another strategy's
+    own |= {key: value for key in own if (value := getattr(loaded.run, key)) is not None}
+    given = {"servers": servers, "max_staleness": max_staleness, "local_steps": local_steps}
+    own |= {key: value for key, value in given.items() if value is not None}
     asked = clusters.Cluster(
         counts[0],
         clusters.Link.parse(link),
@@ -58,13 +65,13 @@ def simulate(
         workers_per_node,
         clusters.Stragglers.parse(stragglers),
         failures_per_hour,
-        loaded.run.servers or clusters.SERVERS if servers is None else servers,
-        max_staleness,
-        local_steps,
+        own["servers"],
+        own["max_staleness"],
+        own["local_steps"],
     )
     with contextlib.redirect_stdout(sys.stderr):  # Ray tells there of workers that died, in its own words
-        found, own = costs_of(loaded, Path(costs), calibrate, _note)
-    result = study(loaded, found, own, asked, counts, names, scale_tasks, _note)
+        found, measured = costs_of(loaded, Path(costs), calibrate, _note)
+    result = study(loaded, found, measured, asked, counts, names, scale_tasks, _note)
     if plot is not None:
         report.plot(result, Path(plot))
     if as_json:

@@ -119,8 +119,8 @@ def assumptions(study: Study) -> Iterator[str]:
         "steps old is dropped; tasks/s does not tell how much less a stale gradient teaches"
     )
     yield (
-        f"local: {_of(cluster.local_steps, 'step')} between averages, uncompressed, through the driver; tasks/s does "
-        "not tell how much less they teach"
+        f"local: as many replicas as workers, {_of(cluster.local_steps, 'step')} between averages, through the driver; "
+        "tasks/s does not tell how much less they teach"
     )
     if cluster.stragglers.sigma:
         yield f"stragglers: {cluster.stragglers}, drawn anew for each shard; no shard is computed twice to save time"
@@ -133,7 +133,7 @@ def assumptions(study: Study) -> Iterator[str]:
             f"next is ready after {machine.start:.1f} s; all-reduce, and sharded where it was a server, go back to the "
             f"last checkpoint (every {every} steps)"
         )
-    yield "a step: one outer epoch; evaluation, checkpoints and tracking are not in it"
+    yield "a step: one outer epoch, gradients in float32 (no run.compress); no evaluation, checkpoints, tracking"
     worth = ", ".join(f"{name} {times:g} times" for name, times in WORTH.items())
     yield f"recommended: the first in the table that none below it beats by enough in tasks/s: {worth}"
 

@@ -74,6 +74,16 @@ def test_a_table_with_its_assumptions(simulate: Any, monkeypatch: pytest.MonkeyP
     assert simulate("--workers", "64", "--scale-tasks").out.count("64 workers: ") == 1
 
 
+def test_the_jobs_own_settings_hold(simulate: Any) -> None:
+    """A strategy's keys, where the job is of that strategy; an option goes before them."""
+    job = ("run.strategy=local", "run.replicas=2", "run.local_steps=5", "--workers", "2", "--json")
+    assert any("5 steps between averages" in line for line in json.loads(simulate(*job).out)["assumptions"])
+    asked = json.loads(simulate(*job, "--local-steps", "7", "--servers", "3").out)["assumptions"]
+    assert any("7 steps between averages" in line for line in asked)
+    assert any("sharded: 3 servers" in line for line in asked)
+    assert any("more than 2 steps old" in line for line in asked)  # run.max_staleness' default
+
+
 def test_a_line_of_json_and_a_plot(simulate: Any) -> None:
     found = simulate("--workers", "8,2,8", "--strategies", "local,driver", "--json", "--plot", "p.png")
     assert (found.code, found.out.count("\n")) == (0, 1)
