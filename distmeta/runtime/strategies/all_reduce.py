@@ -18,7 +18,7 @@ import numpy as np
 
 from distmeta.core import InputError
 from distmeta.runtime.checkpoint import State
-from distmeta.runtime.cluster import connect, resources
+from distmeta.runtime.cluster import connect, import_ray, resources
 from distmeta.runtime.failure import LostShardError, hung
 from distmeta.runtime.fleet import POLL_SECONDS, SAY_SECONDS, describe, lost_by
 from distmeta.runtime.problem import Problem, constants_of
@@ -51,9 +51,8 @@ CLOSE_SECONDS = 10.0
 
 class AllReduce:
     def __init__(self, problem: Problem, outer: Outer, state: State | None, say: Callable[[str], None]):
-        import ray
-
-        self._ray, self._run, self._say = ray, problem.job.run, say
+        self._ray = ray = import_ray(problem.job.run.address)
+        self._run, self._say = problem.job.run, say
         self._compiles = problem.job.compute.compile
         self._host: Any = None
         self._attempt, self._world, self._known = "", 1, 0
