@@ -41,6 +41,12 @@ from distmeta.simulation.transfers import undisturbed
 WORKERS = (1, 2, 4)
 CLAIMED = (1, 2)
 SERVERS = 2
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "driver": {},
+    "sharded": {"strategy": "sharded", "servers": SERVERS},
+    "all-reduce": {"strategy": "all-reduce"},
+}
+"""What a run of each has in its job: those whose steps are claimed to be predicted."""
 SKIPPED = 4
 """Steps at the beginning that are not counted."""
 IDLE = 0.9
@@ -85,14 +91,6 @@ def measured(job: Job) -> tuple[float, float]:
     return statistics.median(seconds), undisturbed(seconds)
 
 
-def strategies() -> dict[str, dict[str, Any]]:
-    """Those that this distmeta has, of those whose step is claimed to be predicted."""
-    found: dict[str, dict[str, Any]] = {"driver": {}}
-    if "servers" in type(job_of(CALIBRATED, 1).run).model_fields:
-        found["sharded"] = {"strategy": "sharded", "servers": SERVERS}
-    return found
-
-
 def one_round(
     steps: int, quiet: Callable[[], float], jobs: dict[str, dict[str, Any]], until: float
 ) -> list[dict[str, Any]]:
@@ -102,7 +100,7 @@ def one_round(
     for name, tree in jobs.items():
         quiet()
         own = job_costs(problem_of(job_of(tree, steps)))
-        for strategy, settings in strategies().items():
+        for strategy, settings in STRATEGIES.items():
             for workers in WORKERS if strategy == "driver" else CLAIMED:
                 if time.monotonic() > until:
                     return rows
