@@ -16,7 +16,7 @@ import numpy as np
 from distmeta.combining import in_process
 from distmeta.compute.flat import Layout
 from distmeta.job import Job
-from distmeta.runtime.cluster import connect
+from distmeta.runtime.cluster import connect, import_ray
 from distmeta.runtime.pool import LocalPool, Pool, open_pool
 from distmeta.runtime.preparation import settled
 from distmeta.runtime.problem import Problem
@@ -41,12 +41,11 @@ def calibrate(job: Job, say: Callable[[str], None]) -> tuple[Costs, JobCosts]:
     Raises:
         InputError: the job's parts do not go together, or Ray has no room for a worker.
     """
-    import ray
-
     problem = problem_of(job, say)
     say("measuring the job's computations in this process …")
     own = job_costs(problem)
     run = problem.job.run
+    ray = import_ray(run.address)
     leave = connect(ray, run.address, math.ceil(TOGETHER * run.cpus_per_worker))
     try:
         say("measuring Ray's object store …")
