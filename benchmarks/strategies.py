@@ -217,6 +217,7 @@ def steps(sizes: dict[int, int], quick: bool) -> None:
                 }
             )
             print(json.dumps(rows[-1]), flush=True)
+            report.write("strategies-steps", start, {"local_steps": LENGTH, "steps": rows}, quick=quick)
         end()
     ray.shutdown()
     header = ["parameters", "strategy", "step, ms", "by hand, ms", "ratio"]
@@ -231,7 +232,6 @@ def steps(sizes: dict[int, int], quick: bool) -> None:
         for r in rows
     ]
     print(report.table(header, cells))
-    report.write("strategies-steps", start, {"local_steps": LENGTH, "steps": rows}, quick=quick)
 
 
 def links(cases: list[tuple[int, int, tuple[str, ...], int]], quick: bool) -> None:

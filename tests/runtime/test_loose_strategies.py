@@ -110,7 +110,7 @@ def test_async_through_a_lost_worker_and_a_resume(workplace: Path, cluster: None
     harm = Watching({2: lambda: send(worker_pids()[:1], signal.SIGKILL)})
     run = trained(job, harm, name="begun")
     assert any(text.startswith("lost worker") for text in harm.said)
-    trained(job, resume=run, steps=12)
+    trained(job, resume=run, steps=12, workers=1)
     rows = outcome(run)[3]
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert all(row["staleness"] <= 2 and row["tasks"] == 4 for row in rows)

@@ -99,7 +99,7 @@ def test_slices_step_as_the_whole_to_the_bit(outer: str, servers: int) -> None:
 
 
 def test_sharded_through_lost_workers_and_a_lost_server(workplace: Path, cluster: None) -> None:
-    calm = outcome(trained(wide(workers=0, steps=6)))
+    calm = outcome(trained(wide(workers=0)))
     seen: list[int] = []
 
     def kill_a_server() -> None:
@@ -107,11 +107,12 @@ def test_sharded_through_lost_workers_and_a_lost_server(workplace: Path, cluster
         seen.append(len(found))
         send(found[:1], signal.SIGKILL)
 
-    harm = Watching({1: lambda: send(worker_pids()[:1], signal.SIGKILL), 3: kill_a_server, 5: kill_a_server})
-    assert outcome(trained(wide(strategy="sharded", steps=6), harm)) == calm
-    assert seen == [2, 2], "the lost one was replaced"
+    harm = Watching({1: lambda: send(worker_pids()[:1], signal.SIGKILL), 3: kill_a_server})
+    assert outcome(trained(wide(strategy="sharded"), harm)) == calm
+    assert seen == [2]
+    assert any(text.startswith("lost worker") for text in harm.said), harm.said
     back = [text for text in harm.said if "back to the checkpoint" in text]
-    assert [text.rpartition(" ")[2] for text in back] == ["2", "4"], harm.said
+    assert [text.rpartition(" ")[2] for text in back] == ["2"], harm.said
     assert not gone(actor_pids("SliceServer"), 30), "they end with the run"
 
 
@@ -174,7 +175,7 @@ def test_checkpoints_of_driver_and_sharded_are_interchangeable(workplace: Path, 
     assert sum(row["tasks_dropped"] for row in calm[3]) > 0
     assert calm[3][0]["grad_norm"] > 0.05, "it is clipped"
     begun = trained(job, workers=0, steps=2, name="begun")
-    trained(job, strategy="sharded", servers=3, steps=4, resume=begun)
+    trained(job, strategy="sharded", servers=3, workers=1, steps=4, resume=begun)
     assert Job.load(begun / "job.yaml").run.strategy == "sharded"
     assert distmeta.evaluate(begun, ["run.eval_tasks=4"]).tasks == 4
     trained(job, workers=0, steps=6, resume=begun)
@@ -188,7 +189,7 @@ def test_sharded_with_outer_epochs_and_changes(workplace: Path, cluster: None) -
     job = tree(epochs, run=run, changes=changes, **POLICIES)
     calm = outcome(trained(job, workers=0))
     watching = Watching()
-    assert outcome(trained(job, watching, strategy="sharded", servers=3)) == calm
+    assert outcome(trained(job, watching, strategy="sharded", servers=3, workers=1)) == calm
     assert any("go to 1 of 3 servers" in text for text in watching.said), watching.said
 
 
