@@ -34,8 +34,8 @@ import report
 SHARDS, WORKERS, LENGTH = 4, 2, 10
 STEPS = {100_000: 30, 10_000_000: 7, 100_000_000: 3}
 LINKS = [
-    (1_000, 10_000_000, ("driver", "sharded", "all-reduce"), 3),
-    (100, 1_000_000, ("driver", "local"), 2),
+    (1_000, 10_000_000, ("driver", "sharded", "all-reduce"), 2),
+    (100, 1_000_000, ("driver", "local"), 1),
     (10, 250_000, ("driver", "local", "local int8"), 1),
 ]
 """Mbit/s, parameters, strategies, what is measured: as many steps, or rounds of LENGTH steps."""
@@ -260,6 +260,7 @@ def links(cases: list[tuple[int, int, tuple[str, ...], int]], quick: bool) -> No
             "sh",
         ]  # its node's own disk
         line += [sys.executable, str(Path(__file__).absolute()), "inside", "--address", hosts.address]
+        line += ["--own", hosts.ip_of(driver)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         with subprocess.Popen(hosts.run(driver, line), **pipes) as inside:
             assert inside.stdin is not None
@@ -290,11 +291,12 @@ def links(cases: list[tuple[int, int, tuple[str, ...], int]], quick: bool) -> No
     print(report.table(["Mbit/s", "parameters", "strategy", "step, s", "times driver's speed"], cells))
 
 
-def inside(address: str) -> None:
+def inside(address: str, own: str) -> None:
     """On the driver's host: measures what it is asked for, line by line."""
     import ray
 
-    ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    # without a route to the outside Ray takes its own address for 127.0.0.1, and nobody finds what it owns
+    ray.init(address=address, _node_ip_address=own, log_to_driver=False, logging_level=logging.ERROR)
     for line in sys.stdin:
         named, size, count = json.loads(line)
         print(json.dumps(advances(named, size, count, None)[0]), flush=True)
@@ -308,10 +310,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke run; writes nothing")
     parser.add_argument("--most", type=int, default=10**9, help="leave out larger thetas")
     parser.add_argument("--address", help="inside: the cluster of namespaces")
+    parser.add_argument("--own", help="inside: this host's address")
     given = parser.parse_args()
     os.chdir(Path(__file__).parent)  # workers find `driver:Null` in the working folder
     if given.what == "inside":
-        inside(given.address)
+        inside(given.address, given.own)
     elif given.what == "links":
         links([(1_000, 1_000_000, ("driver", "sharded"), 1)] if given.quick else LINKS, given.quick)
     else:

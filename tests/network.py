@@ -65,10 +65,14 @@ class Network:
     def add(self, cpus: int) -> str:
         """Another host; its name."""
         self.added += 1
-        name, address = f"host{self.added}", f"10.213.0.{self.added + 1}"
+        name = f"host{self.added}"
+        address = self.ip_of(name)
         self._plug(name, address)
         self._start(name, address, [f"--address={self.address}", f"--num-cpus={cpus}"], {})
         return name
+
+    def ip_of(self, name: str) -> str:
+        return f"10.213.0.{int(name.removeprefix('host')) + 1}"
 
     def add_desk(self) -> str:
         """A host without Ray: a person's own."""
