@@ -308,6 +308,7 @@ def main() -> None:
     )
     parser.add_argument("what", nargs="?", choices=["steps", "links", "inside"], default="steps")
     parser.add_argument("--quick", action="store_true", help="a smoke run; writes nothing")
+    parser.add_argument("--without", nargs="*", default=[], help="links: leave out strategies")
     parser.add_argument("--most", type=int, default=10**9, help="leave out larger thetas")
     parser.add_argument("--address", help="inside: the cluster of namespaces")
     parser.add_argument("--own", help="inside: this host's address")
@@ -316,7 +317,9 @@ def main() -> None:
     if given.what == "inside":
         inside(given.address, given.own)
     elif given.what == "links":
-        links([(1_000, 1_000_000, ("driver", "sharded"), 1)] if given.quick else LINKS, given.quick)
+        cases = [(1_000, 1_000_000, ("driver", "sharded"), 1)] if given.quick else LINKS
+        kept = [(r, n, tuple(s for s in names if s not in given.without), k) for r, n, names, k in cases]
+        links(kept, given.quick)
     else:
         sizes = {size: count for size, count in STEPS.items() if size <= given.most}
         steps({100_000: 3} if given.quick else sizes, given.quick)
