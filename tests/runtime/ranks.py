@@ -24,8 +24,8 @@ from distmeta.runtime.strategies.rank import Agreed, Replicated
 
 def run(name: str, tree: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:
     """All steps; where one is stopped for the first time, it is taken again, as a driver would."""
-    replica = Replicated(resolve(build(Job.parse(tree))))
     problem = resolve(build(Job.parse(tree)))
+    replica = Replicated(problem)
     records, stops, step = [], [], 0
     check = trouble(name, replica, rank)
     while step < problem.job.run.steps and len(stops) < 2:
