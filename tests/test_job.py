@@ -81,8 +81,14 @@ def test_an_unknown_key_is_met_by_the_nearest_name(changes: dict[Any, Any], expe
         ({"model": {"hidden": [True]}}, "model.hidden.0: got True, expected integer"),
         ({"model": {"activation": "gelu"}}, "model.activation: got 'gelu', expected 'relu' or 'tanh'"),
         ({"model": {"freeze": 3}}, "model.freeze: got 3, expected string"),
-        ({"model": 3}, "model.type: missing, expected one of mlp, conv4, gaussian or package.module:Name"),
-        ({"model": {"type": "mpl"}}, "model.type: got 'mpl', expected one of mlp, conv4, gaussian or"),
+        (
+            {"model": 3},
+            "model.type: missing, expected one of mlp, conv4, resnet12, gaussian or package.module:Name",
+        ),
+        (
+            {"model": {"type": "mpl"}},
+            "model.type: got 'mpl', expected one of mlp, conv4, resnet12, gaussian or",
+        ),
         ({"algorithm": {"type": "maml", "inner_steps": True}}, "algorithm.inner_steps: got True"),
         ({"algorithm": {"type": "maml", "inner_lr": -1}}, "algorithm.inner_lr: got -1, expected a value"),
         ({"name": "two words"}, "name: got 'two words', expected letters, digits"),
