@@ -184,8 +184,10 @@ class Injector:
         self.driver = self._drive()
 
     def finish(self) -> None:
-        deadline = time.monotonic() + PATIENCE
+        seen, deadline = self.steps(), time.monotonic() + PATIENCE
         while self.driver.poll() is None:
+            if self.steps() > seen:
+                seen, deadline = self.steps(), time.monotonic() + PATIENCE
             assert time.monotonic() < deadline, (self.log, self.said())
             time.sleep(0.1)
         assert self.driver.returncode == 0, (self.log, self.said())
