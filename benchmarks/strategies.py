@@ -35,6 +35,7 @@ SHARDS, WORKERS, LENGTH = 4, 2, 10
 STEPS = {100_000: 30, 10_000_000: 7, 100_000_000: 3}
 LINKS = [
     (1_000, 10_000_000, ("driver", "sharded", "all-reduce"), 2),
+    (200, 10_000_000, ("driver", "sharded", "all-reduce"), 2),
     (100, 1_000_000, ("driver", "local"), 1),
     (10, 250_000, ("driver", "local", "local int8"), 1),
 ]
@@ -246,7 +247,10 @@ def links(cases: list[tuple[int, int, tuple[str, ...], int]], quick: bool) -> No
     }  # fmt: skip
     from network import network
 
-    rows: list[dict[str, Any]] = []
+    path = report.RESULTS / "strategies-links.json"
+    measured = {(rate, size, named) for rate, size, strategies, _ in cases for named in strategies}
+    rows = json.loads(path.read_text())["links"] if path.exists() else []
+    rows = [row for row in rows if (row["mbit"], row["parameters"], row["strategy"]) not in measured]
     folder = home / "net"
     folder.mkdir()
     with network(folder) as hosts:
@@ -270,13 +274,14 @@ def links(cases: list[tuple[int, int, tuple[str, ...], int]], quick: bool) -> No
                 for named in strategies:
                     print(json.dumps([named, size, count]), file=inside.stdin, flush=True)
                     seconds = json.loads(inside.stdout.readline())
-                    found = {"mbit": rate, "parameters": size, "strategy": named}
+                    found = {"mbit": rate, "parameters": size, "strategy": named, "date": start["date"]}
                     rows.append(found | {"step_s": statistics.median(seconds), "all_s": seconds})
                     print(json.dumps(rows[-1]), flush=True)
                     report.write(
                         "strategies-links", start, {"local_steps": LENGTH, "links": rows}, quick=quick
                     )
             inside.stdin.close()
+    rows.sort(key=lambda row: -row["mbit"])
     base = {row["mbit"]: row["step_s"] for row in rows if row["strategy"] == "driver"}
     cells = [
         [
@@ -309,6 +314,7 @@ def main() -> None:
     parser.add_argument("what", nargs="?", choices=["steps", "links", "inside"], default="steps")
     parser.add_argument("--quick", action="store_true", help="a smoke run; writes nothing")
     parser.add_argument("--without", nargs="*", default=[], help="links: leave out strategies")
+    parser.add_argument("--mbit", type=int, help="links: this rate alone, beside the results that are there")
     parser.add_argument("--most", type=int, default=10**9, help="leave out larger thetas")
     parser.add_argument("--address", help="inside: the cluster of namespaces")
     parser.add_argument("--own", help="inside: this host's address")
@@ -319,7 +325,7 @@ def main() -> None:
     elif given.what == "links":
         cases = [(1_000, 1_000_000, ("driver", "sharded"), 1)] if given.quick else LINKS
         kept = [(r, n, tuple(s for s in names if s not in given.without), k) for r, n, names, k in cases]
-        links(kept, given.quick)
+        links([case for case in kept if given.mbit in (None, case[0])], given.quick)
     else:
         sizes = {size: count for size, count in STEPS.items() if size <= given.most}
         steps({100_000: 3} if given.quick else sizes, given.quick)
