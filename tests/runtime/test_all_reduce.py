@@ -240,7 +240,7 @@ def test_a_killed_driver_leaves_nothing_behind(workplace: Path) -> None:
     family = descendants(process.pid)
     send(ranks(process.pid)[:1], signal.SIGSTOP)
     send([process.pid], signal.SIGKILL)
-    process.wait(30)
+    process.communicate(timeout=30)
     left = gone(family, 30)
     assert not left, [words(pid) for pid in left]
     assert set(Path("/dev/shm").iterdir()) <= shared
