@@ -228,7 +228,7 @@ def test_a_rank_that_hangs_costs_the_group(workplace: Path, cluster: None) -> No
     watching = Watching({3: stop})
     run = trained(tree("maml", run=GROUP | {"steps": 8, "eval_every": 2, "shard_timeout": 10.0}), watching)
     assert [row["step"] for row in rows(run)] == list(range(1, 9))
-    assert any(text.startswith("lost the group (no answer for 2") for text in watching.said), watching.said
+    assert any(text.startswith("lost the group (no answer for ") for text in watching.said), watching.said
     assert not gone(stopped, 60)
 
 
