@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,13 @@ import numpy as np
 import pytest
 import yaml
 from conftest import HOME, POLICIES, REPOSITORY, tree
+from outcomes import Watching, trained
 from processes import descendants, gone, send, state, words
 
 import distmeta
 from distmeta.core import InputError
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.driver import Silent
 from distmeta.runtime.problem import build
 from distmeta.runtime.resolution import resolve
 from distmeta.runtime.strategies.all_reduce import AllReduce, boundary
@@ -38,25 +37,6 @@ POISONED = {"type": "hard_cases:Poisoned"}
 EPOCHS = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
 GROUP = {"strategy": "all-reduce", "workers": 2, "start_timeout": 120.0}
-
-
-class Watching(Silent):
-    """Does something after a step, in the driver's own thread; keeps what is said."""
-
-    def __init__(self, steps: Mapping[int, Callable[[], Any]] | None = None):
-        self.steps, self.said = dict(steps or {}), list[str]()
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        self.steps.pop(record["step"], lambda: None)()
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-
-def trained(
-    job: dict[str, Any], reporter: Silent | None = None, resume: Path | None = None, **run: Any
-) -> Path:
-    return distmeta.train(Job.parse(job | {"run": job["run"] | run}), resume, reporter).run
 
 
 def flat(run: Path) -> np.ndarray:
