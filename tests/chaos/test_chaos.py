@@ -41,7 +41,8 @@ def bits(run: Path) -> bytes:
     ("name", "seed", "faults", "steps", "size"),
     [
         ("maml", 7, 3, 45, 2),
-        ("policy", 41, 2, 16, 1),  # the driver is killed, then the workers
+        # the driver is killed, then the workers
+        pytest.param("policy", 41, 2, 16, 1, marks=pytest.mark.slow),
         *(pytest.param(name, 0, 60, 1000, 2, marks=pytest.mark.slow) for name in ("policy", "rl2")),
         *(pytest.param("maml", seed, 100, 1600, 2, marks=pytest.mark.slow) for seed in range(5)),
     ],

@@ -162,7 +162,10 @@ def test_constant_memory_is_refused_where_steps_draw() -> None:
         resolve(build(Job.parse(job)))
 
 
-@pytest.mark.parametrize(("job", "execution"), [(tree("maml"), VMAP), (tree("maml", **CONV), LOOP)])
+@pytest.mark.parametrize(
+    ("job", "execution"),
+    [(tree("maml"), VMAP), pytest.param(tree("maml", **CONV), LOOP, marks=pytest.mark.slow)],
+)
 def test_a_compiled_gradient_is_the_eager_one(job: dict[str, Any], execution: Execution) -> None:
     assert apart(gradient(job, execution), gradient(job, execution, Compiler("float32"))) <= 1e-5
 

@@ -135,6 +135,7 @@ def test_through_evaluations_checkpoints_and_a_killed_rank(workplace: Path, clus
     assert not (HOME / "ray_results").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_a_resume_goes_on(workplace: Path, cluster: None) -> None:
     """The command, on a Ray of its own; then on the cluster, with Adam, whose losses are driver's."""
     job = tree("maml", run=GROUP | {"steps": 100_000, "name": "long", "eval_every": 7, "eval_tasks": 50})

@@ -58,6 +58,8 @@ if find_spec("mujoco"):
 
 EVERY_NUMBER = ("maml",)
 """Algorithms that meet one, two and four Ray workers."""
+SLOW = {"compiled", "bf16", "dropout"}
+"""By hand: half a minute each."""
 
 
 def trained(job: dict[str, Any], **run: Any) -> Path:
@@ -88,7 +90,7 @@ class Flag(Silent):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name == "compiled" else name
+        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
         for name in CASES
         if name in EVERY_NUMBER or name not in ALGORITHMS
     ],
@@ -125,7 +127,9 @@ def test_in_other_processes(
     assert lines(run) == lines(alone)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "compiled" else name for name in CASES]
+)
 def test_stopped_and_resumed(name: str, workplace: Path) -> None:
     alone = trained(CASES[name], eval_every=5)
     short = trained(CASES[name], eval_every=5, steps=7, name="stopped")

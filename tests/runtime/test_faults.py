@@ -79,7 +79,7 @@ def test_all_workers_killed_at_once_and_again(
     assert sum(text.startswith("lost worker") for text in harm.said) >= len(steps)
 
 
-@pytest.mark.parametrize("when", ["build", "train", "val"])
+@pytest.mark.parametrize("when", ["build", pytest.param("train", marks=pytest.mark.slow), "val"])
 def test_workers_that_die_while_starting_in_a_shard_and_in_an_evaluation(
     when: str, workplace: Path, cluster: None
 ) -> None:

@@ -278,7 +278,8 @@ def test_a_sweep_goes_on_with_its_own_job_only(workplace: Path, cluster: None) -
         distmeta.sweep(Job.parse(swept(trials=2)), resume=workplace / "runs" / "swept")
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow  # a minute and a half
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_the_driver_is_killed_and_the_sweep_goes_on(
     how: signal.Signals, client: Any, workplace: Path
 ) -> None:
