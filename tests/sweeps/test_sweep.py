@@ -104,6 +104,7 @@ def test_a_sweep_from_its_job_to_its_best(client: Any, workplace: Path, cluster:
         assert row["mlflow_run"] == child.info.run_id
 
 
+@pytest.mark.slow
 def test_trials_with_workers_and_other_searches(workplace: Path, cluster: None) -> None:
     job = Job.parse(swept(run={"workers": 2}, trials=2, search="tpe", concurrent=1))
     found = distmeta.sweep(job)
@@ -227,6 +228,7 @@ def test_population_based_training_is_replayed_from_its_job(
     assert bits(best) == bits(found.best_run)
 
 
+@pytest.mark.slow
 def test_a_population_survives_a_member(workplace: Path, cluster: None) -> None:
     space = {
         "algorithm.inner_lr": {"loguniform": [1e-2, 1e24]}
