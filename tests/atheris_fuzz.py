@@ -17,21 +17,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import atheris
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 from conftest import tree
 
 with atheris.instrument_imports(include=["distmeta", "yaml", "pydantic"]):
+    from test_fuzz import small_episodes, small_store
+
     import distmeta
     from distmeta.core import InputError
     from distmeta.job import Job
     from distmeta.jobfile import parse_yaml
     from distmeta.runtime import checkpoint as checkpoints
     from distmeta.tasks.episodes import read_episodes
-    from distmeta.tasks.images import Preparation
-    from distmeta.tasks.store import Store, write_store
+    from distmeta.tasks.store import Store
 
 Target = Callable[[bytes], object]
 
@@ -49,9 +47,7 @@ def overrides(folder: Path) -> tuple[bytes, Target]:
 
 
 def store(folder: Path) -> tuple[bytes, Target]:
-    whole, path = folder / "whole.arrow", folder / "store.arrow"
-    images = np.random.default_rng(0).integers(0, 256, (9, 1, 4, 4), dtype=np.uint8)
-    write_store(whole, images, ["a", "b", "c"], ["g", "g", "h"], [3, 2, 4], Preparation(size=4))
+    whole, path = small_store(folder), folder / "store.arrow"
 
     def check(data: bytes) -> None:
         path.unlink(missing_ok=True)
@@ -62,9 +58,7 @@ def store(folder: Path) -> tuple[bytes, Target]:
 
 
 def episodes(folder: Path) -> tuple[bytes, Target]:
-    whole, path = folder / "whole.parquet", folder / "episodes.parquet"
-    columns = {"episode": [0] * 4, "split": ["support", "support", "query", "query"], "label": [3, 5, 3, 5]}
-    pq.write_table(pa.table({**columns, "x": [[0.1, 0.2]] * 4}), whole)
+    whole, path = small_episodes(folder), folder / "episodes.parquet"
 
     def check(data: bytes) -> None:
         path.write_bytes(data)

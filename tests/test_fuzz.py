@@ -176,11 +176,23 @@ def test_aliases_of_aliases_are_counted_not_followed() -> None:
     assert parse_yaml("a: &a [1]\nb: *a", "file") == {"a": [1], "b": [1]}
 
 
+def small_store(folder: Path) -> Path:
+    images = np.random.default_rng(0).integers(0, 256, (9, 1, 4, 4), dtype=np.uint8)
+    write_store(
+        folder / "whole.arrow", images, ["a", "b", "c"], ["g", "g", "h"], [3, 2, 4], Preparation(size=4)
+    )
+    return folder / "whole.arrow"
+
+
+def small_episodes(folder: Path) -> Path:
+    columns = {"episode": [0] * 4, "split": ["support", "support", "query", "query"], "label": [3, 5, 3, 5]}
+    pq.write_table(pa.table({**columns, "x": [[0.1, 0.2]] * 4}), folder / "whole.parquet")
+    return folder / "whole.parquet"
+
+
 @EXAMPLES
 def test_stores(examples: int, tmp_path: Path) -> None:
-    whole, path = tmp_path / "whole.arrow", tmp_path / "store.arrow"
-    images = np.random.default_rng(0).integers(0, 256, (9, 1, 4, 4), dtype=np.uint8)
-    write_store(whole, images, ["a", "b", "c"], ["g", "g", "h"], [3, 2, 4], Preparation(size=4))
+    whole, path = small_store(tmp_path), tmp_path / "store.arrow"
 
     def check(data: bytes) -> None:
         path.unlink(missing_ok=True)
@@ -194,9 +206,7 @@ def test_stores(examples: int, tmp_path: Path) -> None:
 
 @EXAMPLES
 def test_episode_files(examples: int, tmp_path: Path) -> None:
-    whole, path = tmp_path / "whole.parquet", tmp_path / "episodes.parquet"
-    columns = {"episode": [0] * 4, "split": ["support", "support", "query", "query"], "label": [3, 5, 3, 5]}
-    pq.write_table(pa.table({**columns, "x": [[0.1, 0.2]] * 4}), whole)
+    whole, path = small_episodes(tmp_path), tmp_path / "episodes.parquet"
 
     def check(data: bytes) -> None:
         path.write_bytes(data)

@@ -79,8 +79,7 @@ def _acting(algorithm: Algorithm, theta: Theta, state: Any) -> Callable[[Any], A
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:
-    if isinstance(
-        tree, torch.Tensor
-    ):  # a policy's, once a time step: walking a tree takes as long as a layer
+    # one tensor is what a policy sends, once a time step: walking a tree takes as long as a layer
+    if isinstance(tree, torch.Tensor):
         return tree.to(device)
     return tree_map(lambda leaf: leaf.to(device), tree)

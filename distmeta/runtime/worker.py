@@ -172,9 +172,8 @@ class Worker:
             self._compiler,
         )
         gradient = self.layout.flatten({name: value.cpu() for name, value in result.gradient.items()})
-        draws = task_generator(
-            ids[0], ROUNDING + shard.epoch
-        )  # whichever worker rounds, the bits are the same
+        # a task's own, so that the bits are the same whichever worker rounds
+        draws = task_generator(ids[0], ROUNDING + shard.epoch)
         dropped = tuple(shard.start + i for i in result.dropped)
         return ShardResult(
             shard.index,
