@@ -169,7 +169,8 @@ class Algorithm(Protocol):
 class TaskFamily(Protocol):
     """A distribution over tasks. `theta` never enters, but through `collect`.
 
-    What `distmeta evaluate` can show of its tasks, two optional methods: `pictures`.
+    What `distmeta evaluate` can show of its tasks, two optional methods: `pictures`. An optional attribute
+    `fingerprint`, a text that is another one where the data are: workers and resumes with other data are refused.
     """
 
     in_shape: tuple[int, ...]

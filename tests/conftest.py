@@ -55,6 +55,18 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def client(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Of an MLflow store of its own, which what runs in this process writes to."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace}/mlflow.db")
+    from distmeta.mlflow_store import import_mlflow
+
+    import_mlflow()
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(f"sqlite:///{workplace}/mlflow.db")
+
+
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "maml": {"type": "maml", "inner_lr": 0.05, "inner_steps": 2},
     "fomaml": {"type": "maml", "inner_lr": 0.05, "inner_steps": 2, "first_order": True},

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from distmeta.compute.flat import Layout
-from distmeta.runtime.problem import Problem, constants_of
+from distmeta.runtime.problem import Problem
 from distmeta.runtime.worker import Shard, ShardResult, Worker, WorkerSpec
 
 
@@ -35,7 +35,7 @@ class HostPool:
         import ray
 
         self._ray, self._hosts, self.size = ray, hosts, len(hosts)
-        spec = ray.put(WorkerSpec(problem.job.tree(), layout, constants_of(problem.model), os.getcwd()))
+        spec = ray.put(WorkerSpec.of(problem, layout))
         pids = ray.get([host.start.remote(spec) for host in hosts], timeout=60)
         assert len({*pids, os.getpid()}) == len(hosts) + 1
 

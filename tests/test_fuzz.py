@@ -27,7 +27,6 @@ from distmeta.core import InputError
 from distmeta.job import Job
 from distmeta.jobfile import parse_yaml
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime import driver
 from distmeta.tasks.episodes import read_episodes
 from distmeta.tasks.images import Preparation
 from distmeta.tasks.store import Store, write_store
@@ -311,23 +310,3 @@ def test_a_class_of_ones_own_instead(run: Path, workplace: Path) -> None:
         distmeta.load(checkpoint)
     adapted = distmeta.load(checkpoint, model=mlp.MLP).adapt([[0.0], [1.0]], [[0.0], [1.0]])
     assert adapted([[0.5]]).shape == (1, 1)
-
-
-def test_a_store_that_changes_while_it_is_used(workplace: Path) -> None:
-    images = np.random.default_rng(0).integers(0, 256, (60, 1, 8, 8), dtype=np.uint8)
-    classes = [f"c{i}" for i in range(12)]
-    write_store("store.arrow", images, classes, [""] * 12, [5] * 12, Preparation(size=8))
-    tasks = {"type": "arrow", "path": "store.arrow", "ways": 3, "shots": 1, "queries": 2, "test": 3, "val": 3}
-    job = tree("maml", tasks=tasks, run={"name": "changed"})
-
-    class Changes(driver.Silent):
-        def step(self, record: Any) -> None:
-            if record["step"] == 3:
-                data = Path("store.arrow").read_bytes()
-                with open("store.arrow", "r+b") as file:
-                    file.write(data[: len(data) // 2])
-                    file.truncate()
-
-    with pytest.raises(InputError, match=r"^tasks.path: .*changed on disk while it was in use"):
-        distmeta.train(Job.parse(job), reporter=Changes())
-    assert checkpoints.load(workplace / "runs" / "changed").progress.step == 3

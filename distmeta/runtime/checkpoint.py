@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from distmeta.core import InputError, Theta
 from distmeta.runtime.mirror import fetch_checkpoint, is_uri
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Checkpoint:
     progress: Progress
     examples: dict[str, Any] | None = None
     """What the tasks' examples are (`runtime.problem.examples_of`), for use without their data."""
+    data: str | None = None
+    """The fingerprint of the data that the tasks are drawn from."""
 
     @property
     def state(self) -> State:
@@ -181,6 +183,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "progress": asdict(checkpoint.progress),
         "outer": checkpoint.outer,
         "examples": checkpoint.examples,
+        "data": checkpoint.data,
         "sha256": files,
         "job": checkpoint.job,
     }
@@ -267,6 +270,7 @@ def load(path: str | Path) -> Checkpoint:
             state["outer"],
             _progress(state["progress"]),
             state["examples"],
+            None if state["data"] is None else str(state["data"]),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, InputError):

@@ -16,7 +16,7 @@ from distmeta.runtime.failure import LostShardError
 from distmeta.runtime.folder import RunFolder, Start, starting_point
 from distmeta.runtime.interrupt import InterruptedRun, StopRequested, interruptions
 from distmeta.runtime.preparation import last_step, outer_at, prepared, tracker_of
-from distmeta.runtime.problem import Problem, examples_of
+from distmeta.runtime.problem import Problem, examples_of, fingerprint_of
 from distmeta.runtime.scores import evaluate_tasks, mean_metrics, primary
 from distmeta.runtime.strategies import open_strategy
 from distmeta.runtime.strategy import LostStateError, Strategy
@@ -286,6 +286,7 @@ def _save(run: _Run) -> Path:
         outer,
         run.progress,
         examples_of(run.problem.family),
+        fingerprint_of(run.problem.family),
     )
     path = checkpoints.save(run.folder.path, state, run.problem.job.run.keep)
     run.saved = (run.progress, path)

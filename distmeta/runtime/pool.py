@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from distmeta.runtime.cluster import connect, import_ray
 from distmeta.runtime.failure import LostShardError, another_may_fare_better, backoff, gives_up, hung
 from distmeta.runtime.fleet import GET_SECONDS, Fleet, describe, lost_by, reraise
 from distmeta.runtime.outstanding import Outstanding
-from distmeta.runtime.problem import Problem, constants_of
+from distmeta.runtime.problem import Problem
 from distmeta.runtime.worker import Shard, ShardResult, Worker, WorkerSpec
 
 TIMED = 64
@@ -126,8 +125,7 @@ class RayPool:
         self._calls: dict[Any, _Call] = {}
         self._timed: dict[tuple[str, int, bool], deque[float]] = {}
         try:
-            constants = constants_of(problem.model)
-            spec = ray.put(WorkerSpec(problem.job.tree(), layout, constants, os.getcwd()))
+            spec = ray.put(WorkerSpec.of(problem, layout))
             self._fleet = Fleet(ray, self._run, spec, say)
             self._fleet.open()
         except BaseException:

@@ -10,7 +10,7 @@ from distmeta.job import Job
 from distmeta.mlflow_store import redact
 from distmeta.runtime.checkpoint import Progress
 from distmeta.runtime.folder import Start
-from distmeta.runtime.problem import Problem, build, device_of, numerics_of
+from distmeta.runtime.problem import Problem, build, check_data, device_of, numerics_of
 from distmeta.runtime.resolution import resolve
 from distmeta.sections import Outer
 from distmeta.tracking import Tracker, open_tracker
@@ -23,6 +23,7 @@ def prepared(start: Start, say: Callable[[str], None]) -> tuple[Problem, Progres
     constants = {name: value.numpy() for name, value in start.checkpoint.constants.items()}
     progress = start.checkpoint.progress
     problem = build(start.job, constants, _device(start.job)).at(start.job.phase(last_step(progress)))
+    check_data(problem, start.checkpoint.data)
     return problem, progress
 
 

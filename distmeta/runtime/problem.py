@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import socket
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -157,6 +158,22 @@ def examples_of(family: TaskFamily) -> dict[str, Any] | None:
         "out_features": family.out_features,
         "preparation": None if preparation is None else preparation.to_dict(),
     }
+
+
+def fingerprint_of(family: TaskFamily) -> str | None:
+    """Which data the family's tasks are drawn from; None where it does not tell."""
+    found = getattr(family, "fingerprint", None)
+    return None if found is None else str(found)
+
+
+def check_data(problem: Problem, fingerprint: str | None) -> None:
+    """Raises InputError where the tasks' data are not those of this fingerprint: numbers would be neither run's."""
+    found = fingerprint_of(problem.family)
+    if fingerprint not in (None, found):
+        raise InputError(
+            f"tasks: got data with the fingerprint {found} on {socket.gethostname()}, expected {fingerprint}, "
+            "with which the run began: give this machine the same data, or begin another run"
+        )
 
 
 def with_score(algorithm: Algorithm, score: Score) -> Algorithm:

@@ -20,7 +20,15 @@ from distmeta.compute.flat import Flat, Layout, whole
 from distmeta.compute.shard import score_tasks, shard_gradient
 from distmeta.core import InputError, Theta
 from distmeta.job import Job
-from distmeta.runtime.problem import Problem, build, numerics_of, shard_slices
+from distmeta.runtime.problem import (
+    Problem,
+    build,
+    check_data,
+    constants_of,
+    fingerprint_of,
+    numerics_of,
+    shard_slices,
+)
 from distmeta.seeding import task_generator, task_ids
 
 ROUNDING = 2**32
@@ -86,6 +94,14 @@ class WorkerSpec:
     constants: dict[str, np.ndarray]
     folder: str
     """The driver's working folder, importable on workers too."""
+    data: str | None = None
+    """The fingerprint of the driver's data."""
+
+    @classmethod
+    def of(cls, problem: Problem, layout: Layout) -> WorkerSpec:
+        """For a problem that the driver has built."""
+        data = fingerprint_of(problem.family)
+        return cls(problem.job.tree(), layout, constants_of(problem.model), os.getcwd(), data)
 
 
 class Worker:
@@ -215,7 +231,9 @@ def problem_of(spec: WorkerSpec) -> Problem:
     with contextlib.suppress(OSError):  # a node may lack the folder: its relative paths then fail by name
         if os.path.isdir(spec.folder):
             os.chdir(spec.folder)
-    return build(Job.parse(spec.job), spec.constants)
+    problem = build(Job.parse(spec.job), spec.constants)
+    check_data(problem, spec.data)
+    return problem
 
 
 @contextlib.contextmanager

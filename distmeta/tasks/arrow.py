@@ -90,6 +90,7 @@ def arrow(
         unbalanced=unbalanced, order=order, within_group=within_group,
         jitter=None if jitter is None else Jitter(**jitter),
         scale=store.preparation.scale, preparation=store.preparation, check=store.check_unchanged,
+        fingerprint=store.digest,
     )  # fmt: skip
 
 

@@ -73,6 +73,7 @@ class FewShot:
         scale: float = 1 / 255,
         preparation: Preparation | None = None,
         check: Callable[[], None] = lambda: None,
+        fingerprint: str | None = None,
     ) -> None:
         given = {"ways": eval_ways, "shots": eval_shots, "queries": eval_queries}
         largest = {"ways": ways, "shots": shots, "queries": queries}
@@ -108,7 +109,7 @@ class FewShot:
         self.out_features = ways
         self.ways, self.shots, self.queries = ways, shots, queries
         self.eval_ways, self.eval_shots, self.eval_queries = evaluation.values()
-        self.preparation = preparation
+        self.preparation, self.fingerprint = preparation, fingerprint
         self.score: Score = self.scorer("train")
         """`ClassificationScore` of a training episode."""
 

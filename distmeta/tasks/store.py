@@ -2,7 +2,8 @@
 
 Columns: `image` fixed_size_binary(C·H·W), uint8 pixels in C, H, W order; `label` int32, the class. One record
 batch, so that the images are one numpy view of the mapped file. The schema's metadata hold, under `distmeta`,
-a JSON object: version, shape, classes, groups, counts, preparation.
+a JSON object: version, shape, classes, groups, counts, preparation, and digest: SHA-256 of all the others and of the
+columns, by which a run knows its store again on other machines and on resume.
 
 A store with domains has two more columns: `domain` int32, an index into the metadata's `domains`; `drawing` int32, what
 is shown: rows of a class in two domains that show the same thing have the same number. Without both it is as valid.
@@ -29,7 +30,7 @@ import pyarrow.fs
 from distmeta.core import InputError
 from distmeta.tasks.images import Preparation
 
-VERSION = 1
+VERSION = 2
 _KEY = b"distmeta"
 _CHUNK = 1 << 22
 
@@ -55,6 +56,8 @@ class Store:
     """The group of each class; all "" where there are none."""
     counts: list[int]
     preparation: Preparation
+    digest: str
+    """Of all that it holds, as its writer found it."""
     domains: Domains | None = None
     file: Path | None = None
     """The file that is mapped."""
@@ -113,7 +116,13 @@ class Store:
             if wrong := _wrong(domains, labels):
                 raise _bad(field, path, wrong)
         images = _view(batch.column("image"), shape)
-        described = (metadata["classes"], metadata["groups"], counts, metadata["preparation"])
+        described = (
+            metadata["classes"],
+            metadata["groups"],
+            counts,
+            metadata["preparation"],
+            metadata["digest"],
+        )
         return Store(images, *described, domains, file, identity)
 
 
@@ -153,6 +162,7 @@ def write_store(
         metadata["domains"] = list(domains.names)
         for name, values in (("domain", domains.of_row), ("drawing", domains.drawing)):
             columns[name] = pa.array(np.asarray(values, np.int32))
+    metadata["digest"] = _digest(metadata, columns)
     schema = pa.schema(
         [pa.field(name, values.type, nullable=False) for name, values in columns.items()],
         metadata={_KEY: json.dumps(metadata).encode()},
@@ -237,6 +247,8 @@ def _metadata(schema: pa.Schema, field: str, path: str) -> dict[str, Any]:
         )  # fmt: skip
         if not good or not len(classes) == len(groups) == len(counts):
             raise ValueError("shape, classes, groups and counts do not fit together")
+        if not isinstance(found["digest"], str):
+            raise ValueError("digest is not a text")
         preparation = Preparation.from_dict(found["preparation"])
         if preparation.shape != tuple(shape):
             raise ValueError("shape and preparation do not fit together")
@@ -247,6 +259,14 @@ def _metadata(schema: pa.Schema, field: str, path: str) -> dict[str, Any]:
         raise _bad(field, path, f"damaged metadata ({error})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _bad(field, path, f"damaged metadata ({_line(error)})") from None
+
+
+def _digest(metadata: dict[str, Any], columns: dict[str, Any]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata).encode())
+    for name, values in columns.items():
+        digest.update(name.encode())
+        digest.update(values.buffers()[1])
+    return digest.hexdigest()
 
 
 def _wrong(domains: Domains, labels_N: np.ndarray) -> str:

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from conftest import REPOSITORY
 from processes import descendants, gone, send, shared_files, worker_pids
@@ -207,6 +208,6 @@ class Injector:
             return subprocess.Popen(line, stdout=said, stderr=said, start_new_session=True, env=ENVIRONMENT)
 
 
-def clockless(run: Path) -> list[dict[str, object]]:
+def clockless(run: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tasks_per"))} for row in rows]

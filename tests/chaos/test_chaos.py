@@ -1,12 +1,13 @@
 """Random faults of every kind on a real cluster: the same theta to the bit, every step counted once, nothing left.
 
 The long ones, by hand: `pytest -m slow tests/chaos/test_chaos.py` (MAML: five times 100 faults over 1,600 steps, in an
-hour or two).
+hour or two; every strategy; `async` and `all-reduce` promise no bits: their last losses are the calm run's).
 """
 
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,40 @@ JOBS = {
     "policy": tree(EPOCHS, tasks={"type": "paced:PacedNavigation", "seconds": PACE / 2}, model=GAUSSIAN),
     "rl2": tree("rl2", tasks={"type": "paced:PacedBandit", "seconds": PACE}),
 }
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "sharded": {"servers": 2},
+    "local": {"replicas": 2, "local_steps": 4, "checkpoint_every": 4},
+    "async": {"max_staleness": 2},
+    "all-reduce": {},
+}
+LOOSE = {"async", "all-reduce"}
+"""Without a promise of bits."""
+
+
+def job_of(name: str, run: dict[str, Any]) -> dict[str, Any]:
+    """A job of JOBS, or MAML with a strategy of STRATEGIES."""
+    strategy = {"strategy": name, **STRATEGIES[name]} if name in STRATEGIES else {}
+    job = JOBS["maml" if strategy else name]
+    return job | {"run": job["run"] | run | strategy}
+
+
+def calm_of(job: dict[str, Any]) -> dict[str, Any]:
+    """The same without a fault and, where only workers can do it, combined by `driver`."""
+    run = job["run"] | {"name": "calm"}
+    if run.get("strategy") not in (None, "local"):
+        run = {key: value for key, value in run.items() if key not in ("servers", "max_staleness")}
+        run["strategy"] = "driver"
+    return job | {"run": run}
 
 
 def bits(run: Path) -> bytes:
     theta = checkpoints.load(run).theta
     return b"".join(name.encode() + theta[name].numpy().tobytes() for name in sorted(theta))
+
+
+def last_losses(rows: list[dict[str, Any]]) -> float:
+    """The mean over the last fifth of the steps."""
+    return statistics.fmean(row["loss_after"] for row in rows[-len(rows) // 5 :])
 
 
 @pytest.mark.parametrize(
@@ -45,6 +75,7 @@ def bits(run: Path) -> bytes:
         pytest.param("policy", 41, 2, 16, 1, marks=pytest.mark.slow),
         *(pytest.param(name, 0, 60, 1000, 2, marks=pytest.mark.slow) for name in ("policy", "rl2")),
         *(pytest.param("maml", seed, 100, 1600, 2, marks=pytest.mark.slow) for seed in range(5)),
+        *(pytest.param(name, 0, 20, 400, 2, marks=pytest.mark.slow) for name in STRATEGIES),
     ],
 )
 def test_chaos(
@@ -61,15 +92,14 @@ def test_chaos(
         "steps": steps, "eval_every": 20, "eval_tasks": 30, "checkpoint_every": 3, "keep": 3, "name": "shaken",
         "start_timeout": 200.0, "shard_timeout": 40.0, "max_shard_failures": 12,
     }  # fmt: skip
-    job = JOBS[name] | {"run": JOBS[name]["run"] | run}
-    run = job["run"]
-    calm = distmeta.train(Job.parse(job | {"run": run | {"name": "calm"}})).run
+    job = job_of(name, run)
+    calm = distmeta.train(Job.parse(calm_of(job))).run
 
     begun = time.monotonic()
     folder = HOME / f"{name}{seed}"
     folder.mkdir()
     nodes = Nodes(folder)
-    placed = run | {"workers": {"min": 1, "max": 4}, "address": nodes.address}
+    placed = job["run"] | {"workers": {"min": 1, "max": 4}, "address": nodes.address}
     (workplace / "job.yaml").write_text(yaml.safe_dump(job | {"run": placed, "tracking": {"type": "mlflow"}}))
     injector = None
     try:
@@ -87,8 +117,13 @@ def test_chaos(
         nodes.close()
     shaken = workplace / "runs" / "shaken"
     assert sum(step < steps for step, _ in injector.log) >= 0.7 * faults, "too many met a run that was done"
-    assert bits(shaken) == bits(calm)
-    assert clockless(shaken) == clockless(calm)
+    if name in LOOSE:
+        rows, calm_rows = clockless(shaken), clockless(calm)
+        assert [row["step"] for row in rows] == list(range(1, steps + 1))
+        assert last_losses(rows) == pytest.approx(last_losses(calm_rows), rel=0.1)
+    else:
+        assert bits(shaken) == bits(calm)
+        assert clockless(shaken) == clockless(calm)
     assert not [path for path in injector.shared if path.exists()]
 
     import_mlflow()

@@ -12,18 +12,7 @@ import distmeta
 import distmeta.core
 from distmeta.core import NumericsError
 from distmeta.job import Job
-from distmeta.mlflow_store import import_mlflow
 from distmeta.runtime import checkpoint as checkpoints
-
-
-@pytest.fixture
-def client(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace}/mlflow.db")
-    import_mlflow()
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(f"sqlite:///{workplace}/mlflow.db")
-
 
 TRACKED = {"type": "mlflow"}
 

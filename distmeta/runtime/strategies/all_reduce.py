@@ -8,7 +8,6 @@ added in an order of the collective's own. A group that lost a rank, or that Ray
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from distmeta.runtime.checkpoint import State
 from distmeta.runtime.cluster import connect, import_ray, resources
 from distmeta.runtime.failure import LostShardError, hung
 from distmeta.runtime.fleet import POLL_SECONDS, SAY_SECONDS, describe, lost_by
-from distmeta.runtime.problem import Problem, constants_of
+from distmeta.runtime.problem import Problem
 from distmeta.runtime.strategies.group import (
     ENVIRONMENT,
     GET_SECONDS,
@@ -66,8 +65,7 @@ class AllReduce:
         say(f"starting a Ray Train group of {number} worker{'s' * (most > 1)} …")
         self._disconnect = connect(ray, self._run.address, math.ceil(least * self._run.cpus_per_worker))
         try:
-            constants = constants_of(problem.model)
-            self._spec = ray.put(WorkerSpec(problem.job.tree(), self._layout, constants, os.getcwd()))
+            self._spec = ray.put(WorkerSpec.of(problem, self._layout))
             self._take_up(Packed.of(server), outer)
         except BaseException:
             self.close()
