@@ -1,7 +1,7 @@
 """Random faults of every kind on a real cluster: the same theta to the bit, every step counted once, nothing left.
 
-The long ones, by hand: `pytest -m slow tests/chaos/test_chaos.py` (MAML: five times 100 faults over 1,600 steps, in an
-hour or two; every strategy; `async` and `all-reduce` promise no bits: their last losses are the calm run's).
+The long ones, by hand: `pytest -m slow tests/chaos/test_chaos.py` (520 faults over 4,550 steps, in an hour or two:
+MAML three times, meta-RL, every strategy; `async` and `all-reduce` promise no bits: their last losses are the calm run's).
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ def last_losses(rows: list[dict[str, Any]]) -> float:
         ("maml", 7, 3, 45, 2),
         # the driver is killed, then the workers
         pytest.param("policy", 41, 2, 16, 1, marks=pytest.mark.slow),
-        *(pytest.param(name, 0, 60, 1000, 2, marks=pytest.mark.slow) for name in ("policy", "rl2")),
-        *(pytest.param("maml", seed, 100, 1600, 2, marks=pytest.mark.slow) for seed in range(5)),
-        *(pytest.param(name, 0, 20, 400, 2, marks=pytest.mark.slow) for name in STRATEGIES),
+        *(pytest.param(name, 0, 60, 500, 2, marks=pytest.mark.slow) for name in ("policy", "rl2")),
+        *(pytest.param("maml", seed, 100, 850, 2, marks=pytest.mark.slow) for seed in range(3)),
+        *(pytest.param(name, 0, 25, 250, 2, marks=pytest.mark.slow) for name in STRATEGIES),
     ],
 )
 def test_chaos(
