@@ -2,6 +2,7 @@
 
     python benchmarks/strategies.py [steps] [--quick]
     python benchmarks/strategies.py links [--quick]      # as root: network namespaces, `tc tbf`
+    python benchmarks/strategies.py plot                 # results/strategies.png again, from the results of both
 
 steps: two workers, 4 shards, an algorithm whose gradient is 0 everywhere, SGD. By hand, in turn with it, medians:
 driver and async: one `put` of theta, a call a shard to two actors that give back a vector of the same size, one `get`
@@ -307,11 +308,41 @@ def inside(address: str, own: str) -> None:
         print(json.dumps(advances(named, size, count, None)[0]), flush=True)
 
 
+def plot() -> None:
+    """A step's time against theta's size beside the same bytes by hand; and what each strategy gains on slow links."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    found = {name: report.RESULTS / f"strategies-{name}.json" for name in ("steps", "links")}
+    rows = {name: json.loads(path.read_text())[name] for name, path in found.items() if path.exists()}
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for i, named in enumerate(dict.fromkeys(row["strategy"] for row in rows.get("steps", []))):
+        own = [row for row in rows["steps"] if row["strategy"] == named]
+        sizes = [row["parameters"] for row in own]
+        left.plot(sizes, [row["step_ms"] for row in own], "o-", color=f"C{i}", label=named)
+        left.plot(sizes, [row["by_hand_ms"] for row in own], ":", color=f"C{i}")
+    left.set(
+        xscale="log", yscale="log", xlabel="parameters", ylabel="ms a step (dotted: the same bytes by hand)"
+    )
+    left.legend()
+    links = rows.get("links", [])
+    base = {row["mbit"]: row["step_s"] for row in links if row["strategy"] == "driver"}
+    names = [f"{row['mbit']:,} Mbit/s, {row['parameters'] / 1e6:g} M\n{row['strategy']}" for row in links]
+    right.barh(names, [base[row["mbit"]] / row["step_s"] for row in links])
+    right.axvline(1, color="black", linewidth=0.7)
+    right.invert_yaxis()
+    right.set(xscale="log", xlabel="times the driver's speed on that link")
+    figure.savefig(report.RESULTS / "strategies.png", dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=["steps", "links", "inside"], default="steps")
+    parser.add_argument("what", nargs="?", choices=["steps", "links", "plot", "inside"], default="steps")
     parser.add_argument("--quick", action="store_true", help="a smoke run; writes nothing")
     parser.add_argument("--without", nargs="*", default=[], help="links: leave out strategies")
     parser.add_argument("--mbit", type=int, help="links: this rate alone, beside the results that are there")
@@ -322,6 +353,8 @@ def main() -> None:
     os.chdir(Path(__file__).parent)  # workers find `driver:Null` in the working folder
     if given.what == "inside":
         inside(given.address, given.own)
+    elif given.what == "plot":
+        plot()
     elif given.what == "links":
         cases = [(1_000, 1_000_000, ("driver", "sharded"), 1)] if given.quick else LINKS
         kept = [(r, n, tuple(s for s in names if s not in given.without), k) for r, n, names, k in cases]

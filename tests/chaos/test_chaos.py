@@ -1,7 +1,7 @@
 """Random faults of every kind on a real cluster: the same theta to the bit, every step counted once, nothing left.
 
 The long ones, by hand: `pytest -m slow tests/chaos/test_chaos.py` (520 faults over 4,550 steps, in an hour or two:
-MAML three times, meta-RL, every strategy; `async` and `all-reduce` promise no bits: their last losses are the calm run's).
+MAML three times, meta-RL, every strategy; `async` and `all-reduce` promise no bits, but the calm run's last losses).
 """
 
 from __future__ import annotations
