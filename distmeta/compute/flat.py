@@ -69,6 +69,14 @@ class Layout:
             start = stop
         return theta
 
+    def refill(self, theta: Theta, flat: np.ndarray) -> None:
+        """Overwrites what `unflatten` gave, on the CPU: fresh memory costs a large theta more than the copy does."""
+        start = 0
+        for name in self.names:
+            numbers = theta[name].numpy().reshape(-1)
+            np.copyto(numbers, flat[start : start + numbers.size])
+            start += numbers.size
+
     def spans(self, start: int, stop: int) -> list[tuple[str, int, int]]:
         """Which of its elements each tensor has in [start, stop) of the vector: (name, first, past the last)."""
         found, offset = [], 0
@@ -99,6 +107,17 @@ def squared_blocks(vector: np.ndarray) -> list[float]:
         float(np.square(vector[start : start + BLOCK].astype(np.float64)).sum())
         for start in range(0, len(vector), BLOCK)
     ]
+
+
+def mean_of(vectors: list[np.ndarray], tasks: int) -> np.ndarray:
+    """Their sum by the tree over the number of tasks."""
+    total = tree_sum(vectors)
+    return np.divide(total, np.float32(tasks), out=None if len(vectors) == 1 else total)
+
+
+def finite(vector: np.ndarray) -> bool:
+    """Whether all its numbers are: the extremes of numbers with a NaN among them are NaN."""
+    return bool(np.isfinite(vector.min()) and np.isfinite(vector.max()))
 
 
 def tree_sum(vectors: list[np.ndarray]) -> np.ndarray:

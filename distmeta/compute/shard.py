@@ -64,15 +64,19 @@ def shard_gradient(
     ids: np.ndarray,
     execution: Execution,
     compiler: Compiler | None = None,
+    into: Theta | None = None,
 ) -> ShardSum:
     """Σ over the shard's finite tasks of ∇_θ meta_loss, and their metrics.
 
     A group whose gradient is not finite is left out. A group's loss counts once for each of its tasks, so that
     sum / tasks is the mean over groups. With a `compiler`, a chunk's sum is one compiled program.
+
+    Args:
+        into: tensors of theta's shapes that the sum is written to, and returned as; None: new ones.
     """
     size = algorithm.group_size
-    sum_of = partial(_chunk_sum, algorithm, score, execution)
-    gradient: Theta = {}
+    sum_of = partial(_chunk_sum, algorithm, score, execution, compiler is not None)
+    total = {name: torch.empty_like(value) for name, value in theta.items()} if into is None else into
     metrics: list[Metrics] = []
     dropped: list[int] = []
     for chunk in _chunks(size, episodes, ids, execution):
@@ -86,9 +90,11 @@ def shard_gradient(
             dropped += [chunk.start + g * size + i for g in bad for i in range(size)]
             kept = finite.repeat_interleave(size)
             rows = {name: torch.where(kept, value, torch.nan) for name, value in rows.items()}
-        gradient = {name: gradient[name] + parts[name] for name in theta} if gradient else parts
+        with torch.no_grad():  # in place: memory of its own costs a large theta more than the adding
+            for name, value in total.items():
+                value.add_(parts[name]) if metrics else value.copy_(parts[name])
         metrics.append(rows)
-    return ShardSum(gradient, len(ids) - len(dropped), tuple(dropped), _columns(metrics))
+    return ShardSum(total, len(ids) - len(dropped), tuple(dropped), _columns(metrics))
 
 
 class _Chunk(NamedTuple):
@@ -115,10 +121,11 @@ def _chunks(size: int, episodes: Episode, ids: np.ndarray, execution: Execution)
 
 
 def _chunk_sum(
-    algorithm: Algorithm, score: Score, execution: Execution, theta: Theta, episodes: Episode
+    algorithm: Algorithm, score: Score, execution: Execution, traced: bool, theta: Theta, episodes: Episode
 ) -> tuple[Theta, Tensor, Metrics]:
     """Σ over finite groups, each counted once a task; which are finite, bool [groups]; the metrics of tasks.
 
+    `traced`: compiled code cannot look at values, and chooses number by number.
     Under vmap it is the gradient that is vectorised, not the loss: the second derivatives of batch and layer norm
     are wrong in the gradient of a vectorised loss (torch 2.13), and right in vectorised gradients.
     """
@@ -130,8 +137,9 @@ def _chunk_sum(
         parts, metrics = gradient_of(theta, tree_map(lambda leaf: leaf[0], episodes))
         parts = {name: value[None] for name, value in parts.items()}
     finite = _finite_groups(parts)
-    total = {name: torch.where(_column(finite, value), value, 0) for name, value in parts.items()}
-    total = {name: value.sum(0) if vmapped else value[0] for name, value in total.items()}
+    if traced or not bool(finite.all()):
+        parts = {name: torch.where(_column(finite, value), value, 0) for name, value in parts.items()}
+    total = {name: value.sum(0) if len(value) > 1 else value[0] for name, value in parts.items()}
     if algorithm.group_size > 1:
         total = {name: value * algorithm.group_size for name, value in total.items()}
     return total, finite, {name: value.reshape(-1) for name, value in metrics.items()}
@@ -207,7 +215,11 @@ def _group_before(algorithm: Algorithm, score: Score, theta: Theta, group: Episo
 
 def _finite_groups(parts: Theta) -> Tensor:
     """Which groups have a finite gradient, bool [groups]."""
-    return torch.stack([torch.isfinite(v).reshape(len(v), -1).all(1) for v in parts.values()]).all(0)
+    found = []
+    for value in parts.values():  # the extremes of numbers with a NaN among them are NaN
+        rows = value.reshape(len(value), -1)  # (`aminmax` over one axis takes ten times as long)
+        found.append(torch.isfinite(rows.amin(1)) & torch.isfinite(rows.amax(1)))
+    return torch.stack(found).all(0)
 
 
 def _column(mask: Tensor, value: Tensor) -> Tensor:

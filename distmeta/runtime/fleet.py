@@ -31,6 +31,8 @@ class WorkerProcess:
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
+        self._out = np.empty(0, np.float32)
+        """A gradient's memory, shard after shard: Ray copies what a call gives back before the next one."""
 
     def here(self) -> str:
         """The node's id, once there was room."""
@@ -39,7 +41,7 @@ class WorkerProcess:
         return ray.get_runtime_context().get_node_id()
 
     def build(self, spec: WorkerSpec) -> int:
-        self._worker = Worker(spec)
+        self._worker, self._out = Worker(spec), np.empty(spec.layout.size, np.float32)
         return os.getpid()
 
     def compute(self, shard: Shard, edges: Sequence[int], *flat: np.ndarray) -> Any:
@@ -50,7 +52,7 @@ class WorkerProcess:
             flat: theta, in any number of consecutive pieces.
         """
         assert self._worker is not None
-        result = self._worker.compute(flat, shard)
+        result = self._worker.compute(flat, shard, self._out)
         if not edges:
             return result
         assert result.gradient is not None

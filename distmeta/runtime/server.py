@@ -41,6 +41,12 @@ class ParameterServer:
         """theta as a float32 vector, a copy."""
         return self._flat.numpy().copy()
 
+    def vector(self) -> np.ndarray:
+        """theta itself as a float32 vector: not to be written to, and another one after the next step."""
+        view = self._flat.numpy()
+        view.flags.writeable = False
+        return view
+
     def theta(self) -> Theta:
         """theta by name, a copy."""
         return {name: value.detach().clone() for name, value in self._theta.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from distmeta.compute.compressed import Vector, decode
-from distmeta.compute.flat import Layout, squared_blocks, tree_sum
+from distmeta.compute.flat import Layout, finite, mean_of, squared_blocks
 from distmeta.core import Theta
 from distmeta.runtime.server import optimizer_of
 from distmeta.sections import Outer
@@ -66,8 +66,8 @@ class Slice:
         its norm's partial sums."""
         vectors = [decode(self._sent[position]) for position in range(len(self._sent))]
         self._sent = {}
-        self._mean = tree_sum(vectors) / np.float32(tasks)
-        return bool(np.isfinite(self._mean).all()), squared_blocks(self._mean)
+        self._mean = mean_of(vectors, tasks)
+        return finite(self._mean), squared_blocks(self._mean)
 
     def step(self, factor: float | None, rates: Sequence[float]) -> np.ndarray:
         """One outer step on the mean, scaled by `factor`; the new slice."""

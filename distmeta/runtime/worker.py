@@ -139,18 +139,26 @@ class Worker:
             self._enter(self._problem.at(phase))
         return self._problem
 
-    def compute(self, flat: Flat, shard: Shard) -> ShardResult:
-        """The shard's gradient sum (split "train"), or its scores."""
+    def compute(self, flat: Flat, shard: Shard, out: np.ndarray | None = None) -> ShardResult:
+        """The shard's gradient sum (split "train"), or its scores.
+
+        Args:
+            out: float32 [layout.size]: the gradient's memory; None: its own.
+        """
         self.enter(shard.phase)
         with numerics_of(self._problem.job, self._problem.device):
             self._receive(flat, shard)
-            return self._gradient(flat, shard) if shard.split == "train" else self._scores(flat, shard)
+            return self._gradient(flat, shard, out) if shard.split == "train" else self._scores(flat, shard)
 
     def _receive(self, flat: Flat, shard: Shard) -> None:
         """Unflattens theta once a step, however many of its shards come here."""
         version = (shard.split, shard.step, shard.epoch, shard.version)
         if version != self._version or shard.split != "train":
-            self._theta = self.layout.unflatten(whole(flat)[: self.layout.size], self._problem.device)
+            vector, device = whole(flat)[: self.layout.size], self._problem.device
+            if self._theta and device.type == "cpu":
+                self.layout.refill(self._theta, vector)
+            else:
+                self._theta = self.layout.unflatten(vector, device)
             self._version = version
 
     def _episodes(self, flat: Flat, shard: Shard) -> tuple[Any, np.ndarray, float]:
@@ -174,8 +182,10 @@ class Worker:
             self._kept[name] = episodes
         return episodes, ids, time.perf_counter() - started
 
-    def _gradient(self, flat: Flat, shard: Shard) -> ShardResult:
-        problem = self._problem
+    def _gradient(self, flat: Flat, shard: Shard, out: np.ndarray | None) -> ShardResult:
+        problem, layout = self._problem, self.layout
+        gradient = np.empty(layout.size, np.float32) if out is None else out
+        views, on_cpu = layout.views(torch.from_numpy(gradient)), problem.device.type == "cpu"
         episodes, ids, drawing = self._episodes(flat, shard)
         started = time.perf_counter()
         result = shard_gradient(
@@ -186,8 +196,11 @@ class Worker:
             ids,
             problem.execution,
             self._compiler,
+            into=views if on_cpu else None,
         )
-        gradient = self.layout.flatten({name: value.cpu() for name, value in result.gradient.items()})
+        if not on_cpu:
+            for name, view in views.items():
+                view.copy_(result.gradient[name])
         # a task's own, so that the bits are the same whichever worker rounds
         draws = task_generator(ids[0], ROUNDING + shard.epoch)
         dropped = tuple(shard.start + i for i in result.dropped)

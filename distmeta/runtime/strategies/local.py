@@ -15,13 +15,14 @@ import math
 import time
 from collections.abc import Callable
 from importlib import import_module
+from itertools import compress
 from typing import Any
 
 import numpy as np
 import torch
 
 from distmeta.compute.compressed import decode
-from distmeta.compute.flat import tree_sum
+from distmeta.compute.flat import finite, mean_of
 from distmeta.core import InputError
 from distmeta.runtime.checkpoint import State
 from distmeta.runtime.failure import LostShardError
@@ -94,13 +95,13 @@ class Local:
         ]
         results, deltas, states = self._computed(rounds, check)
         computed = time.perf_counter()
-        finite = [bool(np.isfinite(delta).all()) for delta in deltas]
-        for index in [i for i, good in enumerate(finite) if not good]:
+        good = [finite(delta) for delta in deltas]
+        for index in [i for i, is_good in enumerate(good) if not is_good]:
             self._say(f"replica {index} is not finite after step {stop}: left out, begun anew")
             states[index] = {}
-        whole = [delta for delta, good in zip(deltas, finite, strict=True) if good]
+        whole = list(compress(deltas, good))
         if whole:
-            self._server.step(tree_sum(whole) / np.float32(len(whole)))
+            self._server.step(mean_of(whole, len(whole)))
         else:
             self._server.skip()
         self._states, self._clock = states, results[0].clock

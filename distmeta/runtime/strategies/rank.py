@@ -14,7 +14,7 @@ import torch
 from torch import distributed
 
 from distmeta.compute.compressed import decode
-from distmeta.compute.flat import Layout, tree_sum
+from distmeta.compute.flat import Layout, finite, tree_sum
 from distmeta.core import NumericsError
 from distmeta.runtime.failure import another_may_fare_better
 from distmeta.runtime.problem import Problem
@@ -119,7 +119,7 @@ class Replicated(Central):
         summed = torch.from_numpy(total).to(self._device if _nccl() else "cpu")
         distributed.all_reduce(summed)
         self._mean = summed.cpu().numpy() / np.float32(tasks)
-        return bool(np.isfinite(self._mean).all())
+        return finite(self._mean)
 
     @property
     def layout(self) -> Layout:

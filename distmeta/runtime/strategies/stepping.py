@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from distmeta.compute.compressed import decode
-from distmeta.compute.flat import tree_sum
+from distmeta.compute.flat import finite, mean_of
 from distmeta.core import NumericsError
 from distmeta.runtime.checkpoint import State
 from distmeta.runtime.pool import Pool
@@ -148,16 +148,14 @@ class Central(Stepping):
         self.pool.close()
 
     def _flat_for(self, shards: Sequence[Shard]) -> np.ndarray:
-        """theta, and in later epochs the one that the episodes are of after it."""
+        """theta itself, to be read at once; in later epochs followed by the one that the episodes are of."""
         if self._marked is not None and shards[0].epoch:
-            return np.concatenate([self._server.flat(), self._marked[0]])
-        return self._server.flat()
+            return np.concatenate([self._server.vector(), self._marked[0]])
+        return self._server.vector()
 
     def _average(self, results: list[ShardResult], tasks: int) -> bool:
-        self._mean = tree_sum([decode(r.gradient) for r in results if r.gradient is not None]) / np.float32(
-            tasks
-        )
-        return bool(np.isfinite(self._mean).all())
+        self._mean = mean_of([decode(r.gradient) for r in results if r.gradient is not None], tasks)
+        return finite(self._mean)
 
     def _apply(self) -> float:
         assert self._mean is not None
