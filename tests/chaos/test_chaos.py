@@ -45,6 +45,8 @@ def job_of(name: str, run: dict[str, Any]) -> dict[str, Any]:
     """A job of JOBS, or MAML with a strategy of STRATEGIES."""
     strategy = {"strategy": name, **STRATEGIES[name]} if name in STRATEGIES else {}
     job = JOBS["maml" if strategy else name]
+    if name == "sharded":  # two servers own at least a block each
+        job = job | {"model": job["model"] | {"hidden": [300, 300]}}
     return job | {"run": job["run"] | run | strategy}
 
 
