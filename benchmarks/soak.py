@@ -1,11 +1,12 @@
-"""Memory, file descriptors and time of a step over a long run: nothing may grow.
+"""Memory, file descriptors, processor and wall time of a step over a long run: nothing may grow.
 
     python benchmarks/soak.py [--minutes 60] [--pause 0.05] [--quick]
 
 Sine waves on two Ray workers, an evaluation each 200 steps, a checkpoint each 50, MLflow on. Each draw pauses on the
 workers, so that an hour on a machine with other things to do holds the same work. Every 10 s: memory (proportional
-set size, which counts a page that k processes share as 1/k) and open descriptors of the driver and the workers. Flat
-means: the median of the last tenth against that of the second tenth, the first being the start.
+set size, which counts a page that k processes share as 1/k), open descriptors and processor time of the driver and the
+workers; the last over the steps meanwhile is what other work on the machine disturbs least. Flat means: the median of
+the last tenth against that of the second tenth, the first being the start.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from distmeta.tasks.regression import Sinusoid
 
 EVERY = 10.0
 """Seconds between two looks."""
+TOLD = ("seconds", "files", "steps")
+"""What a look has besides processes."""
 
 
 class Paced(Sinusoid):
@@ -67,10 +71,15 @@ def descendants(pid: int) -> list[int]:
 
 
 def look(pid: int) -> dict[str, float]:
-    """MB of proportional set size, and descriptors."""
+    """MB of proportional set size, descriptors, and seconds of processor time so far."""
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return {"megabytes": kilobytes / 1024, "descriptors": len(os.listdir(f"/proc/{pid}/fd"))}
+    ticks = sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return {
+        "megabytes": kilobytes / 1024,
+        "descriptors": len(os.listdir(f"/proc/{pid}/fd")),
+        "processor": ticks / os.sysconf("SC_CLK_TCK"),
+    }
 
 
 def watched(driver: int) -> dict[str, int]:
@@ -98,7 +107,12 @@ def soak(minutes: float, pause: float, folder: Path) -> tuple[list[dict[str, Any
         time.sleep(min(EVERY, 6 * minutes))
         assert process.poll() is None, "the run ended by itself"
         now = {name: look(pid) for name, pid in watched(process.pid).items()}
-        looks.append({"seconds": time.monotonic() - begun, "files": len(list(folder.rglob("*")))} | now)
+        told = {
+            "seconds": time.monotonic() - begun,
+            "files": len(list(folder.rglob("*"))),
+            "steps": metrics.read_bytes().count(b"\n"),
+        }
+        looks.append(told | now)
     process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 130, "Ctrl-C saves and ends"
     return looks, [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -111,6 +125,16 @@ def growth(values: Sequence[float]) -> dict[str, float]:
     return {"second tenth": early, "last tenth": late, "ratio": late / early}
 
 
+def processor_a_step(looks: list[dict[str, Any]]) -> list[float]:
+    """Seconds of processor time of all watched processes, over the steps from each look to the next."""
+    names = [key for key in looks[-1] if key not in TOLD]
+    return [
+        sum(after[name]["processor"] - before[name]["processor"] for name in names)
+        / max(after["steps"] - before["steps"], 1)
+        for before, after in pairwise(looks[1:])
+    ]
+
+
 def plot(looks: list[dict[str, Any]], steps: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
@@ -119,7 +143,7 @@ def plot(looks: list[dict[str, Any]], steps: list[dict[str, Any]], path: Path) -
 
     figure, axes = plt.subplots(3, 1, figsize=(8, 8), constrained_layout=True)
     minutes = [each["seconds"] / 60 for each in looks]
-    for name in [key for key in looks[-1] if key not in ("seconds", "files")]:
+    for name in [key for key in looks[-1] if key not in TOLD]:
         axes[0].plot(minutes, [each[name]["megabytes"] for each in looks], label=name)
         axes[1].plot(minutes, [each[name]["descriptors"] for each in looks], label=name)
     axes[0].set(ylabel="memory, MB (PSS)", xlabel="minutes", ylim=(0, None))
@@ -128,8 +152,11 @@ def plot(looks: list[dict[str, Any]], steps: list[dict[str, Any]], path: Path) -
     size = max(len(steps) // 200, 1)
     pieces = [steps[i : i + size] for i in range(0, len(steps), size)]
     medians = [1000 * statistics.median(row["seconds_step"] for row in piece) for piece in pieces]
-    axes[2].plot([piece[0]["step"] for piece in pieces], medians)
-    axes[2].set(ylabel=f"ms a step, median of {size}", xlabel="step", ylim=(0, None))
+    axes[2].plot([piece[0]["step"] for piece in pieces], medians, label=f"wall, median of {size}")
+    spent = [1000 * value for value in processor_a_step(looks)]
+    axes[2].plot([look["steps"] for look in looks[2:]], spent, label="processor, all three")
+    axes[2].set(ylabel="ms a step", xlabel="step", ylim=(0, None))
+    axes[2].legend()
     figure.savefig(path, dpi=110)
 
 
@@ -142,13 +169,14 @@ def main() -> None:
     start, minutes = report.environment(), 0.3 if options.quick else options.minutes
     with tempfile.TemporaryDirectory() as folder:
         looks, steps = soak(minutes, options.pause, Path(folder))
-    names = [key for key in looks[-1] if key not in ("seconds", "files")]
+    names = [key for key in looks[-1] if key not in TOLD]
     assert all(set(names) <= set(each) for each in looks[1:]), "a worker was lost on the way"
     figures = {
         f"{name}: {what}": growth([each[name][what] for each in looks[1:] if name in each])
         for name in names
         for what in ("megabytes", "descriptors")
     }
+    figures["processor seconds a step"] = growth(processor_a_step(looks))
     figures["seconds a step"] = growth([row["seconds_step"] for row in steps])
     rows = [
         [name, *(f"{figure[key]:.4g}" for key in ("second tenth", "last tenth", "ratio"))]
