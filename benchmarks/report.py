@@ -19,7 +19,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "ray", "numpy", "torchopt", "higher", "scikit-learn")
+PACKAGES = ("torch", "ray", "numpy", "torchopt", "higher", "jax", "scikit-learn")
 
 
 def environment() -> dict[str, Any]:

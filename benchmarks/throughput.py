@@ -1,6 +1,9 @@
-"""Tasks per second of MAML's meta-gradient and of a whole outer step: higher, TorchOpt, torch.func, distmeta.
+"""Tasks per second of MAML's meta-gradient and of a whole outer step: higher, TorchOpt, torch.func, JAX, distmeta.
 
     python benchmarks/throughput.py [--quick] [--only WORKLOAD ...] [--store data/omniglot.arrow]
+    python benchmarks/throughput.py curve        # tasks/s against tasks a step, sine waves: results/throughput.png
+
+JAX is there where it is installed (`pip install jax`), on sine waves; XLA takes all cores that this process may use.
 
 One process, one run, the same model at the same weights, the same tasks. First every system's meta-gradient
 is compared with one in float64; a system that computes something else is not timed. Then they are timed in
@@ -20,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +45,7 @@ from distmeta.runtime.resolution import resolve
 from distmeta.runtime.scores import mean_metrics
 from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.worker import shards_of
-from distmeta.seeding import task_ids
+from distmeta.seeding import task_ids, torch_generator
 from distmeta.tasks.images import Preparation
 from distmeta.tasks.store import write_store
 
@@ -210,6 +214,18 @@ def distmeta_gradient(way: Way, workload: Workload) -> System:
     return System(f"distmeta {way.name}, gradient", call, call(), exact, near=way.near)
 
 
+def jax_gradient(workload: Workload) -> list[System]:
+    """JAX's meta-gradient of the episodes of step 0; nothing where there is no JAX, or no MLP."""
+    if find_spec("jax") is None or workload.tree["model"]["type"] != "mlp":
+        return []
+    from peers_jax import meta_gradient
+
+    problem = build(job_of(workload))
+    theta = problem.algorithm.init(torch_generator(problem.job.seed, "init"))
+    call, gradient = meta_gradient(theta, first_episodes(problem)[0], peers.inner_of(problem, workload.loss))
+    return [System(f"JAX jit+vmap, gradient, {report.cores()} cores", call, gradient, None)]
+
+
 def peer_step(name: str, title: str, workload: Workload, threads: int = 1) -> System:
     """A peer's whole step; it draws its tasks with the job's task family."""
     problem = build(job_of(workload))
@@ -266,6 +282,7 @@ def systems_of(workload: Workload, stack: ExitStack) -> list[System]:
         peer_gradient("higher", "higher", workload),
         peer_gradient("torchopt", "TorchOpt", workload),
         peer_gradient("torch.func", "torch.func", workload),
+        *jax_gradient(workload),
         *(distmeta_gradient(way, workload) for way in gradients),
         peer_step("torchopt", "TorchOpt", workload),
     ]
@@ -367,11 +384,44 @@ def run(workload: Workload, rounds: int, seconds: float) -> dict[str, Any]:
     return {"title": workload.title, "meta_gradient": verified, "throughput": measured}
 
 
+CURVE = (5, 25, 100, 256)
+"""Tasks a step."""
+
+
+def curve(rounds: int, seconds: float, counts: Sequence[int], start: dict[str, Any], quick: bool) -> None:
+    """The systems on sine waves with other numbers of tasks, and their plot."""
+    found = {count: run(workloads("", count)["sinusoid-25"], rounds, seconds) for count in counts}
+    report.write("throughput-curve", start, {"tasks": found}, quick)
+    if quick:
+        return
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
+    for row in found[counts[-1]]["throughput"]:
+        rates = [
+            next(
+                (r["tasks_per_second"] for r in found[n]["throughput"] if r["system"] == row["system"]), None
+            )
+            for n in counts
+        ]
+        style = "o-" if row["system"].startswith("distmeta") else "s--"
+        axes.plot(counts, rates, style, label=row["system"])
+    axes.set(xscale="log", yscale="log", xlabel="tasks a step", ylabel="tasks/s", xticks=counts)
+    axes.set_xticklabels(counts)
+    axes.legend(fontsize="small")
+    figure.savefig(report.RESULTS / "throughput.png", dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = list(workloads(""))
+    parser.add_argument("what", nargs="?", choices=["workloads", "curve"], default="workloads")
     parser.add_argument("--quick", action="store_true", help="a smoke run with 4 tasks; writes nothing")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="some of the workloads")
     parser.add_argument("--rounds", type=int, default=7)
@@ -383,6 +433,9 @@ def main() -> None:
         rounds, seconds, tasks = 1, 0.01, 4
     torch.set_num_threads(1)
     start = report.environment()
+    if given.what == "curve":
+        curve(rounds, seconds, (4,) if given.quick else CURVE, start, given.quick)
+        return
     with image_store(given.store) as (store, images):
         chosen = workloads(str(Path(store).absolute()), tasks)
         results = {name: run(chosen[name], rounds, seconds) for name in given.only}
