@@ -92,11 +92,6 @@ class Job(Section):
             raise InputError("sweep: got run.eval_every: 0, expected evaluations to compare trials by")
         if self.changes:
             raise InputError("sweep: got a job with changes, expected one without")
-        if self.run.strategy == "all-reduce":
-            raise InputError(
-                "sweep: got run.strategy: all-reduce, whose workers Ray Train places beside the room that a trial has: "
-                "expected another strategy"
-            )
         for key, domain in sweep.space.items():
             field = f"sweep.space.{key}"
             if key.startswith(NOT_SEARCHED):

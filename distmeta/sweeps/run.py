@@ -101,7 +101,7 @@ def sweep(job: Job | str | Path, resume: str | Path | None = None, view: View | 
     view = view or NoView()
     folder = _new_folder(job) if resume is None else _same_job(Path(resume).absolute(), job)
     with ExitStack() as stack:
-        _join_ray(job, stack)
+        room = _join_ray(job, stack)
         if resume is None:
             job = _settled(job, view.say)
             _write_job(folder, job)
@@ -112,7 +112,7 @@ def sweep(job: Job | str | Path, resume: str | Path | None = None, view: View | 
         view.begin(folder, _section(job).count)
         stack.callback(view.end)
         with _sigterm_as_sigint():
-            results = _tuner(job, folder, parent.run_id, view, resume is not None).fit()
+            results = _tuner(job, folder, parent.run_id, view, resume is not None, room).fit()
         trials = trials_of(results, folder, job)
         ended = len(trials) == _section(job).count and all(t.status != "unfinished" for t in trials)
         if sum(trial.steps for trial in trials) >= (_section(job).budget or math.inf):
@@ -181,8 +181,8 @@ def _write_job(folder: Path, job: Job) -> None:
     write_whole(folder / "job.yaml", job.dump())
 
 
-def _join_ray(job: Job, stack: ExitStack) -> None:
-    """Joins or starts a cluster with room for a trial.
+def _join_ray(job: Job, stack: ExitStack) -> int:
+    """Joins or starts a cluster with room for a trial; for how many there is room now (at least one).
 
     Raises:
         InputError: the cluster has no room for one, ever.
@@ -191,10 +191,10 @@ def _join_ray(job: Job, stack: ExitStack) -> None:
 
     os.environ |= {key: os.environ.get(key, value) for key, value in SETTINGS.items()}
     ray = import_ray(job.run.address)
-    from distmeta.sweeps.search import resources
+    from distmeta.sweeps import search
 
-    bundles = [bundle for bundle in resources(job) if bundle]
-    one, count = bundles[0], len(bundles)
+    wanted = search.places(job)
+    one, count = wanted[0], len(wanted)
     stack.callback(connect(ray, job.run.address, math.ceil(count * one.get("CPU", 0.0))))
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     places = sum(min(int(node.get(key, 0.0) / value) for key, value in one.items()) for node in nodes)
@@ -205,9 +205,11 @@ def _join_ray(job: Job, stack: ExitStack) -> None:
             f"{one.get('CPU', 0):g} CPU and {one.get('GPU', 0):g} GPU, but the cluster has {places}: "
             f"{have['CPU']:g} CPU and {have['GPU']:g} GPU on {len(nodes)} node{'s' * (len(nodes) != 1)}"
         )
+    return max(places // count, 1)
 
 
-def _tuner(job: Job, folder: Path, parent: str | None, view: View, restored: bool) -> Any:
+def _tuner(job: Job, folder: Path, parent: str | None, view: View, restored: bool, room: int) -> Any:
+    """Args: room: trials that the cluster has places for, where Tune does not see what they take."""
     from ray import tune
 
     from distmeta.sweeps import search
@@ -215,10 +217,13 @@ def _tuner(job: Job, folder: Path, parent: str | None, view: View, restored: boo
     from distmeta.sweeps.watch import Watch
 
     section = _section(job)
+    concurrent = section.concurrent
+    if job.run.strategy == "all-reduce":
+        concurrent = min(concurrent or room, room)
     Watch.view = view
     trainable = tune.with_resources(
         tune.with_parameters(run_trial, spec=_spec(job, folder, parent)),
-        tune.PlacementGroupFactory(search.resources(job)),
+        tune.PlacementGroupFactory(search.bundles(job)),
     )
     for name in ("ray.tune", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -235,7 +240,7 @@ def _tuner(job: Job, folder: Path, parent: str | None, view: View, restored: boo
             search_alg=algorithm,
             scheduler=search.scheduler(section, job),
             num_samples=samples,
-            max_concurrent_trials=section.concurrent,
+            max_concurrent_trials=concurrent,
             reuse_actors=True,
             trial_dirname_creator=_trial_id,
         ),

@@ -142,11 +142,20 @@ class Budget(tune.Stopper):
         return sum(self._spent.values()) >= self.steps
 
 
-def resources(job: Job) -> list[dict[str, float]]:
-    """A trial's bundles: its own process (nothing, where workers compute) and the workers that it starts with."""
+def places(job: Job) -> list[dict[str, float]]:
+    """Where a trial computes: the workers that it starts with, or its own process."""
     one = {"CPU": float(job.run.cpus_per_worker), "GPU": float(job.run.gpus_per_worker)}
-    one = {key: value for key, value in one.items() if value}
-    return [{}, *[one] * job.run.min_workers] if job.run.min_workers else [one]
+    return [{key: value for key, value in one.items() if value}] * max(job.run.min_workers, 1)
+
+
+def bundles(job: Job) -> list[dict[str, float]]:
+    """What Tune reserves for a trial: its process, which needs nothing where workers compute, and their places.
+
+    The group of `all-reduce` has its places from Ray Train, all at once or none; a byte stands for the trial here.
+    """
+    if job.run.strategy == "all-reduce":
+        return [{"memory": 1.0}]
+    return [{}, *places(job)] if job.run.min_workers else places(job)
 
 
 def _plain(value: Any) -> Any:

@@ -252,11 +252,6 @@ def test_jobs_that_have_no_group() -> None:
         Job.parse(tree("maml", run={"strategy": "all-reduce"}))
     with pytest.raises(InputError, match=r"^run.compress: got int8 with run.strategy: all-reduce"):
         Job.parse(tree("maml", run=GROUP | {"compress": "int8"}))
-    sweep = {"space": {"outer.lr": {"uniform": [0.1, 0.2]}}, "trials": 2}
-    with pytest.raises(
-        InputError, match=r"^sweep: got run.strategy: all-reduce, whose workers Ray Train places"
-    ):
-        Job.parse(tree("maml", sweep=sweep, run={"strategy": "all-reduce", "workers": 2, "eval_every": 2}))
 
 
 def test_a_command_reaches_every_rank_and_a_lost_group_ends_it() -> None:

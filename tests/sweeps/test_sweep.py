@@ -68,6 +68,25 @@ def test_trials_with_workers_and_other_searches(workplace: Path, cluster: None) 
     assert values[0] == values[1], "the same seed gives the same values"
 
 
+@pytest.mark.slow
+def test_trials_of_groups_under_ray_train(workplace: Path, cluster: None) -> None:
+    """Four places, groups of two: two trials at once, the third one after them."""
+    job = Job.parse(swept(run={"strategy": "all-reduce", "workers": 2}, trials=3))
+    found = distmeta.sweep(job)
+    assert [trial.status for trial in found.trials] == ["finished"] * 3
+    for trial in found.trials:
+        assert trial.run is not None
+        alone = {
+            **trial.values,
+            "run.strategy": "driver",
+            "run.workers": 0,
+            "run.name": "alone-" + trial.name,
+        }
+        assert evaluations(distmeta.train(job.with_values(alone)).run) == pytest.approx(
+            evaluations(trial.run), rel=1e-3
+        )
+
+
 def test_poor_trials_stop_early(client: Any, workplace: Path, cluster: None) -> None:
     space = {"algorithm.inner_lr": {"grid": [0.05, 0.06, 1e-6, 1e-6, 1e-6, 1e-6]}}
     job = swept(tracked=True, space=space, trials=1, concurrent=1, scheduler={"type": "asha", "reduction": 2})
