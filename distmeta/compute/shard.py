@@ -216,8 +216,11 @@ def _group_before(algorithm: Algorithm, score: Score, theta: Theta, group: Episo
 def _finite_groups(parts: Theta) -> Tensor:
     """Which groups have a finite gradient, bool [groups]."""
     found = []
-    for value in parts.values():  # the extremes of numbers with a NaN among them are NaN
-        rows = value.reshape(len(value), -1)  # (`aminmax` over one axis takes ten times as long)
+    for value in parts.values():
+        if value.numel() == 0:
+            continue
+        rows = value.reshape(len(value), -1)
+        # the extremes of numbers with a NaN among them are NaN (`aminmax` over one axis takes ten times as long)
         found.append(torch.isfinite(rows.amin(1)) & torch.isfinite(rows.amax(1)))
     return torch.stack(found).all(0)
 
