@@ -1,6 +1,6 @@
 """Random faults of every kind on a real cluster: the same theta to the bit, every step counted once, nothing left.
 
-The long ones, by hand: `pytest -m slow tests/chaos/test_chaos.py` (520 faults over 4,550 steps, in an hour or two:
+The long ones, by hand: `pytest -m slow tests/chaos/test_chaos.py` (520 faults over 4,700 steps, in an hour or two:
 MAML three times, meta-RL, every strategy; `async` and `all-reduce` promise no bits, but the calm run's last losses).
 """
 
@@ -77,7 +77,10 @@ def last_losses(rows: list[dict[str, Any]]) -> float:
         pytest.param("policy", 41, 2, 16, 1, marks=pytest.mark.slow),
         *(pytest.param(name, 0, 60, 500, 2, marks=pytest.mark.slow) for name in ("policy", "rl2")),
         *(pytest.param("maml", seed, 100, 850, 2, marks=pytest.mark.slow) for seed in range(3)),
-        *(pytest.param(name, 0, 25, 250, 2, marks=pytest.mark.slow) for name in STRATEGIES),
+        *(
+            pytest.param(name, 0, 25, 400 if name == "local" else 250, 2, marks=pytest.mark.slow)
+            for name in STRATEGIES
+        ),
     ],
 )
 def test_chaos(
@@ -110,6 +113,8 @@ def test_chaos(
         injector = Injector(nodes, workplace / "runs" / "shaken", seed)
         for _ in range(faults):
             injector.until(min(injector.steps() + 2, steps))
+            if injector.steps() == steps:
+                break
             injector.harm()
         injector.finish()
     finally:
@@ -118,7 +123,7 @@ def test_chaos(
             print(*injector.log, f"{time.monotonic() - begun:.0f} s", sep="\n")
         nodes.close()
     shaken = workplace / "runs" / "shaken"
-    assert sum(step < steps for step, _ in injector.log) >= 0.7 * faults, "too many met a run that was done"
+    assert len(injector.log) >= 0.7 * faults, "the run was done too soon"
     if name in LOOSE:
         rows, calm_rows = clockless(shaken), clockless(calm)
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
