@@ -1,6 +1,6 @@
 """Random faults of every kind on a real cluster: the same theta to the bit, every step counted once, nothing left.
 
-The long ones, by hand: `pytest -m slow tests/chaos/test_chaos.py` (520 faults over 5,150 steps, in an hour or two:
+The long ones, by hand: `pytest -m slow tests/chaos/test_chaos.py` (505 faults over 5,020 steps, in an hour or two:
 MAML three times, meta-RL, every strategy; `async` and `all-reduce` promise no bits, but the calm run's last losses).
 """
 
@@ -77,10 +77,10 @@ def last_losses(rows: list[dict[str, Any]]) -> float:
         pytest.param("policy", 41, 2, 16, 1, marks=pytest.mark.slow),
         *(pytest.param(name, 0, 60, 500, 2, marks=pytest.mark.slow) for name in ("policy", "rl2")),
         *(pytest.param("maml", seed, 100, 1000, 2, marks=pytest.mark.slow) for seed in range(3)),
-        *(
-            pytest.param(name, 0, 25, 400 if name == "local" else 250, 2, marks=pytest.mark.slow)
-            for name in STRATEGIES
-        ),
+        pytest.param("sharded", 0, 25, 250, 2, marks=pytest.mark.slow),
+        pytest.param("local", 0, 25, 400, 2, marks=pytest.mark.slow),
+        pytest.param("async", 0, 25, 250, 2, marks=pytest.mark.slow),
+        pytest.param("all-reduce", 0, 10, 120, 2, marks=pytest.mark.slow),
     ],
 )
 def test_chaos(
@@ -104,7 +104,9 @@ def test_chaos(
     folder = HOME / f"{name}{seed}"
     folder.mkdir()
     nodes = Nodes(folder)
-    placed = job["run"] | {"workers": {"min": 1, "max": 4}, "address": nodes.address}
+    # an elastic group waits three minutes for what Ray Train (2.60) had kept for that of a killed driver
+    workers = 2 if name == "all-reduce" else {"min": 1, "max": 4}
+    placed = job["run"] | {"workers": workers, "address": nodes.address}
     (workplace / "job.yaml").write_text(yaml.safe_dump(job | {"run": placed, "tracking": {"type": "mlflow"}}))
     injector = None
     try:
