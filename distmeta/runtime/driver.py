@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -17,7 +19,7 @@ from distmeta.runtime.folder import RunFolder, Start, starting_point
 from distmeta.runtime.interrupt import InterruptedRun, StopRequested, interruptions
 from distmeta.runtime.preparation import last_step, outer_at, prepared, tracker_of
 from distmeta.runtime.problem import Problem, examples_of, fingerprint_of
-from distmeta.runtime.scores import evaluate_tasks, mean_metrics, primary
+from distmeta.runtime.scores import SPIKE_WINDOW, evaluate_tasks, mean_metrics, primary, spikes
 from distmeta.runtime.strategies import open_strategy
 from distmeta.runtime.strategy import LostStateError, Strategy
 from distmeta.sections import Run as RunSection
@@ -79,6 +81,10 @@ class _Run:
     """What the last checkpoint holds, and where it is."""
     told: int = 0
     """The last step that the tracker was told of."""
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
+    """Losses of the last steps."""
+    spiking: bool = False
+    """Whether the very last one was far above those before it."""
     returns: tuple[int, int] = (0, 0)
     """The step that the run last went back to, and how often in a row."""
 
@@ -211,6 +217,20 @@ def _write(run: _Run, record: dict[str, Any]) -> None:
     if record["step"] > run.told:  # else it was before the run went back
         run.tracker.log_step(record)
         run.told = record["step"]
+    if record["loss_after"] is not None:
+        _watch(run, record["step"], record["loss_after"])
+
+
+def _watch(run: _Run, step: int, loss: float) -> None:
+    """Says where losses begin to be far above those before."""
+    spiking = spikes(loss, run.recent)
+    if spiking and not run.spiking:
+        usual = statistics.median(run.recent)
+        run.reporter.say(
+            f"step {step}: loss {loss:.3g}, far above the last {len(run.recent)} steps (median {usual:.3g})"
+        )
+    run.recent.append(loss)
+    run.spiking = spiking
 
 
 def _go_back(run: _Run, error: LostStateError) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from distmeta.runtime.worker import ShardResult, shards_of
 
 EVAL_SHARD = 25
 """Tasks of one evaluation shard."""
+SPIKE_WINDOW, SPIKE_LEAST, SPIKE_FACTOR = 50, 20, 10.0
+"""A loss is held against so many before it, against no fewer than the second number; by how much a spike stands out."""
 
 
 def evaluate_tasks(
@@ -55,6 +58,16 @@ def mean_metrics(results: list[ShardResult], every: bool = False) -> dict[str, f
             whole = finite and not (every and len(finite) < len(values))
             record[name] = math.fsum(finite) / len(finite) if whole else None
     return record
+
+
+def spikes(loss: float, recent: Sequence[float]) -> bool:
+    """Whether a loss is far above the last ones: past their median by ten times their median absolute deviation, and by
+    the median's own size."""
+    if len(recent) < SPIKE_LEAST:
+        return False
+    usual = statistics.median(recent)
+    spread = statistics.median(abs(one - usual) for one in recent)
+    return loss - usual > max(SPIKE_FACTOR * spread, abs(usual))
 
 
 def primary(metrics: Mapping[str, Any], prefix: str = "") -> tuple[str, int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import tree
+from outcomes import Watching
 
 import distmeta
 from distmeta.core import InputError
@@ -107,3 +108,14 @@ def test_retuning_keeps_the_optimizers_state_and_the_clock() -> None:
     other = job.with_values({"outer.lr": 0.1}).outer
     two.retune(other)
     assert two.rate() == pytest.approx(10 * one.rate())
+
+
+def test_a_loss_that_jumps_is_said_once(workplace: Path) -> None:
+    changes = [
+        {"step": 30, "set": {"algorithm.inner_lr": 3.0}},
+        {"step": 33, "set": {"algorithm.inner_lr": 0.05}},
+    ]
+    watching = Watching()
+    distmeta.train(Job.parse(tree("maml", run={"steps": 36}, changes=changes)), reporter=watching)
+    (said,) = [text for text in watching.said if "far above" in text]
+    assert said.startswith("step 31: loss ")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from distmeta.core import InputError
 from distmeta.runtime.failure import another_may_fare_better, backoff, gives_up, hung, straggles
 from distmeta.runtime.outstanding import Outstanding
+from distmeta.runtime.scores import spikes
 
 
 def test_the_first_loss_is_replaced_at_once_further_ones_in_a_row_back_off_up_to_a_limit() -> None:
@@ -40,6 +41,17 @@ def test_a_worker_is_hung_after_the_limit_or_sooner_where_its_peers_were_timed()
     assert hung(201.0, [0.1, 10.0], 0, 1800.0)
     assert not hung(399.0, [0.1, 10.0], 1, 1800.0), "it has cost a worker already: it may be a slow one"
     assert hung(4.0, [100.0], 9, 3.0), "never past the limit"
+
+
+def test_a_loss_spikes_where_it_stands_out_from_those_before() -> None:
+    usual = [1.0, 1.2, 0.8, 1.1] * 5
+    assert not spikes(100.0, usual[:19]), "too few to compare with"
+    assert not spikes(2.0, usual)
+    assert spikes(2.6, usual)
+    assert not spikes(0.0, usual)
+    assert not spikes(1.9e-6, [1e-6] * 20), "small numbers that hardly move"
+    assert not spikes(-5.0, [-10.0 + 0.1 * k for k in range(20)]), "returns as losses are negative"
+    assert spikes(5.0, [-10.0 + 0.1 * k for k in range(20)])
 
 
 def test_only_a_workers_circumstances_are_tried_elsewhere() -> None:
