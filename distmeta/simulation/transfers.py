@@ -18,6 +18,8 @@ ROUNDS = 9
 MANY = 16
 VECTORS = 4
 """That are added at once."""
+LIMIT = 120.0
+"""Seconds that any answer may take."""
 
 
 class Transfers(NamedTuple):
@@ -65,21 +67,21 @@ def measure(ray: Any) -> Transfers:
     one, two = actors
     try:
         tiny = ray.put(np.zeros(1, np.float32))
-        nothing = _usual(lambda: timed(lambda: ray.get(one.take.remote(tiny))))
-        empty = _usual(lambda: timed(lambda: ray.get(one.give.remote(4))))
+        nothing = _usual(lambda: timed(lambda: _got(ray, one.take.remote(tiny))))
+        empty = _usual(lambda: timed(lambda: _got(ray, one.give.remote(4))))
         puts, receives, replies, adds = [], [], [], []
         for size in SIZES:
             vector = np.full(size // 4, 1e-3, np.float32)
             puts.append((size, _usual(lambda vector=vector: timed(lambda: ray.put(vector)))))
             fetched = _usual(lambda vector=vector: _fetch(ray, one, vector))
             receives.append((size, max(fetched - nothing, 0.0)))
-            given = _usual(lambda size=size: timed(lambda: ray.get(one.give.remote(size))))
+            given = _usual(lambda size=size: timed(lambda: _got(ray, one.give.remote(size))))
             replies.append((size, max(given - empty, 0.0)))
             adds.append((size, _usual(lambda size=size: _add(ray, actors, size))))
-        many = _usual(lambda: timed(lambda: ray.get([a.give.remote(4) for a in MANY * actors]))) / len(
+        many = _usual(lambda: timed(lambda: _got(ray, [a.give.remote(4) for a in MANY * actors]))) / len(
             MANY * actors
         )
-        both = _usual(lambda: timed(lambda: ray.get([a.give.remote(SIZES[-1]) for a in (one, two)])))
+        both = _usual(lambda: timed(lambda: _got(ray, [a.give.remote(SIZES[-1]) for a in (one, two)])))
         last = replies[-1][1]
         shared = min(max((both - empty - last) / last, 0.0), 1.0) if last else 0.0
         ring = _ring(ray, actors)
@@ -89,6 +91,10 @@ def measure(ray: Any) -> Transfers:
     return Transfers(
         empty, min(many, empty), _curve(puts), _curve(receives), _curve(replies), shared, _curve(adds), ring
     )
+
+
+def _got(ray: Any, calls: Any) -> Any:
+    return ray.get(calls, timeout=LIMIT)
 
 
 def timed(action: Callable[[], object]) -> float:
@@ -111,12 +117,12 @@ def _usual(measured: Callable[[], float]) -> float:
 def _fetch(ray: Any, actor: Any, vector: np.ndarray) -> float:
     """Seconds of a call with a vector that is in the object store since now."""
     theta = ray.put(vector)
-    return timed(lambda: ray.get(actor.take.remote(theta)))
+    return timed(lambda: _got(ray, actor.take.remote(theta)))
 
 
 def _add(ray: Any, actors: list[Any], size: int) -> float:
     """Seconds a vector more, of vectors that workers have just given."""
-    vectors = ray.get([actors[k % 2].give.remote(size) for k in range(VECTORS)])
+    vectors = _got(ray, [actors[k % 2].give.remote(size) for k in range(VECTORS)])
     return timed(lambda: tree_sum(vectors)) / (VECTORS - 1)
 
 
@@ -124,11 +130,11 @@ def _ring(ray: Any, actors: list[Any]) -> Curve:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    ray.get([actor.join.remote(rank, port) for rank, actor in enumerate(actors)])
+    _got(ray, [actor.join.remote(rank, port) for rank, actor in enumerate(actors)])
     points = []
     for size in SIZES:
-        ray.get([actor.reduce.remote(size, 1) for actor in actors])
-        points.append((size, max(ray.get([actor.reduce.remote(size, ROUNDS) for actor in actors]))))
+        _got(ray, [actor.reduce.remote(size, 1) for actor in actors])
+        points.append((size, max(_got(ray, [actor.reduce.remote(size, ROUNDS) for actor in actors]))))
     return _curve(points)
 
 

@@ -143,8 +143,9 @@ class Local:
         if not isinstance(getattr(self, "pool", None), RayPool):
             return objects
         ray: Any = import_module("ray")  # `run.workers: 0` goes without
+        limit = self._run.shard_timeout
         try:
-            return [found if isinstance(found, dict) else ray.get(found) for found in objects]
+            return [found if isinstance(found, dict) else ray.get(found, timeout=limit) for found in objects]
         except (ray.exceptions.RayTaskError, *lost_by(ray)) as error:
             raise LostStateError(f"a replica's state is lost ({describe(error).partition(':')[0]})") from None
 
