@@ -25,6 +25,7 @@ import distmeta
 from distmeta.core import InputError
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
+from distmeta.runtime.cluster import free_orphans
 from distmeta.runtime.problem import build
 from distmeta.runtime.resolution import resolve
 from distmeta.runtime.strategies.all_reduce import AllReduce, boundary
@@ -187,6 +188,30 @@ def test_no_room_and_a_mistake_are_said_at_once(workplace: Path, cluster: None) 
     with pytest.raises(ZeroDivisionError):
         trained(job, name="mistake")
     assert checkpoints.load(workplace / "runs" / "mistake").progress.step == 0
+
+
+def test_places_of_a_dead_creator_are_free_again(workplace: Path, cluster: None) -> None:
+    """As where a host ends while its group starts: Ray would keep the places until the job ends."""
+    import ray
+    from ray.util.placement_group import placement_group, placement_group_table
+
+    class Creator:
+        def make(self) -> str:
+            group = placement_group([{"CPU": 1.0}] * 2)
+            ray.get(group.ready(), timeout=60)
+            return group.id.hex()
+
+    def standing() -> set[str]:
+        return {key for key, group in placement_group_table().items() if group["state"] != "REMOVED"}
+
+    one, other = (ray.remote(Creator).options(num_cpus=0).remote() for _ in range(2))
+    lost, kept = ray.get([one.make.remote(), other.make.remote()], timeout=90)
+    ray.kill(one)
+    assert free_orphans(ray, 5.0) == 1
+    assert kept in standing()
+    assert lost not in standing()
+    ray.kill(other)
+    assert free_orphans(ray, 5.0) == 1
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ import numpy as np
 
 from distmeta.core import InputError
 from distmeta.runtime.checkpoint import State
-from distmeta.runtime.cluster import connect, import_ray, resources
+from distmeta.runtime.cluster import connect, free_orphans, import_ray, resources
 from distmeta.runtime.failure import LostShardError, hung
 from distmeta.runtime.fleet import POLL_SECONDS, SAY_SECONDS, describe, lost_by
 from distmeta.runtime.problem import Problem
@@ -46,6 +46,8 @@ AHEAD_SECONDS = 0.5
 """For about so long the group takes steps without a word from here: progress is still seen, and Ctrl-C heard."""
 CLOSE_SECONDS = 10.0
 """Longest wait for the group to leave by itself."""
+ORPHAN_SECONDS = 2.0
+"""After a host's end: until Ray knows that Ray Train's controller went with it."""
 
 
 class AllReduce:
@@ -109,8 +111,10 @@ class AllReduce:
         if self._host is not None:
             if self._attempt:
                 self._host.tell.remote(self._attempt, Stop())
-                self._ray.wait([self._fitting], timeout=CLOSE_SECONDS)
+            left = self._attempt and self._ray.wait([self._fitting], timeout=CLOSE_SECONDS)[0]
             self._end()
+            if not left:
+                free_orphans(self._ray, ORPHAN_SECONDS)
         self._disconnect()
 
     def score(
@@ -164,6 +168,7 @@ class AllReduce:
     def _begin(self) -> None:
         """The host, and Ray Train with it, on this node."""
         ray, run = self._ray, self._run
+        free_orphans(ray)
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         options = {
@@ -195,6 +200,7 @@ class AllReduce:
                 self._no_room()
             if now - said > SAY_SECONDS[1]:
                 said = now
+                free_orphans(self._ray)
                 self._say(f"waiting for the group for {now - begun:.0f} s: {self._room()}")
         found = self._result(ready)
         self._attempt, self._world, failure = found
