@@ -58,7 +58,7 @@ if find_spec("mujoco"):
 
 EVERY_NUMBER = ("maml",)
 """Algorithms that meet one, two and four Ray workers."""
-SLOW = {"compiled", "bf16", "dropout"}
+SLOW = {"compiled", "bf16", "dropout", "gym"}
 """By hand: half a minute each."""
 
 

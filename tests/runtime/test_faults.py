@@ -61,8 +61,11 @@ EPOCHS = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}
 
 @pytest.mark.parametrize(
     ("job", "steps"),
-    [(tree("maml"), (2, 3, 5)), (tree(EPOCHS, **POLICIES), (2, 5)), (tree("rl2"), (3,))],
-    ids=["maml", "outer-epochs", "rl2"],
+    [
+        pytest.param(tree("maml"), (2, 3, 5), id="maml"),
+        pytest.param(tree(EPOCHS, **POLICIES), (2, 5), id="outer-epochs", marks=pytest.mark.slow),
+        pytest.param(tree("rl2"), (3,), id="rl2", marks=pytest.mark.slow),
+    ],
 )
 def test_all_workers_killed_at_once_and_again(
     job: dict[str, Any], steps: tuple[int, ...], workplace: Path, cluster: None

@@ -136,6 +136,7 @@ def test_all_trials_failed(workplace: Path, cluster: None) -> None:
         distmeta.sweep(job)
 
 
+@pytest.mark.slow
 def test_tpe_with_asha(workplace: Path, cluster: None) -> None:
     found = distmeta.sweep(Job.parse(swept(search="tpe", scheduler={"type": "asha", "reduction": 2})))
     assert {trial.status for trial in found.trials} <= {"finished", "stopped"}

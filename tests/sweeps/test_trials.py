@@ -55,6 +55,7 @@ def test_a_killed_trial_goes_on_from_its_checkpoint(client: Any, workplace: Path
         assert bits(distmeta.train(alone).run) == bits(trial.run)
 
 
+@pytest.mark.slow
 def test_population_based_training_is_replayed_from_its_job(
     client: Any, workplace: Path, cluster: None
 ) -> None:
