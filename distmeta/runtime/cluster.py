@@ -133,7 +133,13 @@ def free_orphans(ray: Any, seconds: float = 0.0) -> int:
         for line in state._connect_and_get_accessor().get_placement_group_table():
             found = data.FromString(line)
             removed = found.state == data.PlacementGroupState.Value("REMOVED")
-            orphan = found.creator_actor_dead and found.creator_job_id.hex() == own and not found.is_detached
+            actor = found.creator_actor_id.strip(b"\xff")  # none: a driver's own, such as a trial's
+            orphan = (
+                actor
+                and found.creator_actor_dead
+                and found.creator_job_id.hex() == own
+                and not found.is_detached
+            )
             if orphan and not removed and found.placement_group_id not in freed:
                 remove_placement_group(PlacementGroup(ray.PlacementGroupID(found.placement_group_id)))
                 freed.add(found.placement_group_id)
