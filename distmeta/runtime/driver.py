@@ -83,8 +83,6 @@ class _Run:
     """The last step that the tracker was told of."""
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
     """Losses of the last steps."""
-    spiking: bool = False
-    """Whether the very last one was far above those before it."""
     returns: tuple[int, int] = (0, 0)
     """The step that the run last went back to, and how often in a row."""
 
@@ -223,14 +221,13 @@ def _write(run: _Run, record: dict[str, Any]) -> None:
 
 def _watch(run: _Run, step: int, loss: float) -> None:
     """Says where losses begin to be far above those before."""
-    spiking = spikes(loss, run.recent)
-    if spiking and not run.spiking:
-        usual = statistics.median(run.recent)
+    recent = list(run.recent)
+    if spikes(loss, recent) and not spikes(recent[-1], recent[:-1]):
+        usual = statistics.median(recent)
         run.reporter.say(
-            f"step {step}: loss {loss:.3g}, far above the last {len(run.recent)} steps (median {usual:.3g})"
+            f"step {step}: loss {loss:.3g}, far above the last {len(recent)} steps (median {usual:.3g})"
         )
     run.recent.append(loss)
-    run.spiking = spiking
 
 
 def _go_back(run: _Run, error: LostStateError) -> None:

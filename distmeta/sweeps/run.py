@@ -209,7 +209,11 @@ def _join_ray(job: Job, stack: ExitStack) -> int:
 
 
 def _tuner(job: Job, folder: Path, parent: str | None, view: View, restored: bool, room: int) -> Any:
-    """Args: room: trials that the cluster has places for, where Tune does not see what they take."""
+    """Tune's experiment, new or restored.
+
+    Args:
+        room: trials that the cluster has places for, where Tune does not see what they take.
+    """
     from ray import tune
 
     from distmeta.sweeps import search

@@ -109,12 +109,11 @@ class AllReduce:
 
     def close(self) -> None:
         if self._host is not None:
+            left = False
             if self._attempt:
                 self._host.tell.remote(self._attempt, Stop())
-            left = self._attempt and self._ray.wait([self._fitting], timeout=CLOSE_SECONDS)[0]
-            self._end()
-            if not left:
-                free_orphans(self._ray, ORPHAN_SECONDS)
+                left = bool(self._ray.wait([self._fitting], timeout=CLOSE_SECONDS)[0])
+            self._end(left)
         self._disconnect()
 
     def score(
@@ -168,7 +167,6 @@ class AllReduce:
     def _begin(self) -> None:
         """The host, and Ray Train with it, on this node."""
         ray, run = self._ray, self._run
-        free_orphans(ray)
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         options = {
@@ -200,7 +198,7 @@ class AllReduce:
                 self._no_room()
             if now - said > SAY_SECONDS[1]:
                 said = now
-                free_orphans(self._ray)
+                free_orphans(self._ray)  # Ray may have taken longer to see that a controller is gone
                 self._say(f"waiting for the group for {now - begun:.0f} s: {self._room()}")
         found = self._result(ready)
         self._attempt, self._world, failure = found
@@ -280,10 +278,12 @@ class AllReduce:
         self._attempt, self._lost = "", f"lost the group ({reason})"
         raise LostStateError(self._lost)
 
-    def _end(self) -> None:
-        """Ends the host, and whatever is below it."""
+    def _end(self, left: bool = False) -> None:
+        """Ends the host, and whatever is below it, also the places of a group that has not left by itself."""
         self._ray.kill(self._host)
         self._host, self._attempt = None, ""
+        if not left:
+            free_orphans(self._ray, ORPHAN_SECONDS)
 
     def _raise(self, answers: list[Answer], stopped: BaseException | None) -> NoReturn:
         failures = [answer.failure for answer in answers if answer.failure is not None]
