@@ -37,11 +37,17 @@ class ScriptedPool:
                 shard = work.shards[position]
                 result = self.workers[i].compute(tuple(work.theta), shard)
                 self.busy[i] = self.now + self.ticks[i], work.left, position, Answer(shard, result, [])
+        self._end_one()
+
+    def _end_one(self) -> None:
         first = min(self.busy, key=lambda i: self.busy[i][0])
         self.now, left, position, answer = self.busy.pop(first)
         left.answered(position, answer)
 
     def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
+        """An evaluation; what is under way ends meanwhile."""
+        while self.busy:
+            self._end_one()
         return [self.workers[0].compute(flat, shard) for shard in shards]
 
     def close(self) -> None:

@@ -76,6 +76,14 @@ def test_async_drops_what_is_too_old_and_computes_its_tasks_again(
     assert max(row["staleness"] for row in rows) > 2
 
 
+def test_async_takes_up_what_came_during_an_evaluation(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tree("maml", run=RUN | {"steps": 6, "eval_every": 1, "shards": 2})
+    rows = outcome(scripted(job, (1, 2, 3, 4), monkeypatch, max_staleness=2))[3]
+    assert [row["step"] for row in rows] == list(range(1, 7))
+
+
 def test_async_by_hand_weighs_gradients_by_their_age(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ class Async(Central):
         for work, position, answer in before:
             self._take(work, position, answer, step)
         self.pool.begin()
+        self._gather(step)  # what came while the pool computed an evaluation
         while len(self._arrived) < count:
             check()
             self._plan(step, count)
@@ -82,15 +83,18 @@ class Async(Central):
                 work.theta = [theta]
                 work.shards = [replace(shard, version=step) for shard in work.shards]
             self.pool.turn(self._works)
-            for work in list(self._works):
-                for position, answer in list(work.left.fresh()):
-                    self._take(work, position, answer, step)
+            self._gather(step)
         taken = sorted(
             (answer for _, _, answer in self._arrived[:count]), key=lambda a: (a.shard.step, a.shard.index)
         )
         self._arrived = self._arrived[count:]
         self._ages = [step - answer.shard.version for answer in taken]
         return [answer.result for answer in taken]
+
+    def _gather(self, step: int) -> None:
+        for work in list(self._works):
+            for position, answer in list(work.left.fresh()):
+                self._take(work, position, answer, step)
 
     def _take(self, work: Work, position: int, answer: Answer, step: int) -> None:
         """Keeps an answer for this step or the next; the tasks of one that is too old are computed again."""
