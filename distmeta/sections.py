@@ -184,6 +184,8 @@ class Run(Section):
     on_nonfinite: Literal["skip", "stop"] = "skip"
     name: str | None = None
     """Fixed name of the run folder; null: NAME-ID."""
+    before_every: Count = 1
+    """Steps between those whose tasks are scored before adaptation too: a forward pass of the query more. 0: never."""
     eval_every: Count = 200
     """Steps between evaluations on validation tasks; 0: never."""
     eval_tasks: Positive = 600

@@ -65,6 +65,7 @@ def shard_gradient(
     execution: Execution,
     compiler: Compiler | None = None,
     into: Theta | None = None,
+    before: bool = True,
 ) -> ShardSum:
     """Σ over the shard's finite tasks of ∇_θ meta_loss, and their metrics.
 
@@ -73,9 +74,11 @@ def shard_gradient(
 
     Args:
         into: tensors of theta's shapes that the sum is written to, and returned as; None: new ones.
+        before: whether tasks are also scored before adaptation, where there is an inner loop.
     """
     size = algorithm.group_size
-    sum_of = partial(_chunk_sum, algorithm, score, execution, compiler is not None)
+    before = before and algorithm.inner_steps > 0
+    sum_of = partial(_chunk_sum, algorithm, score, execution, compiler is not None, before)
     total = {name: torch.empty_like(value) for name, value in theta.items()} if into is None else into
     metrics: list[Metrics] = []
     dropped: list[int] = []
@@ -84,7 +87,9 @@ def shard_gradient(
             if compiler is None:
                 parts, finite, rows = sum_of(theta, chunk.episodes)
             else:
-                parts, finite, rows = compiler((id(algorithm), execution), sum_of, theta, chunk.episodes)
+                parts, finite, rows = compiler(
+                    (id(algorithm), execution, before), sum_of, theta, chunk.episodes
+                )
         if not bool(finite.all()):
             bad = torch.nonzero(~finite).flatten().tolist()
             dropped += [chunk.start + g * size + i for g in bad for i in range(size)]
@@ -121,7 +126,13 @@ def _chunks(size: int, episodes: Episode, ids: np.ndarray, execution: Execution)
 
 
 def _chunk_sum(
-    algorithm: Algorithm, score: Score, execution: Execution, traced: bool, theta: Theta, episodes: Episode
+    algorithm: Algorithm,
+    score: Score,
+    execution: Execution,
+    traced: bool,
+    before: bool,
+    theta: Theta,
+    episodes: Episode,
 ) -> tuple[Theta, Tensor, Metrics]:
     """Σ over finite groups, each counted once a task; which are finite, bool [groups]; the metrics of tasks.
 
@@ -130,7 +141,7 @@ def _chunk_sum(
     are wrong in the gradient of a vectorised loss (torch 2.13), and right in vectorised gradients.
     """
     vmapped = execution.mode == "vmap"
-    gradient_of = partial(_group_gradient, algorithm, score, execution.differentiation, not vmapped)
+    gradient_of = partial(_group_gradient, algorithm, score, execution.differentiation, not vmapped, before)
     if vmapped:
         parts, metrics = torch.func.vmap(gradient_of, (None, 0))(theta, episodes)
     else:
@@ -146,7 +157,13 @@ def _chunk_sum(
 
 
 def _group_gradient(
-    algorithm: Algorithm, score: Score, differentiation: str, plain: bool, theta: Theta, group: Episode
+    algorithm: Algorithm,
+    score: Score,
+    differentiation: str,
+    plain: bool,
+    before: bool,
+    theta: Theta,
+    group: Episode,
 ) -> tuple[Theta, Metrics]:
     """The gradient of one group's meta-loss, leaves [G, ...], and the metrics of its tasks, [G] each.
 
@@ -162,6 +179,8 @@ def _group_gradient(
             lambda theta: _group_loss(algorithm, score, theta, group, unroll), theta, has_aux=True
         )
         (gradient,) = pull(torch.ones_like(value))
+    if not before:
+        return gradient, metrics
     with torch.no_grad():
         return gradient, metrics | _group_before(algorithm, score, theta, group)
 
@@ -199,9 +218,7 @@ def holds_graphs(algorithm: Algorithm, score: Score, theta: Theta, episodes: Epi
 
 
 def _group_before(algorithm: Algorithm, score: Score, theta: Theta, group: Episode) -> Metrics:
-    """The metrics `*_before` of the prediction before any inner step, [G] each; none where there is no inner loop."""
-    if algorithm.inner_steps == 0:
-        return {}
+    """The metrics `*_before` of the prediction before any inner step, [G] each."""
     rows = []
     for g in range(algorithm.group_size):
         episode = tree_map(lambda leaf, g=g: leaf[g], group)

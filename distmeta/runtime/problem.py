@@ -59,6 +59,11 @@ class Problem:
         at = getattr(self.algorithm, "at", None)
         return self.algorithm if at is None else at(step)
 
+    def scores_before(self, step: int) -> bool:
+        """Whether the tasks of an outer step are also scored before adaptation."""
+        every = self.job.run.before_every
+        return every > 0 and step % every == 0
+
     @property
     def outer_epochs(self) -> int:
         """Steps of the outer optimizer on one step's episodes."""

@@ -197,6 +197,7 @@ class Worker:
             problem.execution,
             self._compiler,
             into=views if on_cpu else None,
+            before=problem.scores_before(shard.step),
         )
         if not on_cpu:
             for name, view in views.items():

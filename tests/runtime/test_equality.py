@@ -278,3 +278,21 @@ def test_what_stops_a_step_between_its_epochs_undoes_them(
         assert checkpoints.load(run).progress.step == stop
         distmeta.train(Job.load(run / "job.yaml"), resume=run)
         assert bits(run) == bits(calm)
+
+
+@pytest.mark.parametrize("execution", ["loop", "vmap"])
+def test_scores_before_adaptation_are_taken_as_often_as_asked_and_change_no_bit(
+    workplace: Path, execution: str
+) -> None:
+    job = tree("maml", compute={"execution": execution}, run={"steps": 5})
+    runs = {every: trained(job, name=f"every-{every}", before_every=every) for every in (1, 3, 0)}
+    assert len({bits(run) for run in runs.values()}) == 1
+    rows = {
+        every: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for every, run in runs.items()
+    }
+    before = {every: [row["loss_before"] for row in rows[every]] for every in rows}
+    assert None not in before[1]
+    assert before[3] == [before[1][0], None, None, before[1][3], None]
+    assert before[0] == [None] * 5
+    assert rows[0][4]["loss_after"] == rows[1][4]["loss_after"]
