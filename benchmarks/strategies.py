@@ -317,7 +317,7 @@ def plot() -> None:
 
     found = {name: report.RESULTS / f"strategies-{name}.json" for name in ("steps", "links")}
     rows = {name: json.loads(path.read_text())[name] for name, path in found.items() if path.exists()}
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     for i, named in enumerate(dict.fromkeys(row["strategy"] for row in rows.get("steps", []))):
         own = [row for row in rows["steps"] if row["strategy"] == named]
         sizes = [row["parameters"] for row in own]
@@ -329,7 +329,7 @@ def plot() -> None:
     left.legend()
     links = rows.get("links", [])
     base = {row["mbit"]: row["step_s"] for row in links if row["strategy"] == "driver"}
-    names = [f"{row['mbit']:,} Mbit/s, {row['parameters'] / 1e6:g} M\n{row['strategy']}" for row in links]
+    names = [f"{row['strategy']}, {row['mbit']:,} Mbit/s, {row['parameters'] / 1e6:g} M" for row in links]
     right.barh(names, [base[row["mbit"]] / row["step_s"] for row in links])
     right.axvline(1, color="black", linewidth=0.7)
     right.invert_yaxis()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from distmeta.compute.flat import Layout, norm
+from distmeta.compute.memory import keep_freed
 from distmeta.core import InputError, Theta
 from distmeta.sections import Outer
 
@@ -30,6 +31,7 @@ class ParameterServer:
     """
 
     def __init__(self, theta: Theta, outer: Outer):
+        keep_freed()
         self.layout = Layout.of(theta)
         self.outer = outer
         self._flat = torch.from_numpy(self.layout.flatten(theta))

@@ -11,6 +11,7 @@ import torch
 
 from distmeta.compute.compressed import Vector, decode
 from distmeta.compute.flat import Layout, finite, mean_of, squared_blocks
+from distmeta.compute.memory import keep_freed
 from distmeta.core import Theta
 from distmeta.runtime.server import optimizer_of
 from distmeta.sections import Outer
@@ -37,6 +38,7 @@ class Slice:
     of the whole."""
 
     def __init__(self, flat: np.ndarray, spec: SliceSpec):
+        keep_freed()
         self._flat = torch.from_numpy(flat.copy())
         self._sizes, self._rates = spec.sizes, spec.rates
         self._sent: dict[int, Vector] = {}

@@ -17,6 +17,7 @@ from distmeta.compute.compiler import Compiler, missing
 from distmeta.compute.compressed import Vector, encode
 from distmeta.compute.episodes import episodes_of
 from distmeta.compute.flat import Flat, Layout, whole
+from distmeta.compute.memory import keep_freed
 from distmeta.compute.shard import score_tasks, shard_gradient
 from distmeta.core import InputError, Theta
 from distmeta.job import Job
@@ -118,6 +119,7 @@ class Worker:
         return worker
 
     def _start(self, problem: Problem, layout: Layout) -> None:
+        keep_freed()
         self.layout = layout
         if problem.job.compute.compile and (lacking := missing()):
             raise InputError(f"compute.compile: got true, but there is {lacking}: use compute.compile=false")

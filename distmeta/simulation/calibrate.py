@@ -29,8 +29,8 @@ from distmeta.simulation.transfers import undisturbed
 
 ROUNDS = 9
 """Times that something is measured, after a first that does not count."""
-SECONDS = 3.0
-"""Of one measurement, where a round takes long: fewer rounds then, three at least."""
+SECONDS = (1.0, 3.0)
+"""Of one measurement: at least, by more rounds; and at most, where a round is long, by fewer, but three."""
 TOGETHER = 4
 """Workers at once, at most, that their slowing each other down is measured with."""
 
@@ -57,8 +57,7 @@ def calibrate(job: Job, say: Callable[[str], None]) -> tuple[Costs, JobCosts]:
         for workers in range(1, max(min(cores, room, TOGETHER), 1) + 1):
             say(f"measuring {workers} Ray worker{'s' * (workers > 1)} …")
             with _pool(problem, workers) as (pool, seconds):
-                alone = own if workers == 1 else job_costs(problem)  # the machine may have become busier
-                slowdown.append(_slowdown(pool, problem, alone))
+                slowdown.append(_slowdown(pool, problem))
                 if workers == 1:
                     overheads, start = _overheads(pool, problem), seconds
     finally:
@@ -135,9 +134,11 @@ def usual(measured: Callable[[int], float]) -> float:
     measured(0)
     found: list[float] = []
     began = time.perf_counter()
-    while len(found) < ROUNDS and (len(found) < 3 or time.perf_counter() - began < SECONDS):
+    while True:
         found.append(measured(len(found) + 1))
-    return undisturbed(found)
+        count, took = len(found), time.perf_counter() - began
+        if (count >= ROUNDS and took > SECONDS[0]) or (count >= 3 and took > SECONDS[1]):
+            return undisturbed(found)
 
 
 @contextmanager
@@ -152,14 +153,19 @@ def _pool(problem: Problem, workers: int) -> Iterator[tuple[Pool, float]]:
         pool.close()
 
 
-def _slowdown(pool: Pool, problem: Problem, alone: JobCosts) -> float:
-    """Seconds of the job's shards in the pool's workers, all at work, over the seconds of one in this process."""
+def _slowdown(pool: Pool, problem: Problem) -> float:
+    """Seconds of the job's shards in the pool's workers, all at work, over the seconds of one in this process: in turn,
+    for the machine may become busier."""
     tasks, flat = _shard_tasks(problem), _flat(problem)
-    count = 2 * pool.size
-    together = usual(
-        lambda step: _busy(pool.map(flat, _plan(problem, step, count * tasks, count), _go)) / count
-    )
-    return together / alone.compute(tasks)
+    count, alone = 2 * pool.size, LocalPool(problem, Layout.of(problem.init()))
+    here: list[float] = []
+
+    def together(step: int) -> float:
+        here.append(_busy(alone.map(flat, _plan(problem, step, tasks, 1), _go)))
+        return _busy(pool.map(flat, _plan(problem, step, count * tasks, count), _go)) / count
+
+    there = usual(together)
+    return there / undisturbed(here[1:])
 
 
 def _overheads(pool: Pool, problem: Problem) -> tuple[float, float, float]:
