@@ -18,7 +18,7 @@ import peers
 import torch
 import torchopt
 import torchopt.distributed as todist
-from systems import System, Way, Workload, first_episodes, in_process_step, job_of
+from systems import NEAR, System, Way, Workload, first_episodes, in_process_step, job_of, peer_step
 from torch import Tensor, nn
 from torch.distributed import rpc
 
@@ -102,6 +102,19 @@ def alone(pipe: Connection, way: Way, workload: Workload) -> None:
     serve(pipe, gradient, call)
 
 
+def as_it_comes(name: str, title: str, workload: Workload, threads: int, stack: ExitStack) -> System:
+    """A peer's step in a process of its own, with the system's memory as it comes."""
+    pipes = started(peer_alone, [(name, title, workload, threads)], stack)
+    suffix = "" if threads == 1 else f", {threads} threads"
+    return Outside(f"{title}, step{suffix}, own process", pipes, near=NEAR)
+
+
+def peer_alone(pipe: Connection, name: str, title: str, workload: Workload, threads: int) -> None:
+    torch.set_num_threads(threads)
+    system = peer_step(name, title, workload, threads)
+    serve(pipe, system.gradient, system.call)
+
+
 def torchopt_distributed(workload: Workload, stack: ExitStack) -> System:
     """TorchOpt's MAML over RPC: rank 0 draws the tasks, both ranks adapt to half of them, the gradient comes back
     through torch's distributed autograd, rank 0 steps."""
@@ -112,7 +125,7 @@ def torchopt_distributed(workload: Workload, stack: ExitStack) -> System:
         MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo", TP_SOCKET_IFNAME="lo"
     ):
         pipes = started(rank_of, [(workload,)] * PROCESSES, stack)
-    return Outside(f"TorchOpt distributed, step, {PROCESSES} RPC workers", pipes[:1], near=5e-4)
+    return Outside(f"TorchOpt distributed, step, {PROCESSES} RPC workers", pipes[:1], near=NEAR)
 
 
 class _Rank(NamedTuple):

@@ -7,7 +7,9 @@ process alone, as `distmeta simulate` does with a job that its costs file lacks;
 trained for real, with 1, 2 and 4 Ray workers: the median of `seconds_step` in its metrics.jsonl, without the first
 steps. Four workers share two cores here: reported, not claimed.
 
-A round begins with a calibration of its own, for the machine may have become slower; figures are medians over rounds.
+A machine that others share is half as fast again from one minute to the next. So a job is measured right before and
+right after each of its trainings, and the prediction takes the mean; a round begins with a calibration of its own;
+figures are medians over rounds.
 `to the quartile`: the same prediction over the steps' lower quartile, which is what costs are taken by: where others
 load the machine, medians have their part in them. `--wait`: at most so long, altogether, for the machine to be idle
 before a measurement. `--minutes`: no measurement begins after that; what was not begun is left out. Ray's workers run
@@ -29,12 +31,13 @@ from typing import Any
 
 import report
 
+from distmeta.compute.flat import Layout
 from distmeta.job import Job
 from distmeta.runtime import driver
 from distmeta.runtime.cluster import connect
 from distmeta.simulation.calibrate import calibrate, job_costs, problem_of
 from distmeta.simulation.cluster import Cluster, Link
-from distmeta.simulation.costs import Costs, JobCosts
+from distmeta.simulation.costs import Costs
 from distmeta.simulation.model import simulate, work_of
 from distmeta.simulation.transfers import undisturbed
 
@@ -98,14 +101,12 @@ def one_round(
     costs, _ = calibrate(job_of(CALIBRATED, 1, workers=1), said)
     rows = []
     for name, tree in jobs.items():
-        quiet()
-        own = job_costs(problem_of(job_of(tree, steps)))
         for strategy, settings in STRATEGIES.items():
             for workers in WORKERS if strategy == "driver" else CLAIMED:
                 if time.monotonic() > until:
                     return rows
                 idle = quiet()
-                row = cell(costs, own, tree, steps, strategy, workers, settings)
+                row = cell(costs, tree, steps, strategy, workers, settings)
                 rows.append(
                     {"job": name, "strategy": strategy, "workers": workers, "idle_before": idle} | row
                 )
@@ -115,19 +116,24 @@ def one_round(
 
 def cell(
     costs: Costs,
-    own: JobCosts,
     tree: dict[str, Any],
     steps: int,
     strategy: str,
     workers: int,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    cluster = Cluster(workers, Link(None), servers=SERVERS)
-    work = work_of(tree["run"]["tasks_per_step"], own.shards, workers, scale=False)
-    predicted = simulate(strategy, cluster, costs.machine, own, work).seconds_step
+    cluster, problem = Cluster(workers, Link(None), servers=SERVERS), problem_of(job_of(tree, steps))
+
+    def predicted_now() -> float:
+        own = job_costs(problem)
+        work = work_of(tree["run"]["tasks_per_step"], own.shards, workers, scale=False)
+        return simulate(strategy, cluster, costs.machine, own, work).seconds_step
+
+    before = predicted_now()
     took, least = measured(job_of(tree, steps, workers=workers, **settings))
+    predicted = statistics.fmean([before, predicted_now()])
     return {
-        "parameters": own.parameters,
+        "parameters": Layout.of(problem.init()).size,
         "predicted": predicted,
         "measured": took,
         "ratio": predicted / took,

@@ -233,7 +233,7 @@ def mean_gradient(problem: Problem, pool: Pool, server: ParameterServer, step: i
 
 def systems_of(workload: Workload, stack: ExitStack) -> list[System]:
     """All that are timed on a workload, made and run once."""
-    from processes import independent, torchopt_distributed  # processes of theirs import this module
+    from processes import as_it_comes, independent, torchopt_distributed  # whose processes import this module
 
     gradients, steps = ways_of(workload)
     made = [
@@ -246,6 +246,7 @@ def systems_of(workload: Workload, stack: ExitStack) -> list[System]:
     ]
     if workload.threads > 1:
         made.append(peer_step("torchopt", "TorchOpt", workload, workload.threads))
+    made.append(as_it_comes("torchopt", "TorchOpt", workload, workload.threads, stack))
     made.append(torchopt_distributed(workload, stack))
     made.append(distmeta_step(steps[0], 0, workload, stack, before_every=1))
     for way in steps:

@@ -39,9 +39,10 @@ SAME = 1e-9
 """Largest relative difference in float64 between systems that compute the same thing."""
 NOTE = (
     "distmeta's rows have run.before_every=0, where they do not say otherwise: the peers' loops do not score tasks "
-    "before adaptation either. One thread each, where a row does not say otherwise; two Ray workers are two "
-    "processes of one thread. Independent processes: distmeta's step on half the tasks in each, with nothing between "
-    "them. ∆: relative norm of the meta-gradient's difference from the one of torch.func in float64."
+    "before adaptation either. This process keeps the memory it frees (distmeta.compute.memory), for the peers in it "
+    "too; `own process`: one with memory as it comes. One thread each, where a row does not say otherwise; two Ray "
+    "workers are two processes of one thread. Independent processes: distmeta's step on half the tasks in each, with "
+    "nothing between them. ∆: relative norm of the meta-gradient's difference from the one of torch.func in float64."
 )
 
 

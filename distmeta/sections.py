@@ -241,6 +241,8 @@ class Compute(Section):
     threads: Positive = 1
     """Threads of one worker's operations. The bits depend on it."""
     deterministic: bool = False
+    draw_ahead: bool | None = None
+    """Whether a Ray worker draws its next shard's tasks on a second thread while it computes one; null: on GPUs."""
     differentiation: Literal["auto", "reverse", "constant-memory"] = "auto"
     """Through the whole graph of the inner loop, or step by step; the same gradient. auto is settled before step 0."""
     compile: bool = False

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from distmeta.core import Episode
-from distmeta.runtime.worker import Shard
+
+if TYPE_CHECKING:
+    from distmeta.runtime.worker import Shard
 
 
 class Ahead:

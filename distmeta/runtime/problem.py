@@ -59,6 +59,12 @@ class Problem:
         at = getattr(self.algorithm, "at", None)
         return self.algorithm if at is None else at(step)
 
+    @property
+    def draws_ahead(self) -> bool:
+        """Whether a worker draws its next shard's tasks while it computes; only those that do not depend on theta."""
+        asked = self.job.compute.draw_ahead
+        return not hasattr(self.family, "collect") and (self.device.type != "cpu" if asked is None else asked)
+
     def scores_before(self, step: int) -> bool:
         """Whether the tasks of an outer step are also scored before adaptation."""
         every = self.job.run.before_every

@@ -21,6 +21,7 @@ from distmeta.compute.memory import keep_freed
 from distmeta.compute.shard import score_tasks, shard_gradient
 from distmeta.core import InputError, Theta
 from distmeta.job import Job
+from distmeta.runtime.ahead import Ahead
 from distmeta.runtime.problem import (
     Problem,
     build,
@@ -110,6 +111,8 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec):
         self._start(problem_of(spec), spec.layout)
+        if self._problem.draws_ahead:
+            self._ahead = Ahead(self._problem.job.compute.threads)
 
     @classmethod
     def of(cls, problem: Problem, layout: Layout) -> Worker:
@@ -128,6 +131,8 @@ class Worker:
         self._theta: Theta = {}
         self._kept: dict[tuple[int, int], Any] = {}
         """Episodes of this step by step and shard, where later epochs ask for them again."""
+        self._ahead: Ahead | None = None
+        """In a process of its own alone: the one that a debugger steps through has one thread."""
 
     def _enter(self, problem: Problem) -> None:
         """Takes up a problem; compiled code has the values of a phase written into it."""
@@ -172,7 +177,11 @@ class Worker:
         started = time.perf_counter()
         ids = task_ids(problem.job.seed, shard.split, shard.step, shard.count)[shard.start : shard.stop]
         episodes = self._kept.get(name) if shard.epoch else None
-        if episodes is None:
+        if self._ahead is not None and shard.split != "train":
+            self._ahead.wait()
+        if episodes is None and self._ahead is not None and shard.split == "train":
+            episodes = self._ahead.draw(shard, self._draw)
+        elif episodes is None:
             theta = self._theta
             if shard.epoch:
                 theta = self.layout.unflatten(whole(flat)[self.layout.size :], problem.device)
@@ -183,6 +192,12 @@ class Worker:
             self._kept = {key: kept for key, kept in self._kept.items() if key[0] == shard.step}
             self._kept[name] = episodes
         return episodes, ids, time.perf_counter() - started
+
+    def _draw(self, shard: Shard) -> Any:
+        """Episodes of a family that needs no theta for them."""
+        problem, more = self._problem, (shard.inner_steps, self._problem.device)
+        ids = task_ids(problem.job.seed, shard.split, shard.step, shard.count)[shard.start : shard.stop]
+        return episodes_of(problem.family, problem.algorithm, {}, shard.split, ids, *more)
 
     def _gradient(self, flat: Flat, shard: Shard, out: np.ndarray | None) -> ShardResult:
         problem, layout = self._problem, self.layout

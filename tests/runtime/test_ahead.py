@@ -1,0 +1,98 @@
+"""Tasks that are drawn before they are asked for: the same ones, by one thread at a time."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import tree
+from outcomes import Watching, outcome, trained
+from processes import send, worker_pids
+
+from distmeta.core import Episode
+from distmeta.job import Job
+from distmeta.runtime.ahead import Ahead
+from distmeta.runtime.problem import build
+from distmeta.runtime.resolution import resolve
+from distmeta.runtime.server import ParameterServer
+from distmeta.runtime.worker import Shard, Worker, WorkerSpec, shards_of
+
+RUN = {"steps": 6, "eval_every": 3, "eval_tasks": 30, "shards": 4}
+
+
+def a_worker(**compute: Any) -> tuple[Worker, np.ndarray]:
+    """As it is in a process of its own."""
+    problem = resolve(build(Job.parse(tree("maml", compute=compute))))
+    server = ParameterServer(problem.init(), problem.job.outer)
+    return Worker(WorkerSpec.of(problem, server.layout)), server.flat()
+
+
+def test_draws_are_those_asked_for_and_begun_before(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, flat = a_worker(draw_ahead=True)
+    problem = worker.enter(0)
+    drawn: list[tuple[str, int, tuple[int, ...]]] = []
+    inside, draw = threading.Lock(), problem.family.draw
+
+    def watched(split: str, ids: np.ndarray) -> Episode:
+        assert inside.acquire(blocking=False), "a task family is used by one thread at a time"
+        drawn.append((split, threading.get_ident(), tuple(map(int, ids))))
+        time.sleep(0.02)
+        inside.release()
+        return draw(split, ids)
+
+    monkeypatch.setattr(problem.family, "draw", watched)
+    plain, _ = a_worker()
+    here = threading.get_ident()
+    for step in range(4):
+        plan = shards_of(problem, "train", step, 8, 4, 1)
+        # what comes next changes in the last step: guessed wrong, drawn when it is asked for
+        for shard in plan[::2] if step < 3 else plan[1::2]:
+            ahead, alone = worker.compute(flat, shard), plain.compute(flat, shard)
+            assert np.array_equal(ahead.gradient, alone.gradient)
+            assert ahead.metrics.keys() == alone.metrics.keys()
+        scored = shards_of(problem, "val", 0, 8, 1, 1)[0]
+        assert np.array_equal(
+            worker.compute(flat, scored).metrics["loss"], plain.compute(flat, scored).metrics["loss"]
+        )
+    asked = [thread == here for split, thread, _ in drawn if split == "train"]
+    # step 0: nobody knows what comes; step 1: the first shard was guessed when the second one came again
+    assert asked.count(False) >= 3, drawn
+    assert all(thread == here for split, thread, _ in drawn if split == "val")
+
+
+def test_a_draw_that_fails_ahead_is_raised_where_it_is_asked_for() -> None:
+    shards = [Shard(index, "train", 0, 4, index, index + 1, 1) for index in range(2)]
+    ahead, failing = Ahead(1), set[int]()
+
+    def draw(shard: Shard) -> Any:
+        if shard.step in failing:
+            raise ZeroDivisionError(str(shard.step))
+        return shard.step, shard.index
+
+    def at(step: int, index: int) -> Any:
+        return ahead.draw(Shard(index, "train", step, 4, index, index + 1, 1), draw)
+
+    assert [ahead.draw(shard, draw) for shard in shards] == [(0, 0), (0, 1)]
+    failing.add(2)
+    assert [at(1, 0), at(1, 1)] == [(1, 0), (1, 1)]
+    ahead.wait()
+    with pytest.raises(ZeroDivisionError):
+        at(2, 0)
+    failing.clear()
+    assert [at(2, 0), at(2, 1), at(5, 1)] == [(2, 0), (2, 1), (5, 1)]
+
+
+def test_bits_are_the_same_on_workers_that_draw_ahead_and_through_a_lost_one(
+    workplace: Path, cluster: None
+) -> None:
+    job = tree("maml", run=RUN)
+    calm = outcome(trained(job, workers=0))
+    job["compute"] = {"draw_ahead": True}
+    harm = Watching({2: lambda: send(worker_pids()[:1], signal.SIGKILL)})
+    assert outcome(trained(job, harm, workers=2, name="ahead")) == calm
+    assert any(text.startswith("lost worker") for text in harm.said)
