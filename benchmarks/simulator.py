@@ -10,8 +10,7 @@ steps. Four workers share two cores here: reported, not claimed.
 A machine that others share is half as fast again from one minute to the next. So a job is measured right before and
 right after each of its trainings, and the prediction takes the mean; a round begins with a calibration of its own;
 figures are medians over rounds.
-`to the quartile`: the same prediction over the steps' lower quartile, which is what costs are taken by: where others
-load the machine, medians have their part in them. `--wait`: at most so long, altogether, for the machine to be idle
+`--wait`: at most so long, altogether, for the machine to be idle
 before a measurement. `--minutes`: no measurement begins after that; what was not begun is left out. Ray's workers run
 at this process's priority, so that what else runs on the machine slows both alike.
 """
@@ -39,7 +38,6 @@ from distmeta.simulation.calibrate import calibrate, job_costs, problem_of
 from distmeta.simulation.cluster import Cluster, Link
 from distmeta.simulation.costs import Costs
 from distmeta.simulation.model import simulate, work_of
-from distmeta.simulation.transfers import undisturbed
 
 WORKERS = (1, 2, 4)
 CLAIMED = (1, 2)
@@ -85,24 +83,23 @@ def job_of(tree: dict[str, Any], steps: int, **run: Any) -> Job:
     return Job.parse(whole)
 
 
-def measured(job: Job) -> tuple[float, float]:
-    """The median and the lower quartile of `seconds_step` of a real training."""
+def measured(job: Job) -> float:
+    """The median of `seconds_step` of a real training."""
     with tempfile.TemporaryDirectory() as folder:
         run = driver.train(Job.parse(job.tree() | {"output": folder})).run
         lines = (run / "metrics.jsonl").read_text().splitlines()
-    seconds = [json.loads(line)["seconds_step"] for line in lines[SKIPPED:]]
-    return statistics.median(seconds), undisturbed(seconds)
+    return statistics.median(json.loads(line)["seconds_step"] for line in lines[SKIPPED:])
 
 
 def one_round(
-    steps: int, quiet: Callable[[], float], jobs: dict[str, dict[str, Any]], until: float
+    steps: int, quiet: Callable[[], float], jobs: dict[str, dict[str, Any]], until: float, claimed: bool
 ) -> list[dict[str, Any]]:
     quiet()
     costs, _ = calibrate(job_of(CALIBRATED, 1, workers=1), said)
     rows = []
     for name, tree in jobs.items():
         for strategy, settings in STRATEGIES.items():
-            for workers in WORKERS if strategy == "driver" else CLAIMED:
+            for workers in WORKERS if strategy == "driver" and not claimed else CLAIMED:
                 if time.monotonic() > until:
                     return rows
                 idle = quiet()
@@ -130,15 +127,13 @@ def cell(
         return simulate(strategy, cluster, costs.machine, own, work).seconds_step
 
     before = predicted_now()
-    took, least = measured(job_of(tree, steps, workers=workers, **settings))
+    took = measured(job_of(tree, steps, workers=workers, **settings))
     predicted = statistics.fmean([before, predicted_now()])
     return {
         "parameters": Layout.of(problem.init()).size,
         "predicted": predicted,
         "measured": took,
         "ratio": predicted / took,
-        "undisturbed": least,
-        "ratio_undisturbed": predicted / least,
     }
 
 
@@ -176,7 +171,7 @@ def summary(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     for same in cells.values():
         figures = {
             key: statistics.median(row[key] for row in same)
-            for key in ("predicted", "measured", "ratio", "undisturbed", "ratio_undisturbed", "idle_before")
+            for key in ("predicted", "measured", "ratio", "idle_before")
         }
         names = {key: same[0][key] for key in ("job", "parameters", "strategy", "workers")}
         found.append(names | figures | {"ratios": [row["ratio"] for row in same]})
@@ -192,6 +187,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run; writes nothing")
+    parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS), help="some of the jobs")
+    parser.add_argument("--claimed", action="store_true", help="with 1 and 2 workers alone")
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
     parser.add_argument("--wait", type=float, default=0.0, help="seconds, at most, for a quiet machine")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which nothing more is begun")
@@ -201,13 +198,13 @@ def main() -> None:
     import ray
 
     leave = connect(ray, None, max(WORKERS))
-    jobs = {"many shards": JOBS["many shards"]} if given.quick else JOBS
+    jobs = {"many shards": JOBS["many shards"]} if given.quick else {name: JOBS[name] for name in given.jobs}
     steps = 8 if given.quick else 20
     rounds, until, quiet = [], time.monotonic() + 60 * given.minutes, waiting(given.wait)
     try:
         for _ in range(1 if given.quick else given.repeats):
             if time.monotonic() < until:
-                rounds.append(one_round(steps, quiet, jobs, until))
+                rounds.append(one_round(steps, quiet, jobs, until, given.claimed))
     finally:
         leave()
     rows = summary(rounds)
@@ -215,7 +212,6 @@ def main() -> None:
         [
             row["job"], f"{row['parameters']:,}", row["strategy"], str(row["workers"]),
             f"{1e3 * row['predicted']:.1f}", f"{1e3 * row['measured']:.1f}", f"{row['ratio']:.2f}",
-            f"{row['ratio_undisturbed']:.2f}",
         ]
         for row in rows
     ]  # fmt: skip
@@ -227,7 +223,6 @@ def main() -> None:
         "predicted, ms",
         "measured, ms",
         "ratio",
-        "to the quartile",
     ]
     print(report.table(header, cells))
     claimed = [row["ratio"] for row in rows if row["workers"] in CLAIMED]

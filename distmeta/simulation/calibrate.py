@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
+from statistics import median
 
 import numpy as np
 
@@ -25,7 +26,6 @@ from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.worker import Shard, ShardResult, shards_of
 from distmeta.simulation import transfers
 from distmeta.simulation.costs import Costs, JobCosts, Machine
-from distmeta.simulation.transfers import undisturbed
 
 ROUNDS = 9
 """Times that something is measured, after a first that does not count."""
@@ -130,7 +130,7 @@ def job_costs(problem: Problem) -> JobCosts:
 
 
 def usual(measured: Callable[[int], float]) -> float:
-    """Seconds, `undisturbed`, of several rounds, each given its number."""
+    """Seconds, the median of several rounds, each given its number."""
     measured(0)
     found: list[float] = []
     began = time.perf_counter()
@@ -138,7 +138,7 @@ def usual(measured: Callable[[int], float]) -> float:
         found.append(measured(len(found) + 1))
         count, took = len(found), time.perf_counter() - began
         if (count >= ROUNDS and took > SECONDS[0]) or (count >= 3 and took > SECONDS[1]):
-            return undisturbed(found)
+            return median(found)
 
 
 @contextmanager
@@ -165,7 +165,7 @@ def _slowdown(pool: Pool, problem: Problem) -> float:
         return _busy(pool.map(flat, _plan(problem, step, count * tasks, count), _go)) / count
 
     there = usual(together)
-    return there / undisturbed(here[1:])
+    return there / median(here[1:])
 
 
 def _overheads(pool: Pool, problem: Problem) -> tuple[float, float, float]:
@@ -183,8 +183,8 @@ def _overheads(pool: Pool, problem: Problem) -> tuple[float, float, float]:
             took, worked = time.perf_counter() - began, time.thread_time() - processor
             if step:
                 found[shards].append((took - _busy(results), worked))
-    waits = {k: undisturbed(row[0] for row in rows) for k, rows in found.items()}
-    works = {k: undisturbed(row[1] for row in rows) for k, rows in found.items()}
+    waits = {k: median(row[0] for row in rows) for k, rows in found.items()}
+    works = {k: median(row[1] for row in rows) for k, rows in found.items()}
     call = max((waits[many] - waits[few]) / (many - few), 0.0)
     driving = max((works[many] - works[few]) / (many - few), 0.0)
     return waits[few] - few * call, call, driving

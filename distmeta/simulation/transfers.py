@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import socket
+import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,7 +59,7 @@ class Echo:
         import torch.distributed as dist
 
         vector = torch.from_numpy(self._vector[: size // 4].copy())
-        return undisturbed(timed(lambda: dist.all_reduce(vector)) for _ in range(rounds))
+        return statistics.median(timed(lambda: dist.all_reduce(vector)) for _ in range(rounds))
 
 
 def measure(ray: Any) -> Transfers:
@@ -103,15 +104,9 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def undisturbed(seconds: Iterable[float]) -> float:
-    """The lower quartile: what else runs on the machine only ever adds."""
-    ordered = sorted(seconds)
-    return ordered[len(ordered) // 4]
-
-
 def _usual(measured: Callable[[], float]) -> float:
     measured()
-    return undisturbed(measured() for _ in range(ROUNDS))
+    return statistics.median(measured() for _ in range(ROUNDS))
 
 
 def _fetch(ray: Any, actor: Any, vector: np.ndarray) -> float:
