@@ -1,18 +1,17 @@
 """What `distmeta simulate` says a step takes, against what it took, on jobs that it was not calibrated on.
 
-    python benchmarks/simulator.py [--quick] [--repeats N] [--wait SECONDS] [--minutes M]
+    python benchmarks/simulator.py [--quick] [--repeats N] [--minutes M] [--wait SECONDS] [--jobs NAME …] [--claimed]
 
 The machine's costs are measured with one job, as `--calibrate` does. Each of the others is then measured in this
 process alone, as `distmeta simulate` does with a job that its costs file lacks; predicted with `--link local`; and
 trained for real, with 1, 2 and 4 Ray workers: the median of `seconds_step` in its metrics.jsonl, without the first
 steps. Four workers share two cores here: reported, not claimed.
 
-A machine that others share is half as fast again from one minute to the next. So a job is measured right before and
-right after each of its trainings, and the prediction takes the mean; a round begins with a calibration of its own;
-figures are medians over rounds.
-`--wait`: at most so long, altogether, for the machine to be idle
-before a measurement. `--minutes`: no measurement begins after that; what was not begun is left out. Ray's workers run
-at this process's priority, so that what else runs on the machine slows both alike.
+A machine that others share is half as fast again from one minute to the next. So a job's own computations are measured
+between the steps of its training, in turn with them; a round begins with a calibration of its own; figures are medians
+over rounds. `--wait`: at most so long, altogether, for the machine to be idle before a measurement.
+`--minutes`: no measurement begins after that; what was not begun is left out. Ray's workers run at this process's
+priority, so that what else runs on the machine slows both alike.
 """
 
 from __future__ import annotations
@@ -24,19 +23,19 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import report
 
-from distmeta.compute.flat import Layout
 from distmeta.job import Job
 from distmeta.runtime import driver
 from distmeta.runtime.cluster import connect
-from distmeta.simulation.calibrate import calibrate, job_costs, problem_of
+from distmeta.runtime.problem import Problem
+from distmeta.simulation.calibrate import Probes, calibrate, problem_of
 from distmeta.simulation.cluster import Cluster, Link
-from distmeta.simulation.costs import Costs
+from distmeta.simulation.costs import Costs, JobCosts
 from distmeta.simulation.model import simulate, work_of
 
 WORKERS = (1, 2, 4)
@@ -83,10 +82,25 @@ def job_of(tree: dict[str, Any], steps: int, **run: Any) -> Job:
     return Job.parse(whole)
 
 
-def measured(job: Job) -> float:
+class Beside(driver.Silent):
+    """Measures a job's computations in this process after each step of a training."""
+
+    def __init__(self, problem: Problem):
+        self._probes = Probes(problem)
+        self._seconds: dict[str, list[float]] = {name: [] for name in self._probes.each}
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        for name, probe in self._probes.each.items():
+            self._seconds[name].append(probe(record["step"]))
+
+    def costs(self) -> JobCosts:
+        return self._probes.costs({k: statistics.median(row[SKIPPED:]) for k, row in self._seconds.items()})
+
+
+def measured(job: Job, beside: Beside) -> float:
     """The median of `seconds_step` of a real training."""
     with tempfile.TemporaryDirectory() as folder:
-        run = driver.train(Job.parse(job.tree() | {"output": folder})).run
+        run = driver.train(Job.parse(job.tree() | {"output": folder}), None, beside).run
         lines = (run / "metrics.jsonl").read_text().splitlines()
     return statistics.median(json.loads(line)["seconds_step"] for line in lines[SKIPPED:])
 
@@ -119,18 +133,13 @@ def cell(
     workers: int,
     settings: dict[str, Any],
 ) -> dict[str, Any]:
-    cluster, problem = Cluster(workers, Link(None), servers=SERVERS), problem_of(job_of(tree, steps))
-
-    def predicted_now() -> float:
-        own = job_costs(problem)
-        work = work_of(tree["run"]["tasks_per_step"], own.shards, workers, scale=False)
-        return simulate(strategy, cluster, costs.machine, own, work).seconds_step
-
-    before = predicted_now()
-    took = measured(job_of(tree, steps, workers=workers, **settings))
-    predicted = statistics.fmean([before, predicted_now()])
+    beside = Beside(problem_of(job_of(tree, steps)))
+    took = measured(job_of(tree, steps, workers=workers, **settings), beside)
+    own, cluster = beside.costs(), Cluster(workers, Link(None), servers=SERVERS)
+    work = work_of(tree["run"]["tasks_per_step"], own.shards, workers, scale=False)
+    predicted = simulate(strategy, cluster, costs.machine, own, work).seconds_step
     return {
-        "parameters": Layout.of(problem.init()).size,
+        "parameters": own.parameters,
         "predicted": predicted,
         "measured": took,
         "ratio": predicted / took,

@@ -6,10 +6,11 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
+from functools import partial
 from statistics import median
 
 import numpy as np
@@ -100,33 +101,52 @@ def problem_of(job: Job, say: Callable[[str], None] = lambda text: None) -> Prob
 
 
 def job_costs(problem: Problem) -> JobCosts:
-    """A shard of the job's size and one of another size give the line; the outer step is timed on its own."""
-    theta = problem.init()
-    layout = Layout.of(theta)
-    pool, flat, group = LocalPool(problem, layout), layout.flatten(theta), problem.algorithm.group_size
-    large = _shard_tasks(problem)
-    small = large // 2 // group * group
-    if not small:
-        small, large = large, 2 * large
-    times = {
-        tasks: usual(lambda step, tasks=tasks: _busy(pool.map(flat, _plan(problem, step, tasks, 1), _go)))
-        for tasks in (small, large)
-    }
-    task = max((times[large] - times[small]) / (large - small), 0.0)
-    server = ParameterServer(theta, problem.job.outer)
-    gradient = np.full(layout.size, 1e-8, np.float32)
+    """What the job's computations take in this process."""
+    probes = Probes(problem)
+    return probes.costs({name: usual(probe) for name, probe in probes.each.items()})
 
-    def outer(step: int) -> float:
-        started = time.perf_counter()
-        mean = gradient / np.float32(large)
-        np.isfinite(mean).all()
-        server.step(mean)
-        server.flat()
-        return time.perf_counter() - started
 
-    shards = problem.job.run.shards
-    assert shards is not None, "resolved"
-    return JobCosts(layout.size, shards, max(times[large] - task * large, 0.0), task, usual(outer))
+class Probes:
+    """A shard of the job's size and one of another size, which give a line, and the outer step: `each` computes what
+    belongs to step `k` and gives the seconds."""
+
+    def __init__(self, problem: Problem):
+        self._problem = problem
+        theta = problem.init()
+        self._layout = layout = Layout.of(theta)
+        pool, flat, group = LocalPool(problem, layout), layout.flatten(theta), problem.algorithm.group_size
+        large = _shard_tasks(problem)
+        small = large // 2 // group * group
+        self._sizes = (small, large) if small else (large, 2 * large)
+        server = ParameterServer(theta, problem.job.outer)
+        gradient = np.full(layout.size, 1e-8, np.float32)
+
+        def shard(tasks: int, step: int) -> float:
+            return _busy(pool.map(flat, _plan(problem, step, tasks, 1), _go))
+
+        def outer(step: int) -> float:
+            started = time.perf_counter()
+            mean = gradient / np.float32(large)
+            np.isfinite(mean).all()
+            server.step(mean)
+            server.flat()
+            return time.perf_counter() - started
+
+        small, large = self._sizes
+        self.each: dict[str, Callable[[int], float]] = {
+            "small": partial(shard, small),
+            "large": partial(shard, large),
+            "outer": outer,
+        }
+
+    def costs(self, seconds: Mapping[str, float]) -> JobCosts:
+        """From the seconds of each."""
+        small, large = self._sizes
+        task = max((seconds["large"] - seconds["small"]) / (large - small), 0.0)
+        shards = self._problem.job.run.shards
+        assert shards is not None, "resolved"
+        base = max(seconds["large"] - task * large, 0.0)
+        return JobCosts(self._layout.size, shards, base, task, seconds["outer"])
 
 
 def usual(measured: Callable[[int], float]) -> float:

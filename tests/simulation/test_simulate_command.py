@@ -186,6 +186,7 @@ def test_calibration(
     """Measures this machine: every cost is there, and the file is used from then on."""
     monkeypatch.setattr(calibrate, "TOGETHER", 1)
     monkeypatch.setattr(calibrate, "ROUNDS", 3)
+    monkeypatch.setattr(calibrate, "SECONDS", (0.0, 3.0))
     monkeypatch.setattr(transfers, "ROUNDS", 2)
     monkeypatch.setattr(transfers, "SIZES", (4_000, 1_000_000))
     found = simulate("--workers", "1", "--link", "local", "--calibrate", "--costs", "new.json", "--json")
