@@ -29,6 +29,7 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor more, for who saves on notice
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "MALLOC_ARENA_MAX": "1",  # Ray Train computes on a thread: its own part of memory glibc would give back
 }
 """Of the host and, as Ray hands it on, of all below it."""
 GET_SECONDS = 60.0
