@@ -235,7 +235,7 @@ def main() -> None:
     ]
     print(report.table(header, cells))
     claimed = [row["ratio"] for row in rows if row["workers"] in CLAIMED]
-    within = sum(1 / 1.2 <= ratio <= 1.2 for ratio in claimed)
+    within = sum(abs(ratio - 1) <= 0.2 for ratio in claimed)
     print(f"\nwithin 20 %: {within} of {len(claimed)} with 1 or 2 workers")
     report.write("simulator", start, {"steps": rows, "rounds": len(rounds)}, quick=given.quick)
 
