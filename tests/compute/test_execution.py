@@ -171,8 +171,8 @@ def test_a_compiled_gradient_is_the_eager_one(job: dict[str, Any], execution: Ex
 
 
 def returning(*results: tuple[float, bool, float, float]) -> Any:
-    """A function whose first call gives the first (gradient, mask, loss, accuracy), the others the second."""
-    calls = iter([*results, *[results[-1]] * 9])
+    """A function whose second call, while it is traced, gives the second (gradient, mask, loss, accuracy)."""
+    calls = iter([*results, *[results[0]] * 9])
 
     def impure(x: torch.Tensor) -> Any:
         gradient, mask, loss, accuracy = next(calls)
@@ -205,6 +205,23 @@ def test_a_compiled_result_that_differs_is_refused(
         return
     with pytest.raises(InputError, match=what):
         Compiler("float32", trace_only=True)("impure", function, x)
+
+
+def test_a_compiled_result_may_be_off_by_what_a_rounding_makes() -> None:
+    """At a kink eager results that are a rounding apart differ as much; elsewhere they do not."""
+
+    def compiled_off_at(x: torch.Tensor) -> None:
+        calls = count()
+
+        def function(x: torch.Tensor) -> Any:
+            slope = (x > 1).to(x) if next(calls) != 1 else torch.zeros_like(x)
+            return {"a": slope}, x > 0, {}
+
+        Compiler("float32", trace_only=True)("kink", function, x)
+
+    compiled_off_at(torch.tensor([1.0 + 1e-6]))
+    with pytest.raises(InputError, match="compiled gradient differs from the eager one"):
+        compiled_off_at(torch.tensor([1.1]))
 
 
 def test_in_bfloat16_a_compiled_gradient_is_held_against_float32() -> None:
