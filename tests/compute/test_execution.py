@@ -93,7 +93,7 @@ def peak() -> int:
 
 def wide(inner_steps: int) -> dict[str, Any]:
     """Inner steps whose graphs are far larger than phi."""
-    tasks = {"type": "sinusoid", "shots": 2000, "queries": 10}
+    tasks = {"type": "sinusoid", "shots": 1000, "queries": 10}
     algorithm = {"type": "maml", "inner_lr": 1e-3, "inner_steps": inner_steps}
     return tree(algorithm, tasks=tasks, model={"type": "mlp", "hidden": [128, 128]})
 
