@@ -71,9 +71,7 @@ class Compiler:
         self._programs[key] = (function, program)  # the function too: `name` may be an id of something in it
         return result
 
-    def _check(
-        self, reference: Any, expected: Any, result: Any, shaken: Callable[[], list[Any]] = lambda: []
-    ) -> None:
+    def _check(self, reference: Any, expected: Any, result: Any, shaken: Callable[[], list[Any]]) -> None:
         """Compares with float32's (`reference`): as near to it as the eager result is, but for a factor of 2. Where it
         is not, also as near as eager results are to each other whose arguments are a rounding apart (`shaken`): a ReLU
         that falls on the other side of zero moves one task's meta-gradient by a hundredth of its norm.
@@ -88,7 +86,7 @@ class Compiler:
             away, allowed = distance(exact, part(result)), TOLERANCE + 2 * distance(exact, eager)
             if not away <= allowed:
                 near = shaken() if near is None else near
-                allowed += 2 * max((distance(eager, part(one)) for one in near), default=0.0)
+                allowed += 2 * max(distance(eager, part(one)) for one in near)
             if not away <= allowed:
                 raise InputError(
                     f"compute.compile: got true, but the compiled {name} differs from the eager one by {away:.1e} of "

@@ -175,7 +175,6 @@ class Worker:
         """
         problem, name = self._problem, (shard.step, shard.index)
         started = time.perf_counter()
-        ids = task_ids(problem.job.seed, shard.split, shard.step, shard.count)[shard.start : shard.stop]
         episodes = self._kept.get(name) if shard.epoch else None
         if self._ahead is not None and shard.split != "train":
             self._ahead.wait()
@@ -185,19 +184,28 @@ class Worker:
             theta = self._theta
             if shard.epoch:
                 theta = self.layout.unflatten(whole(flat)[self.layout.size :], problem.device)
-            episodes = episodes_of(
-                problem.family, problem.algorithm, theta, shard.split, ids, shard.inner_steps, problem.device
-            )
+            episodes = self._draw(shard, theta)
         if shard.split == "train" and problem.outer_epochs > 1:
             self._kept = {key: kept for key, kept in self._kept.items() if key[0] == shard.step}
             self._kept[name] = episodes
-        return episodes, ids, time.perf_counter() - started
+        return episodes, self._ids(shard), time.perf_counter() - started
 
-    def _draw(self, shard: Shard) -> Any:
-        """Episodes of a family that needs no theta for them."""
-        problem, more = self._problem, (shard.inner_steps, self._problem.device)
-        ids = task_ids(problem.job.seed, shard.split, shard.step, shard.count)[shard.start : shard.stop]
-        return episodes_of(problem.family, problem.algorithm, {}, shard.split, ids, *more)
+    def _ids(self, shard: Shard) -> np.ndarray:
+        seed = self._problem.job.seed
+        return task_ids(seed, shard.split, shard.step, shard.count)[shard.start : shard.stop]
+
+    def _draw(self, shard: Shard, theta: Theta | None = None) -> Any:
+        """The shard's episodes. None: of a family that needs no theta for them."""
+        problem, ids = self._problem, self._ids(shard)
+        return episodes_of(
+            problem.family,
+            problem.algorithm,
+            theta or {},
+            shard.split,
+            ids,
+            shard.inner_steps,
+            problem.device,
+        )
 
     def _gradient(self, flat: Flat, shard: Shard, out: np.ndarray | None) -> ShardResult:
         problem, layout = self._problem, self.layout
