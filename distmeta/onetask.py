@@ -43,7 +43,7 @@ def run_one_task(job: Job) -> Iterator[str]:
         )
         layout = Layout.of(theta)
         yield (
-            f"theta: {len(layout.names)} tensors, {layout.size:,} numbers, {layout.size * 4 / 1e6:.2f} MB; "
+            f"theta: {len(layout.names)} tensors, {layout.parameters:,} numbers, {layout.size * 4 / 1e6:.2f} MB; "
             + (f"{len(problem.model.constants)} constants" if problem.model.constants else "no constants")
         )
         flats, seconds = [], []

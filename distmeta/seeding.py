@@ -8,6 +8,9 @@ as 1, 2, 3").
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -23,6 +26,28 @@ def task_ids(seed: int, stream: str, step: int, count: int) -> np.ndarray:
 def task_generator(task_id: int | np.integer, part: int = 0) -> np.random.Generator:
     """The random numbers of one task; `part` k + 1: the noise of what is collected after k inner steps."""
     return np.random.Generator(np.random.Philox(key=(part << 64) | int(task_id)))
+
+
+def task_generators(ids: Iterable[int | np.integer], part: int = 0) -> Iterator[np.random.Generator]:
+    """`task_generator` of one task after the other. It is one generator, set anew for each, which takes a tenth of the
+    time that making one does: draw from it before the next.
+    """
+    philox = np.random.Philox(key=0)
+    generator, state = np.random.Generator(philox), philox.state
+    key = state["state"]["key"]
+    key[1] = part
+    for task_id in ids:
+        key[0] = task_id
+        philox.state = state  # copies it
+        yield generator
+
+
+def uniforms(ids: Any, count: int, part: int = 0) -> np.ndarray:
+    """The first `count` uniform numbers of [0, 1) of each task, float64 [T, count]."""
+    rows = np.empty((len(ids), count))
+    for row, generator in zip(rows, task_generators(ids, part), strict=True):
+        generator.random(out=row)
+    return rows
 
 
 def torch_generator(seed: int, stream: str) -> torch.Generator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -124,7 +125,14 @@ def distance(expected: Any, result: Any) -> float:
     return (apart / size) ** 0.5 if size else apart**0.5
 
 
+class MissingCompilerError(InputError):
+    """A machine that is to compile lacks something; its argument: what `missing` says."""
+
+    def __str__(self) -> str:
+        return f"compute.compile: got true, but there is {self.args[0]}: use compute.compile=false"
+
+
 def missing() -> str | None:
     """What torch.compile lacks on this machine; None if it has a C++ compiler."""
     name = os.environ.get("CXX", "g++")
-    return None if shutil.which(name) else f"no C++ compiler ({name}) here"
+    return None if shutil.which(name) else f"no C++ compiler ({name}) on {socket.gethostname()}"

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +16,8 @@ from distmeta.core import Theta
 BLOCK = 65_536
 """Elements of one partial sum of a norm: slices of a vector that are cut at blocks agree on its norm. Sums of vectors
 go through them in such blocks too."""
-
+ALIGN = 16
+"""Elements of 64 bytes: how torch aligns tensors of its own. Views of a vector that is are aligned as they would be."""
 
 Flat = np.ndarray | tuple[np.ndarray, ...]
 """A flat vector, or its consecutive pieces."""
@@ -25,9 +29,21 @@ def whole(flat: Flat) -> np.ndarray:
     return flat[0] if len(flat) == 1 else np.concatenate(flat)
 
 
+class Span(NamedTuple):
+    """Elements [first, last) of a tensor of theta, and where they begin in a piece of the flat vector."""
+
+    name: str
+    first: int
+    last: int
+    at: int
+
+
 @dataclass(frozen=True)
 class Layout:
-    """Where each tensor of theta lies in the vector: in theta's own order, one after the other."""
+    """Where each tensor of theta lies in the vector: in theta's own order, each from a multiple of `ALIGN` on.
+
+    The gaps hold zeros: in theta, in its gradients, and so in whatever an optimizer makes of them.
+    """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -36,57 +52,89 @@ class Layout:
     def of(theta: Theta) -> Layout:
         return Layout(tuple(theta), tuple(tuple(value.shape) for value in theta.values()))
 
-    @property
+    @cached_property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Where each tensor begins and ends in the vector."""
+        found, start = [], 0
+        for shape in self.shapes:
+            stop = start + math.prod(shape)
+            found.append((start, stop))
+            start = _aligned(stop)
+        return tuple(found)
+
+    @cached_property
+    def _strides(self) -> list[tuple[int, ...]]:
+        return [torch.empty(shape, device="meta").stride() for shape in self.shapes]
+
+    @cached_property
     def size(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes)
+        """Numbers in the vector."""
+        return _aligned(self.places[-1][1])
+
+    @cached_property
+    def parameters(self) -> int:
+        """Numbers in theta."""
+        return sum(stop - start for start, stop in self.places)
+
+    def blank(self) -> np.ndarray:
+        """A vector that is set in its gaps alone."""
+        flat = np.empty(self.size, np.float32)
+        starts = [start for start, _ in self.places[1:]] + [self.size]
+        for (_, stop), following in zip(self.places, starts, strict=True):
+            flat[stop:following] = 0
+        return flat
 
     def flatten(self, theta: Theta) -> np.ndarray:
         """theta -> float32 [size]."""
-        flat = np.empty(self.size, np.float32)
+        flat = self.blank()
         for name, view in self.views(torch.from_numpy(flat)).items():
             view.copy_(theta[name])
         return flat
 
     def views(self, flat: torch.Tensor) -> Theta:
         """Views of the flat tensor, by name."""
-        theta, start = {}, 0
-        for name, shape in zip(self.names, self.shapes, strict=True):
-            count = math.prod(shape)
-            theta[name] = flat[start : start + count].view(shape)
-            start += count
-        return theta
+        offset = flat.storage_offset()
+        return {
+            name: flat.as_strided(shape, strides, offset + start)
+            for name, shape, strides, (start, _) in zip(
+                self.names, self.shapes, self._strides, self.places, strict=True
+            )
+        }
 
     def unflatten(self, flat: np.ndarray, device: torch.device | str = "cpu") -> Theta:
-        """float32 [size] -> theta, each tensor in memory of its own.
+        """float32 [size] -> theta, each tensor in memory of its own."""
+        return {name: view.clone() for name, view in self.views(shared(flat).to(device)).items()}
 
-        The copy is on purpose: the vector may be a read-only view of shared memory, and the bits of a matrix
-        product can depend on how its operands are aligned.
-        """
-        theta, start = {}, 0
-        for name, shape in zip(self.names, self.shapes, strict=True):
-            stop = start + math.prod(shape)
-            theta[name] = torch.from_numpy(np.array(flat[start:stop], np.float32)).view(shape).to(device)
-            start = stop
-        return theta
-
-    def refill(self, theta: Theta, flat: np.ndarray) -> None:
-        """Overwrites what `unflatten` gave, on the CPU: fresh memory costs a large theta more than the copy does."""
-        start = 0
-        for name in self.names:
-            numbers = theta[name].numpy().reshape(-1)
-            np.copyto(numbers, flat[start : start + numbers.size])
-            start += numbers.size
-
-    def spans(self, start: int, stop: int) -> list[tuple[str, int, int]]:
-        """Which of its elements each tensor has in [start, stop) of the vector: (name, first, past the last)."""
-        found, offset = [], 0
-        for name, shape in zip(self.names, self.shapes, strict=True):
-            count = math.prod(shape)
-            first, last = max(start - offset, 0), min(stop - offset, count)
+    def spans(self, start: int, stop: int) -> list[Span]:
+        """What each tensor has in [start, stop) of the vector."""
+        found = []
+        for name, (begin, end) in zip(self.names, self.places, strict=True):
+            first, last = max(start, begin), min(stop, end)
             if first < last:
-                found.append((name, first, last))
-            offset += count
+                found.append(Span(name, first - begin, last - begin, first - start))
         return found
+
+
+def _aligned(count: int) -> int:
+    return -(-count // ALIGN) * ALIGN
+
+
+def shared(flat: np.ndarray) -> torch.Tensor:
+    """A tensor on the vector's own memory, not to be written to; a copy only where that is not aligned.
+
+    The bits of a matrix product can depend on how its operands are aligned: small vectors lie anywhere in what Ray
+    received, large ones as they do here.
+    """
+    if flat.ctypes.data % (4 * ALIGN):
+        copy = torch.empty(len(flat))
+        copy.numpy()[:] = flat
+        return copy
+    return torch.from_numpy(flat)
+
+
+with warnings.catch_warnings():  # torch says once in a process that a tensor could write to read-only memory
+    warnings.simplefilter("ignore")
+    torch.from_numpy(np.frombuffer(bytes(4), np.float32))
 
 
 def edges_of(size: int, pieces: int) -> list[int]:

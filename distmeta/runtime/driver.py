@@ -17,10 +17,9 @@ from distmeta.runtime.checkpoint import Checkpoint, Progress
 from distmeta.runtime.failure import LostShardError
 from distmeta.runtime.folder import RunFolder, Start, starting_point
 from distmeta.runtime.interrupt import InterruptedRun, StopRequested, interruptions
-from distmeta.runtime.preparation import last_step, outer_at, prepared, tracker_of
+from distmeta.runtime.preparation import last_step, opened, outer_at, prepared, tracker_of
 from distmeta.runtime.problem import Problem, examples_of, fingerprint_of
 from distmeta.runtime.scores import SPIKE_WINDOW, evaluate_tasks, mean_metrics, primary, spikes
-from distmeta.runtime.strategies import open_strategy
 from distmeta.runtime.strategy import LostStateError, Strategy
 from distmeta.sections import Run as RunSection
 from distmeta.tracking import Tracker
@@ -109,8 +108,7 @@ def train(
         problem, progress = prepared(start, reporter.say)
         strategy = None
         if not _finished(progress, problem.job.run):
-            state = start.checkpoint.state if start.checkpoint else None
-            strategy = open_strategy(problem, outer_at(problem.job, progress), state, reporter.say)
+            problem, strategy = opened(problem, start, progress, reporter.say)
             stack.callback(strategy.close)
         tracker = tracker_of(problem.job, start, progress, reporter.say)
         stack.callback(tracker.close, "FAILED")  # unless the loop got to say how it ended

@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 
 import numpy as np
 
+from distmeta.compute.compiler import MissingCompilerError
 from distmeta.compute.compressed import cut
 from distmeta.core import InputError
 from distmeta.job import Run
@@ -41,7 +42,7 @@ class WorkerProcess:
         return ray.get_runtime_context().get_node_id()
 
     def build(self, spec: WorkerSpec) -> int:
-        self._worker, self._out = Worker(spec), np.empty(spec.layout.size, np.float32)
+        self._worker, self._out = Worker(spec), spec.layout.blank()
         return os.getpid()
 
     def compute(self, shard: Shard, edges: Sequence[int], *flat: np.ndarray) -> Any:
@@ -72,11 +73,13 @@ class _Place:
 
     state: Literal["empty", "waiting", "building", "idle", "busy"] = "empty"
     since: float = 0.0
-    """When it came into this state; empty: when the next worker is due."""
+    """When it came into this state; empty: when the next worker is due; busy: when it began what it computes now."""
     actor: Any = None
     node: str | None = None
     call: Any = None
     """What ends the waiting or the building."""
+    given: int = 0
+    """Shards that it has: the one that it computes and those behind."""
     in_a_row: int = 0
     """Workers lost here since one computed a shard."""
 
@@ -100,6 +103,15 @@ class Fleet:
 
     def idle(self) -> list[int]:
         return [worker for worker, place in enumerate(self._places) if place.state == "idle"]
+
+    def with_one(self) -> list[int]:
+        """Those that compute a shard and have none behind it, where they are to stay."""
+        draining = self._nodes.draining()
+        return [w for w, p in enumerate(self._places) if p.given == 1 and p.node not in draining]
+
+    def since(self, worker: int) -> float:
+        """When a worker began what it computes now."""
+        return self._places[worker].since
 
     def node(self, worker: int) -> str | None:
         return self._places[worker].node
@@ -141,26 +153,34 @@ class Fleet:
         self._short_since = None
 
     def wait(self, calls: list[Any]) -> list[Any]:
-        """Those of `calls` that are finished, after a moment at most."""
+        """One of `calls` that is finished, after a moment at most."""
         everything = [*calls, *self.calls()]
         if not everything:  # every worker is to be replaced, none is due yet
             time.sleep(POLL_SECONDS)
             return []
-        self._ray.wait(everything, num_returns=1, timeout=POLL_SECONDS)
-        return self._ray.wait(calls, num_returns=len(calls), timeout=0)[0] if calls else []
+        done, _ = self._ray.wait(everything, num_returns=1, timeout=POLL_SECONDS)
+        return [call for call in done if call in calls]
 
     def give(self, worker: int, method: str, unit: Any, arguments: Sequence[Any], outputs: int) -> list[Any]:
-        """A ready worker computes something: as many objects."""
+        """A worker computes something, once it is done with what it has: as many objects."""
         place = self._places[worker]
-        assert place.state == "idle"
-        place.state, place.since = "busy", time.monotonic()
-        made = getattr(place.actor, method).options(num_returns=outputs).remote(unit, *arguments)
-        return made if outputs > 1 else [made]
+        assert place.state in ("idle", "busy")
+        if place.state == "idle":
+            place.state, place.since = "busy", time.monotonic()
+        place.given += 1
+        call = getattr(place.actor, method)
+        return (
+            call.options(num_returns=outputs).remote(unit, *arguments)
+            if outputs > 1
+            else [call.remote(unit, *arguments)]
+        )
 
     def freed(self, worker: int) -> None:
         """It computed its shard."""
         place = self._places[worker]
-        place.state, place.since, place.in_a_row = "idle", time.monotonic(), 0
+        place.given -= 1
+        place.state = "busy" if place.given else "idle"
+        place.since, place.in_a_row = time.monotonic(), 0
         self._failed_starts = 0
 
     def went_with_its_node(self, worker: int) -> bool:
@@ -174,6 +194,7 @@ class Fleet:
                 self._ray.kill(place.actor)  # it may be unreachable or stopped rather than dead
         place.state, place.since, place.in_a_row = "empty", time.monotonic() + delay, place.in_a_row + blamed
         place.actor = place.node = place.call = None
+        place.given = 0
 
     def close(self) -> None:
         for worker in range(len(self._places)):
@@ -210,6 +231,8 @@ class Fleet:
         try:
             answer = self._ray.get(call, timeout=GET_SECONDS)
         except self._ray.exceptions.RayTaskError as error:
+            if self._opened and isinstance(error.cause, MissingCompilerError):
+                return self._failed(worker, describe(error), f"is refused (there is {error.cause.args[0]})")
             if not another_may_fare_better(error.cause):
                 reraise(error)
             return self._failed(worker, describe(error))
@@ -225,7 +248,7 @@ class Fleet:
             self._say(f"worker {worker} is ready: {self.size} now")
         return None
 
-    def _failed(self, worker: int, reason: str) -> None:
+    def _failed(self, worker: int, reason: str, how: str = "") -> None:
         if self.went_with_its_node(worker):
             return self.replace(worker, 0.0, blamed=False)
         self._failed_starts += 1
@@ -234,7 +257,8 @@ class Fleet:
             raise LostShardError(
                 f"{self._failed_starts} workers in a row died while starting, the last by: {reason}"
             )
-        self._say(f"worker {worker} died while starting ({reason.partition(':')[0]}): another is started")
+        how = how or f"died while starting ({reason.partition(':')[0]})"
+        self._say(f"worker {worker} {how}: another is started")
         return self.replace(worker, backoff(self._places[worker].in_a_row + 1))
 
     def _overdue(self, now: float) -> None:

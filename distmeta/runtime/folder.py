@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from distmeta.combining import SAME_BITS
-from distmeta.compute.compiler import missing
 from distmeta.core import InputError
 from distmeta.job import Job
 from distmeta.mlflow_store import redact
@@ -54,6 +53,7 @@ SETTLED: dict[str, tuple[Any, ...]] = {
     "compute.execution": ("auto", "measure"),
     "compute.chunk": (None,),
     "compute.differentiation": ("auto",),
+    "compute.compile": (True,),  # on condition that every worker can
 }
 """What a job may leave open and the run settled at its start."""
 
@@ -187,8 +187,7 @@ def _refuse_changes(prefix: str, stored: Any, asked: Any, free: set[str]) -> Non
     for key in {**stored, **asked}:
         old, new = stored.get(key), asked.get(key)
         name = f"{prefix}.{key}".lstrip(".")
-        without = name == "compute.compile" and new is True and missing()  # as when the run began
-        if key in free or new == old or new in SETTLED.get(name, ()) or without:
+        if key in free or new == old or new in SETTLED.get(name, ()):
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             _refuse_changes(name, old, new, set())

@@ -32,6 +32,11 @@ class Outstanding(Generic[Result]):
         """Positions without an answer."""
         return self._count - len(self.results)
 
+    @property
+    def waiting(self) -> int:
+        """Positions that nobody has."""
+        return len(self._waiting)
+
     def in_order(self) -> list[Result]:
         return [self.results[position] for position in range(self._count)]
 

@@ -84,6 +84,8 @@ class Work:
     edges: Sequence[int] = ()
     """Where gradients are cut; none: they come back with the results."""
     rounds: bool = False
+    ahead: bool = False
+    """Whether a worker may be given its next shard while it computes one: theta is what it will be then."""
     left: Outstanding[Answer] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,12 +101,11 @@ class Work:
 
 @dataclass(frozen=True)
 class _Call:
-    """A worker at work."""
+    """What a worker computes, or will when it is done with what it was given before."""
 
     worker: int
     shard: Any
     position: int
-    since: float
     of: Outstanding[Answer]
     """What it was made for; it may outlast it, where another worker was faster."""
     pieces: list[Any]
@@ -142,7 +143,7 @@ class RayPool:
         return self._fleet.nodes()
 
     def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
-        work = Work(list(shards), [self.put(flat, check)])
+        work = Work(list(shards), [self.put(flat, check)], ahead=True)
         for _ in self.answers(work, check):
             pass
         return [answer.result for answer in work.left.in_order()]
@@ -168,7 +169,7 @@ class RayPool:
         self._fleet.tend()
         self._hand_out(works)
         for finished in self._fleet.wait(list(self._calls)):
-            self._take(self._calls.pop(finished), finished)
+            self._take(finished)
         self._replace_hung()
 
     def close(self) -> None:
@@ -193,19 +194,27 @@ class RayPool:
                 time.sleep(STORE_SECONDS)
 
     def _hand_out(self, works: Sequence[Work]) -> None:
-        """Every idle worker gets a shard that nobody computes, else one that another is slow with."""
+        """Every idle worker gets a shard that nobody has, else one that another is slow with. Then a worker may get one
+        more, so that it need not wait for this process, but the last shards wait for whoever is done first."""
         for worker in self._fleet.idle():
-            now = time.monotonic()
-            work, position = self._next(works, now)
+            work, position = self._next(works, time.monotonic())
             if work is None:
                 return
-            shard = work.shards[position]
             if work.left.next() != position:
-                self._say(f"shard {shard.index} is slow: worker {worker} computes it as well")
-            work.left.given(position, now)
-            method, arguments, outputs = work.call
-            call, *pieces = self._fleet.give(worker, method, shard, arguments, outputs)
-            self._calls[call] = _Call(worker, shard, position, now, work.left, pieces)
+                self._say(f"shard {work.shards[position].index} is slow: worker {worker} computes it as well")
+            self._give(worker, work, position)
+        for work in works:
+            for worker in self._fleet.with_one():
+                position = work.left.next()
+                if position is not None and work.ahead and work.left.waiting > self._fleet.size:
+                    self._give(worker, work, position)
+
+    def _give(self, worker: int, work: Work, position: int) -> None:
+        shard = work.shards[position]
+        work.left.given(position, time.monotonic())
+        method, arguments, outputs = work.call
+        call, *pieces = self._fleet.give(worker, method, shard, arguments, outputs)
+        self._calls[call] = _Call(worker, shard, position, work.left, pieces)
 
     def _next(self, works: Sequence[Work], now: float) -> tuple[Work | None, int]:
         for work in works:
@@ -218,50 +227,57 @@ class RayPool:
                 return work, position
         return None, 0
 
-    def _take(self, call: _Call, finished: Any) -> None:
+    def _take(self, finished: Any) -> None:
         """A finished call: a result, or a worker lost. What the computation itself raised is raised."""
+        call = self._calls[finished]
         try:
             result = self._ray.get(finished, timeout=GET_SECONDS)
         except self._ray.exceptions.RayTaskError as error:
             if not another_may_fare_better(error.cause):
                 reraise(error)
-            return self._lost(call, describe(error))
+            return self._lost(call.worker, describe(error))
         except lost_by(self._ray) as error:
-            return self._lost(call, describe(error))
-        self._times(call.shard.kind).append(time.monotonic() - call.since)
+            return self._lost(call.worker, describe(error))
+        del self._calls[finished]
+        self._times(call.shard.kind).append(time.monotonic() - self._fleet.since(call.worker))
         call.of.answered(call.position, Answer(call.shard, result, call.pieces))
         return self._fleet.freed(call.worker)
 
-    def _lost(self, call: _Call, reason: str) -> None:
-        """Another worker in the lost one's place; its shard, unless answered, goes to whichever is free.
+    def _lost(self, worker: int, reason: str) -> None:
+        """Another worker in the lost one's place; its shards, unless answered, go to whoever is free. The one that it
+        computed is blamed.
 
         Raises:
             LostShardError: this shard has cost too many.
         """
-        blamed = not self._fleet.went_with_its_node(call.worker)
+        keys = [key for key, one in self._calls.items() if one.worker == worker]
+        call, *behind = [self._calls.pop(key) for key in keys]
+        for other in reversed(behind):
+            other.of.lost(other.position, blamed=False)
+        blamed = not self._fleet.went_with_its_node(worker)
         failures = call.of.lost(call.position, blamed)
         wanted = call.position not in call.of.results
-        delay = backoff(self._fleet.losses(call.worker) + 1) if blamed else 0.0
+        delay = backoff(self._fleet.losses(worker) + 1) if blamed else 0.0
         if blamed and wanted:
             message = gives_up(str(call.shard), failures, self._run.max_shard_failures, reason)
             if message is not None:
                 raise LostShardError(message)
         where = reason.partition(":")[0] if blamed else "its node is gone"
         again = f": its shard {call.shard.index} is computed again" if wanted else ""
-        self._say(f"lost worker {call.worker} ({where}){again}")
-        self._fleet.replace(call.worker, delay, blamed)
+        self._say(f"lost worker {worker} ({where}){again}")
+        self._fleet.replace(worker, delay, blamed)
 
     def _replace_hung(self) -> None:
         """A worker that gives no answer for too long is taken for lost."""
         now = time.monotonic()
-        for key, call in list(self._calls.items()):
-            silent = now - call.since
+        first = {call.worker: call for call in reversed(self._calls.values())}
+        for worker, call in first.items():
+            silent = now - self._fleet.since(worker)
             failures = call.of.failures[call.position]
             # a first shard may take a minute to compile
             timed = () if self._compiles else self._times(call.shard.kind)
             if hung(silent, timed, failures, self._run.shard_timeout):
-                del self._calls[key]
-                self._lost(call, f"no answer for {silent:.0f} s")
+                self._lost(worker, f"no answer for {silent:.0f} s")
 
     def _times(self, kind: tuple[str, int, bool]) -> deque[float]:
         return self._timed.setdefault(kind, deque(maxlen=TIMED))

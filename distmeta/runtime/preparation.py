@@ -6,12 +6,15 @@ from collections.abc import Callable
 
 import torch
 
+from distmeta.compute.compiler import MissingCompilerError
 from distmeta.job import Job
 from distmeta.mlflow_store import redact
 from distmeta.runtime.checkpoint import Progress
 from distmeta.runtime.folder import Start
 from distmeta.runtime.problem import Problem, build, check_data, device_of, numerics_of
-from distmeta.runtime.resolution import resolve
+from distmeta.runtime.resolution import eager, resolve
+from distmeta.runtime.strategies import open_strategy
+from distmeta.runtime.strategy import Strategy
 from distmeta.sections import Outer
 from distmeta.tracking import Tracker, open_tracker
 
@@ -25,6 +28,25 @@ def prepared(start: Start, say: Callable[[str], None]) -> tuple[Problem, Progres
     problem = build(start.job, constants, _device(start.job)).at(start.job.phase(last_step(progress)))
     check_data(problem, start.checkpoint.data)
     return problem, progress
+
+
+def opened(
+    problem: Problem, start: Start, progress: Progress, say: Callable[[str], None]
+) -> tuple[Problem, Strategy]:
+    """The strategy, ready to advance.
+
+    Whether a run compiles is settled at its start: where a worker of a new one has no C++ compiler, none compiles.
+    """
+    state = start.checkpoint.state if start.checkpoint else None
+    outer = outer_at(problem.job, progress)
+    try:
+        return problem, open_strategy(problem, outer, state, say)
+    except MissingCompilerError as error:
+        if start.checkpoint is not None:
+            raise
+        say(f"compute.compile: there is {error.args[0]}; the whole run goes without")
+    problem = eager(problem)
+    return problem, open_strategy(problem, outer, state, say)
 
 
 def last_step(progress: Progress) -> int:

@@ -28,7 +28,7 @@ def resolve(problem: Problem, say: Callable[[str], None] = lambda text: None) ->
     _check_compute(problem)
     if problem.job.compute.compile and (lacking := missing()):
         say(f"compute.compile: there is {lacking}; the whole run goes without")
-        problem = replace(problem, job=problem.job.replace(compute={"compile": False}))
+        problem = eager(problem)
     theta = {name: value.to(problem.device) for name, value in problem.init().items()}
     _check_evaluation(problem, theta)
     execution = _execution(problem, theta, say)
@@ -41,6 +41,11 @@ def resolve(problem: Problem, say: Callable[[str], None] = lambda text: None) ->
     }
     settled = problem.job.replace(compute=compute, outer={"schedule": schedule})
     return replace(problem, job=settled, execution=execution)
+
+
+def eager(problem: Problem) -> Problem:
+    """The same without `compute.compile`."""
+    return replace(problem, job=problem.job.replace(compute={"compile": False}))
 
 
 def _with_shards(problem: Problem) -> Job:

@@ -6,7 +6,8 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from itertools import groupby
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
     "rmsprop": torch.optim.RMSprop,
 }
+COUNT = "step"
+"""What torch's optimizers keep once a parameter; all else they keep for each of its elements."""
 
 
 class ParameterServer:
@@ -35,8 +38,7 @@ class ParameterServer:
         self.layout = Layout.of(theta)
         self.outer = outer
         self._flat = torch.from_numpy(self.layout.flatten(theta))
-        self._theta = {name: torch.nn.Parameter(view) for name, view in self.layout.views(self._flat).items()}
-        self._optimizer = _optimizer(self._theta, outer)
+        self._optimizer, self._runs = _optimizer(self._flat, self.layout, outer)
         self._scheduler = _scheduler(self._optimizer, outer)
 
     def flat(self) -> np.ndarray:
@@ -51,7 +53,7 @@ class ParameterServer:
 
     def theta(self) -> Theta:
         """theta by name, a copy."""
-        return {name: value.detach().clone() for name, value in self._theta.items()}
+        return {name: view.clone() for name, view in self.layout.views(self._flat).items()}
 
     def step(self, gradient: np.ndarray, factor: float = 1.0) -> float:
         """One outer step on the mean meta-gradient, at `factor` times the rate; its norm before clipping."""
@@ -59,12 +61,14 @@ class ParameterServer:
         limit = self.outer.clip_norm
         if limit is not None and size > limit:
             gradient = gradient * np.float32(limit / size)
-        for name, part in self.layout.views(torch.from_numpy(np.ascontiguousarray(gradient))).items():
-            self._theta[name].grad = part
+        whole = torch.from_numpy(np.ascontiguousarray(gradient))
+        for run in self._runs:
+            run.parameter.grad = whole[run.start : run.stop]
         for group in self._optimizer.param_groups:
             group["lr"] *= factor  # until the schedule sets the next step's
         self._optimizer.step()
-        self._optimizer.zero_grad()
+        for run in self._runs:
+            run.parameter.grad = None
         self._advance()
         return size
 
@@ -73,7 +77,7 @@ class ParameterServer:
         tensors, _ = self.state()
         clock = self._scheduler.last_epoch
         self.outer = outer
-        self._optimizer = _optimizer(self._theta, outer)
+        self._optimizer, self._runs = _optimizer(self._flat, self.layout, outer)
         self._load_optimizer(tensors)
         self._scheduler = _scheduler(self._optimizer, outer)
         self._scheduler.last_epoch = clock
@@ -99,14 +103,17 @@ class ParameterServer:
     def rates(self) -> list[float]:
         """The outer rate of each tensor of theta, in its order."""
         rates = {id(p): group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
-        return [float(rates[id(parameter)]) for parameter in self._theta.values()]
+        return [float(rates[id(run.parameter)]) for run in self._runs for _ in run.layout.names]
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """The optimizer's tensors as `<parameter>/<quantity>`, and the schedule and rates as plain data."""
         tensors = {}
-        for name, parameter in self._theta.items():
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}/{key}"] = value.detach().clone()
+        for run in self._runs:
+            quantities: Theta = self._optimizer.state.get(run.parameter, {})
+            for key, value in quantities.items():
+                views = run.layout.views(value) if key != COUNT else {}
+                for name in run.layout.names:
+                    tensors[f"{name}/{key}"] = views.get(name, value).detach().clone()
         rates = [group["lr"] for group in self._optimizer.param_groups]
         return tensors, {"rates": rates, "schedule": self._scheduler.state_dict()}
 
@@ -116,26 +123,24 @@ class ParameterServer:
         Raises:
             InputError: theta, or the optimizer's state, has other names or shapes than this job's.
         """
-        check_theta(theta, self._theta)
-        check_state(tensors, plain, self._theta, self.state()[1])
-        with torch.no_grad():
-            for name, parameter in self._theta.items():
-                parameter.copy_(theta[name])
+        own = self.layout.views(self._flat)
+        check_theta(theta, own)
+        check_state(tensors, plain, own, self.state()[1])
+        for name, view in own.items():
+            view.copy_(theta[name])
         self._load_optimizer(tensors)
         for group, rate in zip(self._optimizer.param_groups, plain["rates"], strict=True):
             group["lr"] = rate
         self._scheduler.load_state_dict(plain["schedule"])
 
     def _load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for name, parameter in self._theta.items():
-            state = {
-                key.removeprefix(f"{name}/"): value
-                for key, value in tensors.items()
-                if key.rpartition("/")[0] == name
-            }
-            self._optimizer.state.pop(parameter, None)
+        for run in self._runs:
+            self._optimizer.state.pop(run.parameter, None)
+            first = run.layout.names[0]
+            quantities = [key.rpartition("/")[2] for key in tensors if key.rpartition("/")[0] == first]
+            state = {key: _joined(run.layout, key, tensors) for key in quantities}
             if state:
-                self._optimizer.state[parameter] = state
+                self._optimizer.state[run.parameter] = state
 
 
 def clock_of(names: Iterable[str], outer: Outer, plain: dict[str, Any]) -> ParameterServer:
@@ -164,9 +169,12 @@ def check_state(
 ) -> None:
     """Raises InputError where the optimizer's state cannot be that of a run of this job: the file may be anybody's."""
     for key, value in tensors.items():
-        parameter = theta.get(key.rpartition("/")[0])
-        if parameter is None or value.shape not in (parameter.shape, ()):
+        name, _, quantity = key.rpartition("/")
+        if name not in theta or value.shape != (() if quantity == COUNT else theta[name].shape):
             raise InputError(f"checkpoint: its optimizer has a {key!r} that fits nothing of theta")
+        lacking = next((other for other in theta if f"{other}/{quantity}" not in tensors), None)
+        if lacking is not None:
+            raise InputError(f"checkpoint: its optimizer has {key!r}, but none of {lacking!r}")
     if not _like(expected, plain):
         raise InputError("checkpoint: its outer rates and schedule are not those of this job's optimizer")
 
@@ -186,21 +194,46 @@ def _like(expected: Any, got: Any) -> bool:
     return type(got) is type(expected)
 
 
-def _optimizer(theta: dict[str, torch.nn.Parameter], outer: Outer) -> torch.optim.Optimizer:
-    """One parameter group a rate. Neither fused nor foreach: their bits differ with the grouping."""
-    groups: dict[float, list[torch.nn.Parameter]] = {}
-    unused = set(outer.rates)
-    for name, parameter in theta.items():
+class _Run(NamedTuple):
+    """Neighbouring tensors of one rate, which the optimizer takes for one: it is elementwise."""
+
+    layout: Layout
+    parameter: torch.nn.Parameter
+    start: int
+    stop: int
+
+
+def _optimizer(flat: torch.Tensor, layout: Layout, outer: Outer) -> tuple[torch.optim.Optimizer, list[_Run]]:
+    """One parameter group a rate, and what is in them, in theta's order."""
+    rates, unused = [], set(outer.rates)
+    for name in layout.names:
         glob = next((g for g in outer.rates if fnmatchcase(name, g)), None)
         unused.discard(glob or "")
-        groups.setdefault(outer.lr if glob is None else outer.rates[glob], []).append(parameter)
+        rates.append(outer.lr if glob is None else outer.rates[glob])
     if unused:
-        raise InputError(f"outer.rates: {sorted(unused)[0]!r} matches nothing of theta: {', '.join(theta)}")
-    return optimizer_of(list(groups.items()), outer)
+        names = ", ".join(layout.names)
+        raise InputError(f"outer.rates: {sorted(unused)[0]!r} matches nothing of theta: {names}")
+    runs: list[_Run] = []
+    groups: dict[float, list[torch.nn.Parameter]] = {}
+    for rate, members in groupby(range(len(rates)), rates.__getitem__):
+        own = list(members)
+        part = Layout(tuple(layout.names[i] for i in own), tuple(layout.shapes[i] for i in own))
+        start = layout.places[own[0]][0]
+        runs.append(_Run(part, torch.nn.Parameter(flat[start : start + part.size]), start, start + part.size))
+        groups.setdefault(rate, []).append(runs[-1].parameter)
+    return optimizer_of(list(groups.items()), outer), runs
+
+
+def _joined(layout: Layout, quantity: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A run's quantity from those of its tensors."""
+    if quantity == COUNT:
+        return tensors[f"{layout.names[0]}/{quantity}"]
+    return torch.from_numpy(layout.flatten({name: tensors[f"{name}/{quantity}"] for name in layout.names}))
 
 
 def optimizer_of(groups: list[tuple[float, list[torch.nn.Parameter]]], outer: Outer) -> torch.optim.Optimizer:
-    """torch.optim's, with a rate for each group of parameters."""
+    """torch.optim's, with a rate for each group of parameters. Neither fused nor foreach: their bits differ with the
+    grouping."""
     options = {
         key: getattr(outer, key)
         for key in ("momentum", "nesterov", "betas", "eps", "weight_decay")

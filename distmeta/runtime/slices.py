@@ -10,24 +10,22 @@ import numpy as np
 import torch
 
 from distmeta.compute.compressed import Vector, decode
-from distmeta.compute.flat import Layout, finite, mean_of, squared_blocks
+from distmeta.compute.flat import Layout, Span, finite, mean_of, squared_blocks
 from distmeta.compute.memory import keep_freed
 from distmeta.core import Theta
-from distmeta.runtime.server import optimizer_of
+from distmeta.runtime.server import COUNT, optimizer_of
 from distmeta.sections import Outer
 
 Moments = list[dict[str, np.ndarray]]
 """The optimizer's quantities of each part of a slice."""
-COUNT = "step"
-"""What torch's optimizers keep once a parameter; all else they keep for each of its elements."""
 
 
 @dataclass(frozen=True)
 class SliceSpec:
     """All that a server needs to start, besides its part of theta."""
 
-    sizes: tuple[int, ...]
-    """Elements of each part: the tensors of theta that have some in the slice, one after the other."""
+    places: tuple[tuple[int, int], ...]
+    """Where each part begins and ends: the tensors of theta that have elements in the slice."""
     rates: tuple[float, ...]
     outer: Outer
     moments: Moments
@@ -40,7 +38,7 @@ class Slice:
     def __init__(self, flat: np.ndarray, spec: SliceSpec):
         keep_freed()
         self._flat = torch.from_numpy(flat.copy())
-        self._sizes, self._rates = spec.sizes, spec.rates
+        self._places, self._rates = spec.places, spec.rates
         self._sent: dict[int, Vector] = {}
         self._attempt = 0
         self._mean: np.ndarray | None = None
@@ -49,7 +47,7 @@ class Slice:
 
     def _start(self, outer: Outer, moments: Moments) -> None:
         self._outer = outer
-        self._parts = [torch.nn.Parameter(part) for part in self._flat.split(self._sizes)]
+        self._parts = [torch.nn.Parameter(self._flat[start:stop]) for start, stop in self._places]
         groups = [(rate, [part]) for rate, part in zip(self._rates, self._parts, strict=True)]
         self._optimizer = optimizer_of(groups, outer)
         for part, of_part in zip(self._parts, moments, strict=True):
@@ -76,11 +74,11 @@ class Slice:
         assert self._mean is not None
         gradient = self._mean if factor is None else self._mean * np.float32(factor)
         self._mean = None
-        gradients = torch.from_numpy(np.ascontiguousarray(gradient)).split(self._sizes)
-        for group, part, own, rate in zip(
-            self._optimizer.param_groups, self._parts, gradients, rates, strict=True
+        whole = torch.from_numpy(np.ascontiguousarray(gradient))
+        for group, part, (start, stop), rate in zip(
+            self._optimizer.param_groups, self._parts, self._places, rates, strict=True
         ):
-            group["lr"], part.grad = rate, own
+            group["lr"], part.grad = rate, whole[start:stop]
         self._optimizer.step()
         self._optimizer.zero_grad()
         return self.flat()
@@ -109,12 +107,15 @@ class Slice:
         self._marked = None
 
 
-def moments_in(
-    layout: Layout, tensors: dict[str, torch.Tensor], start: int, stop: int
-) -> tuple[Moments, list[str]]:
-    """The part of the optimizer's state that belongs to [start, stop) of the flat vector, and its parts' names."""
-    moments, names = [], []
-    for name, first, last in layout.spans(start, stop):
+def places_of(spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
+    """Where they begin and end in their piece of the vector."""
+    return tuple((span.at, span.at + span.last - span.first) for span in spans)
+
+
+def moments_in(spans: Sequence[Span], tensors: dict[str, torch.Tensor]) -> Moments:
+    """What of the optimizer's state, `<parameter>/<quantity>`, belongs to some spans of the flat vector."""
+    moments = []
+    for name, first, last, _ in spans:
         own = {k.rpartition("/")[2]: v for k, v in tensors.items() if k.rpartition("/")[0] == name}
         moments.append(
             {
@@ -122,17 +123,16 @@ def moments_in(
                 for key, value in own.items()
             }
         )
-        names.append(name)
-    return moments, names
+    return moments
 
 
 def joined(layout: Layout, edges: Sequence[int], slices: Sequence[Moments]) -> dict[str, torch.Tensor]:
     """The optimizer's state as `<parameter>/<quantity>`, of the slices that `edges` cut it into."""
     parts: dict[str, list[np.ndarray]] = {}
     for (start, stop), moments in zip(pairwise(edges), slices, strict=True):
-        for (name, _, _), own in zip(layout.spans(start, stop), moments, strict=True):
+        for span, own in zip(layout.spans(start, stop), moments, strict=True):
             for key, value in own.items():
-                parts.setdefault(f"{name}/{key}", []).append(value)
+                parts.setdefault(f"{span.name}/{key}", []).append(value)
     shapes: dict[str, tuple[int, ...]] = dict(zip(layout.names, layout.shapes, strict=True))
     whole: Theta = {}
     for key, values in parts.items():

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from distmeta.compute.compiler import Compiler, missing
+from distmeta.compute.compiler import Compiler, MissingCompilerError, missing
 from distmeta.compute.compressed import Vector, encode
 from distmeta.compute.episodes import episodes_of
-from distmeta.compute.flat import Flat, Layout, whole
+from distmeta.compute.flat import Flat, Layout, shared, whole
 from distmeta.compute.memory import keep_freed
 from distmeta.compute.shard import score_tasks, shard_gradient
 from distmeta.core import InputError, Theta
@@ -125,7 +125,7 @@ class Worker:
         keep_freed()
         self.layout = layout
         if problem.job.compute.compile and (lacking := missing()):
-            raise InputError(f"compute.compile: got true, but there is {lacking}: use compute.compile=false")
+            raise MissingCompilerError(lacking)
         self._enter(problem)
         self._version: tuple[str, int, int, int] | None = None
         self._theta: Theta = {}
@@ -150,7 +150,7 @@ class Worker:
         """The shard's gradient sum (split "train"), or its scores.
 
         Args:
-            out: float32 [layout.size]: the gradient's memory; None: its own.
+            out: the gradient's memory, `layout.blank()` before its first use; None: new.
         """
         self.enter(shard.phase)
         with numerics_of(self._problem.job, self._problem.device):
@@ -158,18 +158,15 @@ class Worker:
             return self._gradient(flat, shard, out) if shard.split == "train" else self._scores(flat, shard)
 
     def _receive(self, flat: Flat, shard: Shard) -> None:
-        """Unflattens theta once a step, however many of its shards come here."""
+        """theta by name, as views of the vector where it lies: once a step, however many of its shards come here."""
         version = (shard.split, shard.step, shard.epoch, shard.version)
         if version != self._version or shard.split != "train":
-            vector, device = whole(flat)[: self.layout.size], self._problem.device
-            if self._theta and device.type == "cpu":
-                self.layout.refill(self._theta, vector)
-            else:
-                self._theta = self.layout.unflatten(vector, device)
+            vector = shared(whole(flat)[: self.layout.size])
+            self._theta = self.layout.views(vector.to(self._problem.device))
             self._version = version
 
-    def _episodes(self, flat: Flat, shard: Shard) -> tuple[Any, np.ndarray, float]:
-        """The shard's episodes, their tasks' ids, and the seconds it took.
+    def _episodes(self, flat: Flat, shard: Shard, ids: np.ndarray) -> tuple[Any, float]:
+        """The shard's episodes, and the seconds it took.
 
         Later epochs on them find them here, or collect them again from the theta that they are of: the same to the bit.
         """
@@ -179,24 +176,24 @@ class Worker:
         if self._ahead is not None and shard.split != "train":
             self._ahead.wait()
         if episodes is None and self._ahead is not None and shard.split == "train":
-            episodes = self._ahead.draw(shard, self._draw)
+            episodes = self._ahead.draw(shard, lambda shard: self._draw(shard, self._ids(shard)))
         elif episodes is None:
             theta = self._theta
             if shard.epoch:
                 theta = self.layout.unflatten(whole(flat)[self.layout.size :], problem.device)
-            episodes = self._draw(shard, theta)
+            episodes = self._draw(shard, ids, theta)
         if shard.split == "train" and problem.outer_epochs > 1:
             self._kept = {key: kept for key, kept in self._kept.items() if key[0] == shard.step}
             self._kept[name] = episodes
-        return episodes, self._ids(shard), time.perf_counter() - started
+        return episodes, time.perf_counter() - started
 
     def _ids(self, shard: Shard) -> np.ndarray:
         seed = self._problem.job.seed
         return task_ids(seed, shard.split, shard.step, shard.count)[shard.start : shard.stop]
 
-    def _draw(self, shard: Shard, theta: Theta | None = None) -> Any:
+    def _draw(self, shard: Shard, ids: np.ndarray, theta: Theta | None = None) -> Any:
         """The shard's episodes. None: of a family that needs no theta for them."""
-        problem, ids = self._problem, self._ids(shard)
+        problem = self._problem
         return episodes_of(
             problem.family,
             problem.algorithm,
@@ -209,9 +206,10 @@ class Worker:
 
     def _gradient(self, flat: Flat, shard: Shard, out: np.ndarray | None) -> ShardResult:
         problem, layout = self._problem, self.layout
-        gradient = np.empty(layout.size, np.float32) if out is None else out
+        gradient = layout.blank() if out is None else out
         views, on_cpu = layout.views(torch.from_numpy(gradient)), problem.device.type == "cpu"
-        episodes, ids, drawing = self._episodes(flat, shard)
+        ids = self._ids(shard)
+        episodes, drawing = self._episodes(flat, shard, ids)
         started = time.perf_counter()
         result = shard_gradient(
             problem.training_at(shard.step),
@@ -228,7 +226,7 @@ class Worker:
             for name, view in views.items():
                 view.copy_(result.gradient[name])
         # a task's own, so that the bits are the same whichever worker rounds
-        draws = task_generator(ids[0], ROUNDING + shard.epoch)
+        draws = task_generator(ids[0], ROUNDING + shard.epoch) if shard.compress != "none" else None
         dropped = tuple(shard.start + i for i in result.dropped)
         return ShardResult(
             shard.index,
@@ -243,7 +241,8 @@ class Worker:
 
     def _scores(self, flat: Flat, shard: Shard) -> ShardResult:
         problem = self._problem
-        episodes, ids, drawing = self._episodes(flat, shard)
+        ids = self._ids(shard)
+        episodes, drawing = self._episodes(flat, shard, ids)
         started = time.perf_counter()
         with evaluating(problem.model.module):
             scores = score_tasks(

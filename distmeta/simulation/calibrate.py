@@ -146,7 +146,7 @@ class Probes:
         shards = self._problem.job.run.shards
         assert shards is not None, "resolved"
         base = max(seconds["large"] - task * large, 0.0)
-        return JobCosts(self._layout.size, shards, base, task, seconds["outer"])
+        return JobCosts(self._layout.parameters, shards, base, task, seconds["outer"])
 
 
 def usual(measured: Callable[[int], float]) -> float:

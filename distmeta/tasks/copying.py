@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.core import PADDING, Batch, Episode, InputError, Metrics
-from distmeta.seeding import task_generator
+from distmeta.seeding import uniforms
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -67,11 +67,9 @@ class Copy:
         """Episodes of the tasks `ids` (uint64 [T]): float32, x [T, L+2, B+2] and [T, L, B+2], y alike with B."""
         shortest, longest = self._lengths[split]
         bits, count = self.out_features, len(ids)
-        uniforms = np.empty((count, 1 + longest * bits))
-        for row, task_id in zip(uniforms, ids, strict=True):
-            row[:] = task_generator(task_id).random(uniforms.shape[1])
-        length_T = shortest + (uniforms[:, 0] * (longest - shortest + 1)).astype(np.int64)
-        bits_TLB = (uniforms[:, 1:].reshape(count, longest, bits) < 0.5).astype(np.float32)
+        drawn = uniforms(ids, 1 + longest * bits)
+        length_T = shortest + (drawn[:, 0] * (longest - shortest + 1)).astype(np.int64)
+        bits_TLB = (drawn[:, 1:].reshape(count, longest, bits) < 0.5).astype(np.float32)
         place_L = np.arange(longest)
         y_TLB = np.where((place_L < length_T[:, None])[..., None], bits_TLB, np.float32(PADDING))
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.core import SPLITS, Batch, Episode, InputError, Metrics
-from distmeta.seeding import task_generator
+from distmeta.seeding import uniforms
 
 Count = Annotated[int, Field(ge=1)]
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
@@ -133,11 +133,9 @@ def _scaled(uniforms: np.ndarray, interval: tuple[float, float]) -> np.ndarray:
 def _uniforms(
     ids: Any, examples: int, x_range: tuple[float, float]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each task's two uniform numbers, [T, 1] each, and its inputs x [T, N]; one call a task."""
-    uniforms = np.empty((len(ids), 2 + examples))
-    for row, task_id in zip(uniforms, ids, strict=True):
-        row[:] = task_generator(task_id).random(2 + examples)
-    return uniforms[:, :1], uniforms[:, 1:2], _scaled(uniforms[:, 2:], x_range)
+    """Each task's two uniform numbers, [T, 1] each, and its inputs x [T, N]."""
+    drawn = uniforms(ids, 2 + examples)
+    return drawn[:, :1], drawn[:, 1:2], _scaled(drawn[:, 2:], x_range)
 
 
 def _episode(x_TN: np.ndarray, y_TN: np.ndarray, shots: int) -> Episode:

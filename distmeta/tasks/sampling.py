@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distmeta.core import PADDING, InputError
-from distmeta.seeding import task_generator
+from distmeta.seeding import uniforms
 
 
 class ClassEntry(NamedTuple):
@@ -67,10 +67,7 @@ def draw_rows(table: Table, ids: Any, shuffled: bool, unbalanced: bool) -> Drawn
     T, n = len(ids), shots + queries
     sizes = [1, 2 * ways, 2 * ways * n, 1, ways, shots * ways, queries * ways]
     used = len(sizes) if shuffled else 5 if min_ways < ways or min_shots < shots else 3
-    uniforms = np.empty((T, sum(sizes[:used])))
-    for row, task_id in zip(uniforms, ids, strict=True):
-        row[:] = task_generator(task_id).random(uniforms.shape[1])
-    part = np.split(uniforms, np.cumsum(sizes[: used - 1]), axis=1)
+    part = np.split(uniforms(ids, sum(sizes[:used])), np.cumsum(sizes[: used - 1]), axis=1)
     group_T = (part[0][:, 0] * len(table.group_start)).astype(np.int64)
     position_TW = distinct(table.group_count[group_T], part[1].reshape(T, 2, ways))
     class_TW = table.members[table.group_start[group_T][:, None] + position_TW]

@@ -96,7 +96,7 @@ def test_retuning_keeps_the_optimizers_state_and_the_clock() -> None:
     theta = {"a": torch.ones(3), "b": torch.zeros(2)}
     job = Job.parse(tree("maml", outer=OUTER))
     one, two = (ParameterServer(theta, job.outer) for _ in range(2))
-    gradient = np.arange(5, dtype=np.float32)
+    gradient = one.layout.flatten({"a": torch.arange(3.0), "b": torch.ones(2)})
     for server in (one, two):
         server.step(gradient)
         server.step(gradient)

@@ -21,9 +21,12 @@ import distmeta
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
 
+WITHOUT_A_COMPILER = {"CXX": "no-such-compiler"}
+
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
+    """A head node whose workers find no C++ compiler."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -31,7 +34,7 @@ def head() -> Iterator[str]:
     log = (HOME / "head.log").open("w")
     process = subprocess.Popen(
         [Path(sys.executable).with_name("ray"), *words, "--node-ip-address=127.0.0.1", f"--temp-dir={HOME}/head"],
-        stdout=log, stderr=log, start_new_session=True,
+        stdout=log, stderr=log, start_new_session=True, env=os.environ | WITHOUT_A_COMPILER,
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while "Ray runtime started" not in (HOME / "head.log").read_text():
@@ -60,6 +63,21 @@ def test_joined_by_address_and_by_environment(head: str, workplace: Path) -> Non
         assert done.returncode == 0, done.stderr
         theta = checkpoints.load(json.loads(done.stdout)["run"]).theta
         assert all(theta[name].equal(expected[name]) for name in expected)
+
+
+def test_where_a_worker_has_no_compiler_the_whole_run_goes_without(head: str, workplace: Path) -> None:
+    job = tree("maml", run={"workers": 2}, compute={"compile": True})
+    (workplace / "job.yaml").write_text(yaml.safe_dump(job))
+    done = train(f"run.address={head}")
+    assert done.returncode == 0, done.stderr
+    said = (
+        r"compute.compile: there is no C\+\+ compiler \(no-such-compiler\) on \S+; the whole run goes without"
+    )
+    assert len(re.findall(said, done.stderr)) == 1
+    run = Path(json.loads(done.stdout)["run"])
+    assert Job.load(run / "job.yaml").compute.compile is False
+    again = train(f"run.address={head}", "run.steps=8", "--resume", str(run))
+    assert again.returncode == 0, again.stderr
 
 
 @pytest.mark.slow  # Ray itself tries for 20 s

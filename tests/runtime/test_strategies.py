@@ -26,7 +26,7 @@ from distmeta.runtime.checkpoint import State
 from distmeta.runtime.failure import LostShardError
 from distmeta.runtime.problem import build
 from distmeta.runtime.server import ParameterServer
-from distmeta.runtime.slices import Slice, SliceSpec, joined, moments_in
+from distmeta.runtime.slices import Slice, SliceSpec, joined, moments_in, places_of
 from distmeta.runtime.strategies import STRATEGIES
 from distmeta.runtime.strategies.driver import Driver
 from distmeta.runtime.strategy import LostStateError
@@ -62,10 +62,13 @@ def test_slices_step_as_the_whole_to_the_bit(outer: str, servers: int) -> None:
     whole = ParameterServer(theta, job.outer)
     layout, edges = whole.layout, edges_of(whole.layout.size, servers)
     assert len(edges) == servers + 1
-    draws = np.random.default_rng(0)
+    draws, shapes = np.random.default_rng(0), dict(zip(layout.names, layout.shapes, strict=True))
 
     def gradients() -> list[np.ndarray]:
-        return [draws.standard_normal(layout.size).astype(np.float32) for _ in range(3)]
+        return [layout.flatten({name: normal(shape) for name, shape in shapes.items()}) for _ in range(3)]
+
+    def normal(shape: tuple[int, ...]) -> torch.Tensor:
+        return torch.from_numpy(draws.standard_normal(shape))
 
     def mean(vectors: list[np.ndarray]) -> np.ndarray:
         return tree_sum(vectors) / np.float32(7)
@@ -74,9 +77,10 @@ def test_slices_step_as_the_whole_to_the_bit(outer: str, servers: int) -> None:
     tensors, rates = whole.state()[0], dict(zip(layout.names, whole.rates(), strict=True))
     slices = []
     for start, stop in pairwise(edges):
-        moments, names = moments_in(layout, tensors, start, stop)
-        sizes = tuple(last - first for _, first, last in layout.spans(start, stop))
-        spec = SliceSpec(sizes, tuple(rates[name] for name in names), job.outer, moments)
+        spans = layout.spans(start, stop)
+        names = [span.name for span in spans]
+        of_names = tuple(rates[name] for name in names)
+        spec = SliceSpec(places_of(spans), of_names, job.outer, moments_in(spans, tensors))
         slices.append((Slice(whole.flat()[start:stop], spec), names, start, stop))
     for step in range(3):
         vectors, partial = gradients(), list[float]()

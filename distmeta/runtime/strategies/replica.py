@@ -128,7 +128,7 @@ def tensors_of(state: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
 def residual_of(layout: Layout, state: dict[str, np.ndarray]) -> np.ndarray:
     if f"{layout.names[0]}/{RESIDUAL}" not in state:
         return np.zeros(layout.size, np.float32)
-    return np.concatenate([state[f"{name}/{RESIDUAL}"].reshape(-1) for name in layout.names])
+    return layout.flatten({name: torch.from_numpy(state[f"{name}/{RESIDUAL}"]) for name in layout.names})
 
 
 def by_name(layout: Layout, residual: np.ndarray) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ from distmeta.runtime.fleet import POLL_SECONDS, describe, lost_by
 from distmeta.runtime.pool import RayPool, Work
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.server import ParameterServer, clock_of
-from distmeta.runtime.slices import Moments, Slice, SliceSpec, joined, moments_in
+from distmeta.runtime.slices import Moments, Slice, SliceSpec, joined, moments_in, places_of
 from distmeta.runtime.strategies.stepping import Stepping
 from distmeta.runtime.strategy import LostStateError, server_of
 from distmeta.runtime.worker import Shard, ShardResult
@@ -74,8 +74,8 @@ class Sharded(Stepping):
         self._edges = edges_of(server.layout.size, asked)
         if len(self._edges) <= asked:
             say(
-                f"run.servers: theta's {server.layout.size:,} numbers go to {len(self._edges) - 1} of {asked} servers, "
-                "for slices are whole blocks of 65,536"
+                f"run.servers: theta's {server.layout.parameters:,} numbers go to {len(self._edges) - 1} of {asked} "
+                "servers, for slices are whole blocks of 65,536"
             )
         self._attempt = 0
         self._sizes: list[float] = []
@@ -111,9 +111,10 @@ class Sharded(Stepping):
                 NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True) if nodes else "SPREAD"
             )
             actor = self._ray.remote(SliceServer).options(num_cpus=0, scheduling_strategy=place)
-            moments, names = moments_in(self._layout, tensors, start, stop)
-            sizes = tuple(last - first for _, first, last in self._layout.spans(start, stop))
-            spec = SliceSpec(sizes, tuple(rates[name] for name in names), server.outer, moments)
+            spans = self._layout.spans(start, stop)
+            names = [span.name for span in spans]
+            of_names = tuple(rates[name] for name in names)
+            spec = SliceSpec(places_of(spans), of_names, server.outer, moments_in(spans, tensors))
             self._slices.append(self._ray.put(flat[start:stop]))
             self._servers.append(actor.remote(self._slices[-1], spec))
             self._names.append(names)
@@ -159,7 +160,7 @@ class Sharded(Stepping):
         theta = self._slices
         if self._marked is not None and shards[0].epoch:
             theta = [*theta, *self._marked[0]]
-        work, sent = Work(list(shards), theta, self._edges), []
+        work, sent = Work(list(shards), theta, self._edges, ahead=True), []
         try:
             for position, answer in self.pool.answers(work, check):
                 for server, piece in zip(self._servers, answer.pieces, strict=True):
