@@ -24,6 +24,8 @@ class Traits(NamedTuple):
     """It draws from torch's global generator (dropout)."""
     convolves: bool
     """It has convolutions."""
+    largest_map: int = 0
+    """Numbers that its largest convolution gives an example; 0 where they were not seen."""
 
 
 def traits(module: nn.Module, x: Any) -> Traits:
@@ -36,12 +38,21 @@ def traits(module: nn.Module, x: Any) -> Traits:
     """
     convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules())
     before = {name: value.clone() for name, value in module.named_buffers()}
+    maps: list[int] = []
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
         state = _generators(x)
+        hooks = [
+            m.register_forward_hook(lambda _, inputs, output: maps.append(output[0].numel()))
+            for m in module.modules()
+            if isinstance(m, nn.modules.conv._ConvNd)
+        ]
         try:
             module(x)
         except Exception:  # whatever a user's model raises on inputs that are not its own
             return Traits(has_dropout(module), convolves)
+        finally:
+            for hook in hooks:
+                hook.remove()
         draws = any(not torch.equal(a, b) for a, b in zip(state, _generators(x), strict=True))
         changed = [name for name, value in module.named_buffers() if not _same(value, before.get(name))]
         for name, value in module.named_buffers():
@@ -53,7 +64,7 @@ def traits(module: nn.Module, x: Any) -> Traits:
             "would leak into each other: build its norms with track_running_stats=False (statistics of the batch at "
             "hand), use group norm, or call .eval() on them in the model's __init__ (fixed statistics)"
         )
-    return Traits(draws, convolves)
+    return Traits(draws, convolves, max(maps, default=0))
 
 
 def has_dropout(module: nn.Module) -> bool:
