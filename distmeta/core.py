@@ -133,7 +133,9 @@ class Algorithm(Protocol):
     its metrics hold one number a task, [2].
 
     An optional sixth, `at(step) -> Algorithm`, gives the algorithm as it trains in outer step `step` (from 0), for
-    what changes on a schedule. Evaluation uses the algorithm itself.
+    what changes on a schedule. Evaluation uses the algorithm itself. Numbers that change are best held as tensors in
+    one attribute, `scheduled` (a pytree): compiled code takes them as arguments, and one program serves all steps.
+    Where another attribute differs (first order or not, terms left out) there is another program.
 
     An optional attribute `outer_epochs` is the number of steps that the outer optimizer takes on the episodes of one
     step of the run: those of the theta that the step began with.

@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_map
 
 from distmeta.compute.adjoint import Vjp, constant_memory, reverse_vjp
 from distmeta.compute.compiler import Compiler
+from distmeta.compute.episodes import to_device
+from distmeta.compute.scheduled import scheduled_of, structure_of, with_scheduled
 from distmeta.compute.unroll import detached, unroll
 from distmeta.core import (
     Algorithm,
@@ -78,18 +80,15 @@ def shard_gradient(
     """
     size = algorithm.group_size
     before = before and algorithm.inner_steps > 0
-    sum_of = partial(_chunk_sum, algorithm, score, execution, compiler is not None, before)
+    sum_of = partial(
+        _chunk_sum if compiler is None else partial(_compiled_sum, compiler), score, execution, before
+    )
     total = {name: torch.empty_like(value) for name, value in theta.items()} if into is None else into
     metrics: list[Metrics] = []
     dropped: list[int] = []
     for chunk in _chunks(size, episodes, ids, execution):
         with seeded_draws(None if chunk.vmapped else chunk.seed, theta):
-            if compiler is None:
-                parts, finite, rows = sum_of(theta, chunk.episodes)
-            else:
-                parts, finite, rows = compiler(
-                    (id(algorithm), execution, before), sum_of, theta, chunk.episodes
-                )
+            parts, finite, rows = sum_of(algorithm, theta, chunk.episodes)
         if not bool(finite.all()):
             bad = torch.nonzero(~finite).flatten().tolist()
             dropped += [chunk.start + g * size + i for g in bad for i in range(size)]
@@ -125,14 +124,33 @@ def _chunks(size: int, episodes: Episode, ids: np.ndarray, execution: Execution)
         yield _Chunk(part, first * size, execution.mode == "vmap", seed)
 
 
-def _chunk_sum(
-    algorithm: Algorithm,
+def _compiled_sum(
+    compiler: Compiler,
     score: Score,
     execution: Execution,
-    traced: bool,
     before: bool,
+    algorithm: Algorithm,
     theta: Theta,
     episodes: Episode,
+) -> tuple[Theta, Tensor, Metrics]:
+    """`_chunk_sum` by one program for all outer steps that differ in the algorithm's scheduled numbers alone."""
+
+    def sum_of(theta: Theta, episodes: Episode, numbers: Any) -> tuple[Theta, Tensor, Metrics]:
+        now = with_scheduled(algorithm, numbers)
+        return _chunk_sum(score, execution, before, now, theta, episodes, traced=True)
+
+    numbers = to_device(scheduled_of(algorithm), next(iter(theta.values())).device)
+    return compiler((structure_of(algorithm), execution, before), sum_of, theta, episodes, numbers)
+
+
+def _chunk_sum(
+    score: Score,
+    execution: Execution,
+    before: bool,
+    algorithm: Algorithm,
+    theta: Theta,
+    episodes: Episode,
+    traced: bool = False,
 ) -> tuple[Theta, Tensor, Metrics]:
     """Σ over finite groups, each counted once a task; which are finite, bool [groups]; the metrics of tasks.
 

@@ -127,11 +127,6 @@ def _check_compute(problem: Problem) -> None:
             f"model.type: {job.model.type} has dropout, and the tasks are collected by all policies at once: "
             "use a model without"
         )
-    if job.compute.compile and hasattr(problem.algorithm, "at"):
-        raise InputError(
-            f"compute.compile: got true for {job.algorithm.type}, whose loss is another in every outer step: "
-            "expected false"
-        )
     if job.compute.execution == "measure" and on_gpu and problem.device.type == "cpu":
         raise InputError(
             "compute.execution: got measure with GPU workers, and it measures on the driver: "

@@ -62,7 +62,7 @@ def test_every_registered_algorithm_is_here() -> None:
 
 
 def parts(
-    name: str, tasks: int = 4, dtype: torch.dtype = torch.float32
+    name: str | dict[str, Any], tasks: int = 4, dtype: torch.dtype = torch.float32
 ) -> tuple[Problem, Theta, Episode, np.ndarray]:
     problem = build(Job.parse(CASES[name] if isinstance(name, str) else name))
     theta = problem.init()
