@@ -53,13 +53,17 @@ class Batch(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """The data drawn for one task. As `TaskFamily.draw` returns it, every leaf is stacked over tasks, [T, ...].
+    """The data drawn for one task. For several (`Episodes`), every leaf is stacked over tasks, [T, ...].
 
     `support` is a pytree, usually a `Batch`, that every inner step sees whole; or `PerStep`.
     """
 
     support: Any
     query: Any
+
+
+Episodes = Episode | list[Episode]
+"""Of several tasks: stacked over them, [T, ...]; where they differ in shape a list, one a task, without that axis."""
 
 
 class PerStep(NamedTuple):
@@ -180,9 +184,10 @@ class TaskFamily(Protocol):
     out_features: int
     """Outputs a model must have: targets of a regression, ways of a classification."""
 
-    def draw(self, split: str, ids: Any) -> Episode:
+    def draw(self, split: str, ids: Any) -> Episodes:
         """Episodes of the tasks `ids` (uint64, [T]), stacked over tasks; a pure function of its arguments.
 
+        Where tasks differ in size: a list of their episodes, which are computed shape by shape (`compute.buckets`).
         `split` is "train", "val" or "test"; the last two use the evaluation's ways and shots.
         """
         ...

@@ -12,7 +12,7 @@ from oracles import LOOP, VMAP, distance, gradient, loss, maml, noisy, setting, 
 
 from distmeta.algorithms.maml import MAML
 from distmeta.algorithms.maml_plus_plus import step_weights
-from distmeta.compute.shard import score_tasks
+from distmeta.compute.scoring import score_tasks
 
 STEPS = 3
 PLUS = {"type": "maml-plus-plus", "inner_lr": 0.125, "inner_steps": STEPS, "msl_steps": 100}

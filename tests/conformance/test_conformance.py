@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map
 
 from distmeta.algorithms import ALGORITHMS as REGISTERED
 from distmeta.compute.episodes import episodes_of
-from distmeta.compute.shard import Execution, score_tasks, shard_gradient
+from distmeta.compute.scoring import score_tasks
+from distmeta.compute.shard import Execution, shard_gradient
 from distmeta.core import Episode, Theta
 from distmeta.job import Job
 from distmeta.runtime.problem import Problem, build
