@@ -1,6 +1,7 @@
 """Peak memory and time of one meta-gradient against the number of inner steps K, by both kinds of differentiation.
 
     python benchmarks/memory.py [--quick] [--store data/omniglot.arrow]
+    python benchmarks/memory.py hvp [--quick]      (see hessian.py)
 
 One task of conv4-64 with max pooling, 5-way 5-shot Omniglot with 15 queries, MAML. Each row of the first table is a
 process of its own: its peak over what it had before its first gradient, without the φ_k that constant memory keeps,
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import hessian
 import report
 import torch
 
@@ -100,10 +102,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("what", nargs="?", choices=("hvp",), help="Hessian-vector products instead")
     parser.add_argument("--store", default="data/omniglot.arrow", help="built by `distmeta data omniglot`")
     parser.add_argument("--quick", action="store_true", help="a smoke run; writes nothing")
     parser.add_argument("--one", nargs=2, metavar=("K", "KIND"), help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.what == "hvp":
+        hessian.main(given.quick, given.one)
+        return
     if not Path(given.store).is_file():
         parser.error(f"--store: {given.store} does not exist: see benchmarks/README.md")
     if given.one:

@@ -53,13 +53,17 @@ class Batch(NamedTuple):
 
 
 class Episode(NamedTuple):
-    """The data drawn for one task. As `TaskFamily.draw` returns it, every leaf is stacked over tasks, [T, ...].
+    """The data drawn for one task. For several (`Episodes`), every leaf is stacked over tasks, [T, ...].
 
     `support` is a pytree, usually a `Batch`, that every inner step sees whole; or `PerStep`.
     """
 
     support: Any
     query: Any
+
+
+Episodes = Episode | list[Episode]
+"""Of several tasks: stacked over them, [T, ...]; where they differ in shape a list, one a task, without that axis."""
 
 
 class PerStep(NamedTuple):
@@ -133,7 +137,9 @@ class Algorithm(Protocol):
     its metrics hold one number a task, [2].
 
     An optional sixth, `at(step) -> Algorithm`, gives the algorithm as it trains in outer step `step` (from 0), for
-    what changes on a schedule. Evaluation uses the algorithm itself.
+    what changes on a schedule. Evaluation uses the algorithm itself. Numbers that change are best held as tensors in
+    one attribute, `scheduled` (a pytree): compiled code takes them as arguments, and one program serves all steps.
+    Where another attribute differs (first order or not, terms left out) there is another program.
 
     An optional attribute `outer_epochs` is the number of steps that the outer optimizer takes on the episodes of one
     step of the run: those of the theta that the step began with.
@@ -178,9 +184,10 @@ class TaskFamily(Protocol):
     out_features: int
     """Outputs a model must have: targets of a regression, ways of a classification."""
 
-    def draw(self, split: str, ids: Any) -> Episode:
+    def draw(self, split: str, ids: Any) -> Episodes:
         """Episodes of the tasks `ids` (uint64, [T]), stacked over tasks; a pure function of its arguments.
 
+        Where tasks differ in size: a list of their episodes, which are computed shape by shape (`compute.buckets`).
         `split` is "train", "val" or "test"; the last two use the evaluation's ways and shots.
         """
         ...

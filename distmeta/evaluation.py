@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from distmeta.compute.flat import Layout
-from distmeta.compute.shard import Execution, score_tasks
+from distmeta.compute.scoring import score_tasks
+from distmeta.compute.shard import Execution
 from distmeta.core import Batch, Episode, InputError
 from distmeta.learner import Learner, load
 from distmeta.pictures import check_video, draw_curve, draw_tasks, film, send
@@ -127,9 +128,7 @@ def _unseen_tasks(learner: Learner, predictions: str | Path | None) -> Evaluatio
         pool.close()
     columns = {name: np.concatenate([r.metrics[name] for r in results]) for name in results[0].metrics}
     if predictions is not None:
-        rows = [
-            pair for r in results if r.predictions is not None for pair in zip(*r.predictions, strict=True)
-        ]
+        rows = [pair for r in results if r.predictions is not None for pair in r.predictions]
         write_predictions(predictions, list(range(len(rows))), rows)
     return _evaluation(columns, mean_metrics(results, every=True))
 

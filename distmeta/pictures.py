@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from distmeta.compute.episodes import episodes_of, to_device
-from distmeta.core import Episode, InputError
+from distmeta.core import Episodes, InputError
 from distmeta.learner import Learner
 from distmeta.mlflow_store import send_files
 from distmeta.seeding import task_ids
@@ -102,7 +102,7 @@ def send(learner: Learner, paths: Sequence[Path], say: Callable[[str], None]) ->
         say(f"tracking: {', '.join(path.name for path in paths)} not sent ({failure})")
 
 
-def _collected(learner: Learner, family: Any, ids: np.ndarray) -> Episode:
+def _collected(learner: Learner, family: Any, ids: np.ndarray) -> Episodes:
     problem = learner.problem
     with learner.ready():
         return episodes_of(

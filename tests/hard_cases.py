@@ -140,6 +140,35 @@ class Attention(nn.Module):
         return self.out(nn.functional.scaled_dot_product_attention(q, k, v)[0, 0])
 
 
+class Unequal:
+    """Sine-like tasks of 3 to 5 support and 2 to 3 query rows, by `ids`; those of an even number first with `pairs`.
+
+    bad: tasks of this many support rows have a NaN in training.
+    """
+
+    in_shape = (1,)
+    out_features = 1
+
+    def __init__(self, pairs: bool = False, bad: int = 0):
+        self.pairs, self.bad = pairs, bad
+
+    def draw(self, split: str, ids: Any) -> list[Episode]:
+        ids = np.asarray(ids)
+        return [self._one(split, i, ids[n - n % 2] if self.pairs else i) for n, i in enumerate(ids)]
+
+    def _one(self, split: str, i: int, like: int) -> Episode:
+        n, q = 3 + int(like) % 3, 2 + int(like) // 3 % 2
+        x, shift = np.split(task_generator(i).random((2 * (n + q), 1)).astype(np.float32), 2)
+        y = np.sin(6 * x) + shift[0]
+        if n == self.bad and split == "train":
+            y[0] = np.nan
+        x, y = torch.from_numpy(x), torch.from_numpy(y)
+        return Episode(Batch(x[:n], y[:n]), Batch(x[n:], y[n:]))
+
+    def score(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
+        return (outputs - batch.y).square().mean(), {}
+
+
 class Poisoned:
     """Sine-like tasks of which one in four has a NaN."""
 

@@ -63,13 +63,15 @@ class MAMLPlusPlus:
             raise InputError(
                 "model.type: got norm layers alone, expected parameters that an inner loop can move"
             )
-        self.weights, self.first_order = step_weights(msl_steps, inner_steps, msl_steps), False
+        self.scheduled = _weights(msl_steps, inner_steps, msl_steps)
+        """w [K], float64."""
+        self.multi_step, self.first_order = False, False
 
     def at(self, step: int) -> MAMLPlusPlus:
         """With the weights of the multi-step loss and the order of derivatives of outer step `step`."""
         now = copy.copy(self)
-        now.weights = step_weights(step, self.inner_steps, self.msl_steps)
-        now.first_order = step < self.first_order_steps
+        now.scheduled = _weights(step, self.inner_steps, self.msl_steps)
+        now.multi_step, now.first_order = step < self.msl_steps, step < self.first_order_steps
         return now
 
     def init(self, generator: torch.Generator) -> Theta:
@@ -94,14 +96,13 @@ class MAMLPlusPlus:
     def meta_loss(
         self, theta: Theta, episode: Episode, unroll: Unroll, score: Score
     ) -> tuple[Tensor, Metrics]:
-        terms, metrics = [], {}
         states = unroll(self, theta, episode.support, every=True)
-        for weight, phi in zip(self.weights, states, strict=True):
-            if weight > 0:
-                loss, more = score(self.predict(theta, phi, episode.query.x), episode.query)
-                terms.append(weight * loss)
-                metrics = {"loss": loss, **more}
-        return torch.stack(terms).sum(), metrics  # the last weight is never 0
+        counted = states if self.multi_step else states[-1:]  # the others' weights are 0
+        scored = [score(self.predict(theta, phi, episode.query.x), episode.query) for phi in counted]
+        losses = torch.stack([loss for loss, _ in scored])
+        weights = self.scheduled[-len(counted) :].to(losses.device, losses.dtype)
+        loss, more = scored[-1]
+        return (weights * losses).sum(), {"loss": loss, **more}
 
     def _norms_at(self, theta: Theta, k: int) -> Theta:
         return {name: theta[row_of(name)][min(k, self.inner_steps)] for name in self.norms}
@@ -113,6 +114,10 @@ def step_weights(step: int, inner_steps: int, length: int) -> tuple[float, ...]:
         return (0.0,) * (inner_steps - 1) + (1.0,)
     early = max(1 - step / length, SMALLEST_WEIGHT) / inner_steps
     return (early,) * (inner_steps - 1) + (1 - (inner_steps - 1) * early,)
+
+
+def _weights(step: int, inner_steps: int, length: int) -> Tensor:
+    return torch.tensor(step_weights(step, inner_steps, length), dtype=torch.float64)
 
 
 def norm_names(model: Model) -> tuple[str, ...]:

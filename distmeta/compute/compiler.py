@@ -17,6 +17,8 @@ from distmeta.core import InputError
 
 TOLERANCE = 1e-4
 """Largest relative distance of a compiled result from the eager one in float32. Fused operations round otherwise."""
+MOST_PROGRAMS = 16
+"""For the same shapes: what changes with every outer step would be compiled for ever."""
 SHAKES, SHAKEN = 8, 1e-6
 """How often, and by how much of themselves, arguments are moved to learn how far a rounding may move the result."""
 
@@ -42,16 +44,23 @@ class Compiler:
     def __call__(self, name: Any, function: Callable[..., Any], *arguments: Any) -> Any:
         """function(*arguments) -> (gradient, mask, metrics), of pytrees of tensors.
 
-        `name` tells functions apart that take the same shapes. The mask must be the eager one; the gradient and every
-        metric named `loss…` near it, each by itself. Other metrics (accuracies) may jump with a rounding.
+        `name` tells functions apart that take the same shapes; the first of a name is compiled, and kept: the name may
+        have ids of what is in it. The mask must be the eager one; the gradient and every metric named `loss…` near it,
+        each by itself. Other metrics (accuracies) may jump with a rounding.
 
         Raises:
-            InputError: it cannot be compiled, or the compiled result is not the eager one.
+            InputError: it cannot be compiled, the compiled result is not the eager one, or there is no end of programs.
         """
         leaves = tree_leaves(arguments)
         key = (name, *((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves))
         if key in self._programs:
             return self._programs[key][1](*arguments)
+        if sum(other[1:] == key[1:] for other in self._programs) >= MOST_PROGRAMS:
+            raise InputError(
+                f"compute.compile: got true, but the algorithm's at(step) asked for more than {MOST_PROGRAMS} "
+                "programs, expected one for many steps: hold the numbers that change in its attribute `scheduled`, or "
+                "use compute.compile=false"
+            )
         expected = function(*arguments)
         try:
             program: Callable[..., Any] = make_fx(function)(*arguments)
@@ -69,7 +78,7 @@ class Compiler:
             with full_precision(leaves[0].device.type):
                 reference = function(*arguments)
         self._check(reference, expected, result, lambda: _shaken(function, arguments))
-        self._programs[key] = (function, program)  # the function too: `name` may be an id of something in it
+        self._programs[key] = (function, program)
         return result
 
     def _check(self, reference: Any, expected: Any, result: Any, shaken: Callable[[], list[Any]]) -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
+from distmeta.compute.buckets import drawn
 from distmeta.compute.unroll import detached
-from distmeta.core import Algorithm, Episode, PerStep, TaskFamily, Theta, widened
+from distmeta.core import Algorithm, Episode, Episodes, PerStep, TaskFamily, Theta, widened
 
 
 def episodes_of(
@@ -21,7 +22,7 @@ def episodes_of(
     ids: np.ndarray,
     steps: int,
     device: torch.device | str = "cpu",
-) -> Episode:
+) -> Episodes:
     """Complete data before any gradient: the environment is touched here and nowhere else.
 
     A family with `collect(split, ids, k, policy)` is asked for the batch of every inner step k = 0 … steps, and for
@@ -34,7 +35,7 @@ def episodes_of(
     reduced, exact = torch.is_autocast_enabled(kind), torch.autocast(kind, enabled=False)
     if collect is None:
         with exact:  # data are the same in any precision
-            return to_device(family.draw(split, ids), device)
+            return to_device(drawn(family, split, ids), device)
     theta = detached(theta)
     over_tasks = torch.func.vmap
     batches, state = [], None

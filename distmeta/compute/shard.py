@@ -1,11 +1,11 @@
-"""One shard: the sum of its tasks' meta-gradients, or their scores.
+"""One shard: the sum of its tasks' meta-gradients.
 
-Shapes: T tasks of a shard, G tasks a group (`group_size`), K inner steps, Q query rows.
+Shapes: T tasks of a shard, G tasks a group (`group_size`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,11 +15,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from distmeta.compute.adjoint import Vjp, constant_memory, reverse_vjp
+from distmeta.compute.buckets import Bucket, buckets, in_order
 from distmeta.compute.compiler import Compiler
-from distmeta.compute.unroll import detached, unroll
+from distmeta.compute.episodes import to_device
+from distmeta.compute.scheduled import scheduled_of, structure_of, with_scheduled
+from distmeta.compute.unroll import unroll
 from distmeta.core import (
     Algorithm,
     Episode,
+    Episodes,
     InputError,
     Metrics,
     PerStep,
@@ -60,7 +64,7 @@ def shard_gradient(
     algorithm: Algorithm,
     score: Score,
     theta: Theta,
-    episodes: Episode,
+    episodes: Episodes,
     ids: np.ndarray,
     execution: Execution,
     compiler: Compiler | None = None,
@@ -70,7 +74,9 @@ def shard_gradient(
     """Σ over the shard's finite tasks of ∇_θ meta_loss, and their metrics.
 
     A group whose gradient is not finite is left out. A group's loss counts once for each of its tasks, so that
-    sum / tasks is the mean over groups. With a `compiler`, a chunk's sum is one compiled program.
+    sum / tasks is the mean over groups. Tasks of unequal shapes are added shape by shape, in the order in which these
+    are first met. With a `compiler`, a chunk's sum is one compiled program; groups of unequal tasks are then chunks of
+    their own, so that there is one program a shape.
 
     Args:
         into: tensors of theta's shapes that the sum is written to, and returned as; None: new ones.
@@ -78,61 +84,89 @@ def shard_gradient(
     """
     size = algorithm.group_size
     before = before and algorithm.inner_steps > 0
-    sum_of = partial(_chunk_sum, algorithm, score, execution, compiler is not None, before)
+    sum_of = partial(
+        _chunk_sum if compiler is None else partial(_compiled_sum, compiler), score, execution, before
+    )
     total = {name: torch.empty_like(value) for name, value in theta.items()} if into is None else into
     metrics: list[Metrics] = []
+    positions: list[int] = []
     dropped: list[int] = []
-    for chunk in _chunks(size, episodes, ids, execution):
+    found = buckets(episodes, size)
+    cut = execution._replace(chunk=1) if compiler is not None and len(found) > 1 else execution
+    for chunk in chunks(found, size, ids, cut):
         with seeded_draws(None if chunk.vmapped else chunk.seed, theta):
-            if compiler is None:
-                parts, finite, rows = sum_of(theta, chunk.episodes)
-            else:
-                parts, finite, rows = compiler(
-                    (id(algorithm), execution, before), sum_of, theta, chunk.episodes
-                )
+            parts, finite, rows = sum_of(algorithm, theta, chunk.episodes)
         if not bool(finite.all()):
             bad = torch.nonzero(~finite).flatten().tolist()
-            dropped += [chunk.start + g * size + i for g in bad for i in range(size)]
+            dropped += [chunk.positions[g * size + i] for g in bad for i in range(size)]
             kept = finite.repeat_interleave(size)
             rows = {name: torch.where(kept, value, torch.nan) for name, value in rows.items()}
         with torch.no_grad():  # in place: memory of its own costs a large theta more than the adding
             for name, value in total.items():
                 value.add_(parts[name]) if metrics else value.copy_(parts[name])
         metrics.append(rows)
-    return ShardSum(total, len(ids) - len(dropped), tuple(dropped), _columns(metrics))
+        positions += chunk.positions
+    columns = columns_of(metrics, positions)
+    return ShardSum(total, len(ids) - len(dropped), tuple(sorted(dropped)), columns)
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     episodes: Episode
     """Leaves [groups, G, ...]; one group in the loop."""
-    start: int
-    """Position in the shard of the first task."""
+    positions: Sequence[int]
+    """Of its tasks in the shard."""
     vmapped: bool
     seed: int
 
 
-def _chunks(size: int, episodes: Episode, ids: np.ndarray, execution: Execution) -> Iterator[_Chunk]:
-    """Cuts the task axis into what is computed at once: a group, or a chunk of groups."""
-    count = len(ids) // size
+def chunks(found: list[Bucket], size: int, ids: np.ndarray, execution: Execution) -> Iterator[Chunk]:
+    """Cuts the task axis of each bucket into what is computed at once: a group, or a chunk of groups."""
     width = execution.chunk if execution.mode == "vmap" else 1
-    for first in range(0, count, width):
-        groups = min(width, count - first)
-        rows = slice(first * size, (first + groups) * size)
-        part = tree_map(
-            lambda leaf, rows=rows, n=groups: leaf[rows].reshape(n, size, *leaf.shape[1:]), episodes
-        )
-        seed = int(ids[first * size]) & (2**63 - 1)
-        yield _Chunk(part, first * size, execution.mode == "vmap", seed)
+    for episodes, positions in found:
+        count = len(positions) // size
+        for first in range(0, count, width):
+            groups = min(width, count - first)
+            rows = slice(first * size, (first + groups) * size)
+            part = tree_map(
+                lambda leaf, rows=rows, n=groups: leaf[rows].reshape(n, size, *leaf.shape[1:]), episodes
+            )
+            seed = int(ids[positions[rows.start]]) & (2**63 - 1)
+            yield Chunk(part, positions[rows], execution.mode == "vmap", seed)
+
+
+def columns_of(parts: list[Metrics], positions: Sequence[int]) -> dict[str, np.ndarray]:
+    """The chunks' metrics as float64 columns, in the order of the tasks."""
+    joined = {name: torch.cat([part[name] for part in parts]).double().cpu().numpy() for name in parts[0]}
+    return {name: in_order(column, positions) for name, column in joined.items()}
+
+
+def _compiled_sum(
+    compiler: Compiler,
+    score: Score,
+    execution: Execution,
+    before: bool,
+    algorithm: Algorithm,
+    theta: Theta,
+    episodes: Episode,
+) -> tuple[Theta, Tensor, Metrics]:
+    """`_chunk_sum` by one program for all outer steps that differ in the algorithm's scheduled numbers alone."""
+
+    def sum_of(theta: Theta, episodes: Episode, numbers: Any) -> tuple[Theta, Tensor, Metrics]:
+        now = with_scheduled(algorithm, numbers)
+        return _chunk_sum(score, execution, before, now, theta, episodes, traced=True)
+
+    numbers = to_device(scheduled_of(algorithm), next(iter(theta.values())).device)
+    return compiler((structure_of(algorithm), execution, before), sum_of, theta, episodes, numbers)
 
 
 def _chunk_sum(
-    algorithm: Algorithm,
     score: Score,
     execution: Execution,
-    traced: bool,
     before: bool,
+    algorithm: Algorithm,
     theta: Theta,
     episodes: Episode,
+    traced: bool = False,
 ) -> tuple[Theta, Tensor, Metrics]:
     """Σ over finite groups, each counted once a task; which are finite, bool [groups]; the metrics of tasks.
 
@@ -245,60 +279,6 @@ def _finite_groups(parts: Theta) -> Tensor:
 def _column(mask: Tensor, value: Tensor) -> Tensor:
     """A mask over the first axis, ready to broadcast against a value."""
     return mask.view(-1, *[1] * (value.dim() - 1))
-
-
-class Scores(NamedTuple):
-    metrics: dict[str, np.ndarray]
-    """float64 [T, K+1]: after 0 … K inner steps; [T, 1] where there is no inner loop."""
-    outputs: Any
-    """The model's outputs for the query set after the last step, stacked [T, ...]; None unless asked for."""
-
-
-def score_tasks(
-    algorithm: Algorithm,
-    score: Score,
-    theta: Theta,
-    episodes: Episode,
-    ids: np.ndarray,
-    execution: Execution,
-    steps: int | None = None,
-    outputs: bool = False,
-) -> Scores:
-    """Adapts to each task and scores its query set after every inner step. No meta-gradient is taken."""
-    length = algorithm.inner_steps if steps is None else steps
-
-    def curve(episode: Episode) -> tuple[Metrics, Any]:
-        state = algorithm.begin(theta, support_at(episode.support, 0))
-        rows, predicted = [], None
-        for k in range(length + 1):
-            collected = isinstance(episode.support, PerStep) and k < len(episode.support.batches)
-            target = support_at(episode.support, k) if collected else episode.query
-            predicted = widened(algorithm.predict(theta, state, target.x))
-            loss, metrics = score(predicted, target)
-            rows.append({"loss": loss, **metrics})
-            if k < length:
-                state = detached(algorithm.step(theta, state, support_at(episode.support, k), k))
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}, predicted
-
-    columns: list[Metrics] = []
-    kept = []
-    with torch.no_grad():
-        for chunk in _chunks(1, episodes, ids, execution):
-            with seeded_draws(None if chunk.vmapped else chunk.seed, theta):
-                if chunk.vmapped:
-                    one = tree_map(lambda leaf: leaf[:, 0], chunk.episodes)
-                    metrics, predicted = torch.func.vmap(curve)(one)
-                else:
-                    metrics, predicted = curve(tree_map(lambda leaf: leaf[0, 0], chunk.episodes))
-                    metrics, predicted = tree_map(lambda leaf: leaf[None], (metrics, predicted))
-            columns.append(metrics)
-            kept.append(predicted if outputs else None)
-    stacked = tree_map(lambda *leaves: torch.cat(leaves), *kept) if outputs else None
-    return Scores(_columns(columns), stacked)
-
-
-def _columns(parts: list[Metrics]) -> dict[str, np.ndarray]:
-    return {name: torch.cat([part[name] for part in parts]).double().cpu().numpy() for name in parts[0]}
 
 
 class seeded_draws:  # noqa: N801 - a context manager reads as a verb

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from distmeta.core import Episode
+from distmeta.core import Episodes
 
 if TYPE_CHECKING:
     from distmeta.runtime.worker import Shard
@@ -27,9 +27,9 @@ class Ahead:
         self._seen: dict[int, Shard] = {}
         self._after: dict[int, int] = {}
         self._last: Shard | None = None
-        self._drawn: tuple[Shard, Future[Episode]] | None = None
+        self._drawn: tuple[Shard, Future[Episodes]] | None = None
 
-    def draw(self, shard: Shard, draw: Callable[[Shard], Episode]) -> Episode:
+    def draw(self, shard: Shard, draw: Callable[[Shard], Episodes]) -> Episodes:
         """The shard's episodes, as `draw` makes them or has made them; those of the next shard are begun."""
         episodes, guessed = None, self._drawn
         self._drawn = None

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from distmeta.components import construct
+from distmeta.compute.buckets import buckets, drawn
 from distmeta.compute.numerics import numerics
 from distmeta.compute.shard import WHOLE_SHARD, Execution
 from distmeta.core import Algorithm, Episode, InputError, Score, TaskFamily, Theta
@@ -87,7 +88,8 @@ class Problem:
     def input_dtype(self) -> torch.dtype:
         """The dtype of the inputs that the task family draws: integers for tokens; float32 where it cannot tell."""
         try:
-            return self.family.draw("test", task_ids(self.job.seed, "probe", 0, 1)).query.x.dtype
+            (bucket,) = buckets(drawn(self.family, "test", task_ids(self.job.seed, "probe", 0, 1)))
+            return bucket.episodes.query.x.dtype
         except (InputError, AttributeError):
             return torch.float32
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from torch.utils._pytree import tree_map
 
+from distmeta.compute.buckets import buckets, drawn
 from distmeta.compute.compiler import Compiler, missing
 from distmeta.compute.episodes import episodes_of, to_device
 from distmeta.compute.probe import LONG, Trial, choose_differentiation, choose_execution, has_dropout, traits
-from distmeta.compute.shard import WHOLE_SHARD, Execution, holds_graphs, score_tasks, shard_gradient
+from distmeta.compute.scoring import score_tasks
+from distmeta.compute.shard import WHOLE_SHARD, Execution, holds_graphs, shard_gradient
 from distmeta.core import InputError, Theta
 from distmeta.job import Job
 from distmeta.runtime.problem import Problem
@@ -63,14 +65,15 @@ def _execution(problem: Problem, theta: Theta, say: Callable[[str], None]) -> Ex
     """How shards are computed: what the job asks for, or what its rules find on the first tasks."""
     job, algorithm, asked = problem.job, problem.algorithm, problem.job.compute
     few = _drawn(problem, theta, 2)
-    found = traits(problem.model.module, few[0].query.x[0])
+    first = buckets(few[0], algorithm.group_size)[0].episodes
+    found = traits(problem.model.module, first.query.x[0])
     if asked.compile and found.draws:
         raise InputError(
             "compute.compile: got true for a model that draws random numbers (dropout), which compiled code draws in "
             "another way: use compute.compile=false"
         )
     long = found.convolves and algorithm.inner_steps >= LONG
-    long = long and asked.differentiation == "auto" and _holds_graphs(problem, theta, few[0])
+    long = long and asked.differentiation == "auto" and _holds_graphs(problem, theta, first)
     differentiation = choose_differentiation(asked.differentiation, found, long)
     largest = -(-job.run.tasks_per_step // algorithm.group_size // (job.run.shards or 1))
     compiler = Compiler(asked.precision) if asked.compile else None
@@ -132,11 +135,6 @@ def _check_compute(problem: Problem) -> None:
             f"model.type: {job.model.type} has dropout, and the tasks are collected by all policies at once: "
             "use a model without"
         )
-    if job.compute.compile and hasattr(problem.algorithm, "at"):
-        raise InputError(
-            f"compute.compile: got true for {job.algorithm.type}, whose loss is another in every outer step: "
-            "expected false"
-        )
     if job.compute.execution == "measure" and on_gpu and problem.device.type == "cpu":
         raise InputError(
             "compute.execution: got measure with GPU workers, and it measures on the driver: "
@@ -151,7 +149,7 @@ def _check_evaluation(problem: Problem, theta: Theta) -> None:
     if problem.job.run.eval_every == 0 or not hasattr(problem.family, "scorer"):
         return
     ids = task_ids(problem.job.seed, "probe", 0, 1)
-    episodes = to_device(problem.family.draw("val", ids), problem.device)
+    episodes = to_device(drawn(problem.family, "val", ids), problem.device)
     score_tasks(
         problem.adapting("val"), problem.score("val"), theta, episodes, ids, Execution("loop", 1), steps=0
     )

@@ -18,7 +18,8 @@ from distmeta.compute.compressed import Vector, encode
 from distmeta.compute.episodes import episodes_of
 from distmeta.compute.flat import Flat, Layout, shared, whole
 from distmeta.compute.memory import keep_freed
-from distmeta.compute.shard import score_tasks, shard_gradient
+from distmeta.compute.scoring import score_tasks
+from distmeta.compute.shard import shard_gradient
 from distmeta.core import InputError, Theta
 from distmeta.job import Job
 from distmeta.runtime.ahead import Ahead
@@ -81,8 +82,8 @@ class ShardResult:
     dropped: tuple[int, ...]
     """Task indices within the step."""
     metrics: dict[str, np.ndarray]
-    predictions: tuple[np.ndarray, np.ndarray] | None
-    """Labels and predictions of the query rows, [T, Q] each."""
+    predictions: list[tuple[np.ndarray, np.ndarray]] | None
+    """A task's labels and predictions of its query rows, [Q] each (or [Q, D])."""
     seconds_draw: float
     seconds_compute: float
 
@@ -255,7 +256,7 @@ class Worker:
                 shard.inner_steps,
                 shard.outputs,
             )
-        predictions = _predictions(problem, episodes.query, scores.outputs) if shard.outputs else None
+        predictions = _predictions(problem, episodes, scores.outputs) if shard.outputs else None
         tasks = shard.stop - shard.start
         return ShardResult(
             shard.index, None, tasks, (), scores.metrics, predictions, drawing, time.perf_counter() - started
@@ -286,14 +287,18 @@ def evaluating(module: torch.nn.Module) -> Iterator[None]:
             m.training = training
 
 
-def _predictions(problem: Problem, query: Any, outputs: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _predictions(problem: Problem, episodes: Any, outputs: Any) -> list[tuple[np.ndarray, np.ndarray]]:
     """Labels and predictions: classes for integer labels, of the ways that are scored; else the outputs themselves."""
-    labels = getattr(query, "y", None)
-    if labels is None:
-        raise InputError("--predictions: this task family has no labels")
+    try:
+        labels_T = [one.query.y for one in episodes] if isinstance(episodes, list) else episodes.query.y
+    except AttributeError:
+        raise InputError("--predictions: this task family has no labels") from None
     ways = getattr(problem.family, "eval_ways", None)
-    predicted = outputs if labels.is_floating_point() else outputs[..., :ways].argmax(-1)
-    return labels.cpu().numpy(), predicted.cpu().numpy()
+    rows = []
+    for labels, output in zip(labels_T, outputs, strict=True):
+        predicted = output if labels.is_floating_point() else output[..., :ways].argmax(-1)
+        rows.append((labels.cpu().numpy(), predicted.cpu().numpy()))
+    return rows
 
 
 def shards_of(

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from distmeta.algorithms.hypernet import Hypernet
-from distmeta.compute.shard import Execution, score_tasks
+from distmeta.compute.scoring import score_tasks
+from distmeta.compute.shard import Execution
 from distmeta.compute.unroll import unroll
 from distmeta.core import Algorithm, Batch, Episode, InputError, Theta
 from distmeta.job import Job

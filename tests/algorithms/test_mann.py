@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map
 
 import distmeta
 from distmeta.algorithms.mann import MANN, by_instance
-from distmeta.compute.shard import Execution, score_tasks, shard_gradient
+from distmeta.compute.scoring import score_tasks
+from distmeta.compute.shard import Execution, shard_gradient
 from distmeta.compute.unroll import unroll
 from distmeta.core import PADDING, Batch, Episode, InputError
 from distmeta.job import Job

@@ -11,7 +11,8 @@ from conftest import ALGORITHMS, tree
 from torch import Tensor
 
 import distmeta
-from distmeta.compute.shard import Execution, score_tasks, shard_gradient
+from distmeta.compute.scoring import score_tasks
+from distmeta.compute.shard import Execution, shard_gradient
 from distmeta.compute.unroll import unroll
 from distmeta.core import PADDING, Batch, Episode, InputError, Theta, query_loss
 from distmeta.job import Job

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_map
 
 from distmeta.algorithms import ALGORITHMS as REGISTERED
 from distmeta.compute.episodes import episodes_of
-from distmeta.compute.shard import Execution, score_tasks, shard_gradient
+from distmeta.compute.scoring import score_tasks
+from distmeta.compute.shard import Execution, shard_gradient
 from distmeta.core import Episode, Theta
 from distmeta.job import Job
 from distmeta.runtime.problem import Problem, build
@@ -62,7 +63,7 @@ def test_every_registered_algorithm_is_here() -> None:
 
 
 def parts(
-    name: str, tasks: int = 4, dtype: torch.dtype = torch.float32
+    name: str | dict[str, Any], tasks: int = 4, dtype: torch.dtype = torch.float32
 ) -> tuple[Problem, Theta, Episode, np.ndarray]:
     problem = build(Job.parse(CASES[name] if isinstance(name, str) else name))
     theta = problem.init()

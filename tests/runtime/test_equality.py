@@ -45,6 +45,7 @@ CASES = {name: tree(name, run=RUN) for name in ALGORITHMS} | {
     "bf16": tree("maml", compute={"precision": "bf16"}, run=RUN),
     "changes": tree("maml", changes=CHANGES, run=RUN),
     "dropout": tree("maml", model={"type": "hard_cases:Dropout"}, run=RUN),
+    "unequal": tree("maml", tasks={"type": "hard_cases:Unequal"}, run=RUN),
     "conv4": tree(
         "maml",
         model={"type": "conv4", "width": 8, "pool": "stride"},

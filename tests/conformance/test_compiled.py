@@ -1,0 +1,139 @@
+"""Every registered algorithm, and the protocol's hard cases, have a compiled gradient, and it is the eager one.
+
+`traced`: the graph that torch.compile is given, run as it is. It costs a second or two, compiled code half a minute.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from conftest import tree
+from test_conformance import CASES, LOOP, VMAP, parts
+
+import distmeta
+import distmeta.compute.compiler
+from distmeta.algorithms.maml import MAML
+from distmeta.compute.compiler import MOST_PROGRAMS, Compiler
+from distmeta.compute.scheduled import structure_of, with_scheduled
+from distmeta.compute.shard import Execution, shard_gradient
+from distmeta.core import InputError
+from distmeta.job import Job
+from distmeta.runtime.problem import build
+
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
+LONG = {"mann", "mann-ntm", "mann-dnc", "matching-fce", "contrastive", "snail", "lstm"}
+"""Three to thirty seconds to trace."""
+VECTORISED = {"maml", "protonet"}
+"""Traced under vmap, too, in every run of the tests."""
+COMPILED = {("protonet", torch.float64)}
+"""Compiled in every run of the tests, beside that of test_execution."""
+
+
+def away(given: tuple[Any, ...], execution: Execution, compiler: Compiler, step: int = 0) -> float:
+    """How far a gradient of the program itself is from the eager one, relative to that."""
+    problem, theta, episodes, ids = given
+    arguments = (problem.training_at(step), problem.score("train"), theta, episodes, ids, execution)
+    eager = shard_gradient(*arguments).gradient
+    for _ in range(2):  # the second time no longer beside the eager one
+        result = shard_gradient(*arguments, compiler).gradient
+    apart = sum(float((result[key] - eager[key]).double().square().sum()) for key in theta)
+    return (apart / sum(float(value.double().square().sum()) for value in eager.values())) ** 0.5
+
+
+def traced_cases() -> Iterator[Any]:
+    for name in CASES:
+        for execution in (LOOP, VMAP):
+            for dtype in TOLERANCE:
+                quick = dtype == torch.float64 if execution == LOOP else dtype == torch.float32
+                quick = quick and name not in LONG and (execution == LOOP or name in VECTORISED)
+                marks = () if quick else pytest.mark.slow
+                words = f"{name}-{execution.mode}-{str(dtype)[-2:]}"
+                yield pytest.param(name, execution, dtype, id=words, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "execution", "dtype"), list(traced_cases()))
+def test_a_traced_gradient_is_the_eager_one(name: str, execution: Execution, dtype: torch.dtype) -> None:
+    compiler = Compiler("float32", trace_only=True)
+    assert away(parts(name, dtype=dtype), execution, compiler) <= TOLERANCE[dtype]
+
+
+def compiled_cases() -> Iterator[Any]:
+    for case in product(CASES, TOLERANCE):
+        marks = () if case in COMPILED else pytest.mark.slow
+        yield pytest.param(*case, id=f"{case[0]}-{str(case[1])[-2:]}", marks=marks)
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(compiled_cases()))
+def test_a_compiled_gradient_is_the_eager_one(name: str, dtype: torch.dtype) -> None:
+    assert away(parts(name, dtype=dtype), VMAP, Compiler("float32")) <= TOLERANCE[dtype]
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Everything that has been traced."""
+    seen: list[Any] = []
+    make_fx = distmeta.compute.compiler.make_fx
+
+    def counting(function: Any) -> Any:
+        seen.append(function)
+        return make_fx(function)
+
+    monkeypatch.setattr(distmeta.compute.compiler, "make_fx", counting)
+    return seen
+
+
+def test_one_program_serves_all_steps_that_differ_in_numbers_alone(traced: list[Any]) -> None:
+    """MAML++: other weights in every step; from step 2 on exact derivatives; from 4 on the last loss alone."""
+    schedule = {"msl_steps": 4, "first_order_steps": 2, "inner_steps": 2}
+    job = tree({"type": "maml-plus-plus", "inner_lr": 0.05, **schedule}, model={"type": "mlp", "hidden": [4]})
+    given = parts(job, tasks=1)
+    compiler = Compiler("float32", trace_only=True)
+    programs = []
+    for step in range(6):
+        assert away(given, LOOP, compiler, step) <= 1e-5
+        programs.append(len(traced))
+    assert programs == [1, 1, 2, 2, 3, 3]
+
+
+def test_what_changes_elsewhere_would_be_compiled_for_ever_and_says_so() -> None:
+    compiler = Compiler("float32", trace_only=True)
+
+    def function(x: torch.Tensor) -> Any:
+        return {"a": x.sin()}, x > 0, {}
+
+    for name in range(MOST_PROGRAMS):
+        compiler(name, function, torch.ones(3))
+    compiler(MOST_PROGRAMS, function, torch.ones(4))
+    with pytest.raises(InputError, match=r"compute.compile: got true, .* in its attribute `scheduled`"):
+        compiler(MOST_PROGRAMS, function, torch.ones(3))
+
+
+def test_what_one_program_serves_is_told_by_values_and_objects() -> None:
+    plus = build(Job.parse(tree("maml-plus-plus"))).algorithm
+    assert structure_of(plus.at(0)) == structure_of(plus.at(1))
+    assert structure_of(plus.at(0)) != structure_of(plus)  # the last loss alone
+    assert with_scheduled(plus, (1,)).scheduled == (1,)
+    other = copy.copy(plus)
+    other.model = copy.copy(plus.model)
+    assert structure_of(other) != structure_of(plus)
+    plain = build(Job.parse(tree("maml"))).algorithm
+    assert isinstance(plain, MAML)
+    assert structure_of(plain) != structure_of(copy.copy(plain))  # without `at`: itself
+    assert with_scheduled(plain, ()) is plain
+
+
+@pytest.mark.slow
+def test_an_algorithm_with_a_schedule_is_trained_compiled(workplace: Any) -> None:
+    algorithm = {"type": "maml-plus-plus", "inner_lr": 0.05, "inner_steps": 2, "msl_steps": 2}
+    losses = []
+    for compiled in (False, True):
+        job = tree(algorithm, compute={"compile": compiled}, run={"steps": 4, "shards": 2})
+        run = distmeta.train(Job.parse(job))
+        assert Job.load(run.run / "job.yaml").compute.compile == compiled
+        losses.append(run.loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
