@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -262,17 +263,24 @@ class Study(NamedTuple):
 
 
 STUDIES = {
-    "digits": Study(200, ["model.width=32", "run.tasks_per_step=16"], (0, 1), "accuracy", report.percent),
     "sinusoid": Study(1000, [], (0, 1, 2), "loss", report.plain),
+    "digits": Study(200, ["model.width=32", "run.tasks_per_step=16"], (0, 1), "accuracy", report.percent),
 }
+RUNS = [f"{name}-{seed}" for name, study in STUDIES.items() for seed in study.seeds]
 REDUCED = ("tf32", "bf16") if torch.cuda.is_available() else ("bf16",)
 
 
 def precision(given: argparse.Namespace) -> dict[str, Any]:
-    """The same training in float32 and in each reduced precision: same weights, tasks and steps."""
-    rows = [
-        row for name in given.studies for seed in STUDIES[name].seeds for row in compared(given, name, seed)
-    ]
+    """The same training in float32 and in each reduced precision: same weights, tasks and steps.
+
+    `--only` adds runs to the results that are there: bfloat16 is slow on a processor without its instructions.
+    """
+    start, path = report.environment(), report.RESULTS / "accuracy-precision.json"
+    rows = json.loads(path.read_text())["rows"] if given.only and path.exists() and not given.quick else []
+    for name, seed in (run.rsplit("-", 1) for run in given.only or RUNS):
+        rows = [row for row in rows if (row["study"], row["seed"]) != (name, int(seed))]
+        rows += [row | {"command": start["command"]} for row in compared(given, name, int(seed))]
+        report.write(path.stem, start, {"rows": rows}, given.quick)
     cells = []
     for row in rows:
         shown = STUDIES[row["study"]].shown
@@ -288,8 +296,10 @@ def precision(given: argparse.Namespace) -> dict[str, Any]:
 def compared(given: argparse.Namespace, name: str, seed: int) -> list[dict[str, Any]]:
     """A row for each reduced precision; a theta is scored in the precision it was trained in, and in float32."""
     study, gpus = STUDIES[name], int(torch.cuda.is_available())
-    fixed = [f"seed={seed}", f"run.steps={given.steps or study.steps}", "run.workers=0", *study.overrides]
-    base = Job.load(JOBS / f"{name}-maml.yaml", [*fixed, f"run.gpus_per_worker={gpus}"])
+    fixed = [f"seed={seed}", f"run.steps={given.steps or study.steps}", *study.overrides]
+    base = Job.load(
+        JOBS / f"{name}-maml.yaml", [*fixed, "run.workers=0", f"run.gpus_per_worker={gpus}", *given.set]
+    )
 
     def made(kind: str) -> tuple[Theta, dict[str, np.ndarray], float]:
         said(f"{name}, seed {seed}: {kind}")
@@ -349,7 +359,8 @@ def main() -> None:
     verb.add_argument("--seed", type=int, default=0)
     verb = verbs.add_parser("precision", parents=[common], help=precision.__doc__)
     verb.add_argument("--steps", type=int, help="default: the study's")
-    verb.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
+    verb.add_argument("--only", nargs="+", choices=RUNS, help="runs, beside the results that are there")
+    verb.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes in their jobs")
     given = parser.parse_args()
     if given.quick:
         given.steps, given.tasks = 3, 25
@@ -358,7 +369,8 @@ def main() -> None:
     start = report.environment()
     verb_of = {"omniglot": omniglot, "digits": digits, "sinusoid": sinusoid, "precision": precision}
     result = verb_of[given.verb](given)
-    report.write(f"accuracy-{given.verb}", start, result, given.quick)
+    if given.verb != "precision":
+        report.write(f"accuracy-{given.verb}", start, result, given.quick)
 
 
 if __name__ == "__main__":
