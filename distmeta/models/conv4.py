@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distmeta.core import InputError
+from distmeta.core import InputError, widened
 
 Norm = Literal["batch", "group", "layer", "none"]
 Width = Annotated[int, Field(ge=1)]
@@ -81,9 +81,25 @@ class Conv4(nn.Module):
         return self.head(self.features(x_NCHW))
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """In bfloat16 its vmapped derivative mixes two types, which torch (2.13) refuses: under vmap it is in float32."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return super().forward(widened(x_NCHW) if _vmapped(x_NCHW) else x_NCHW)
+
+
+def _vmapped(x: Tensor) -> bool:
+    """Whether any of the transforms around x is vmap."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        if torch._C._functorch.is_batchedtensor(x):
+            return True
+        x = torch._C._functorch.get_unwrapped(x)
+    return False
+
+
 def norm_of(norm: str, width: int) -> nn.Module:
     if norm == "batch":
-        return nn.BatchNorm2d(width, track_running_stats=False)
+        return BatchNorm(width, track_running_stats=False)
     if norm == "group":  # groups of 4 channels or more: one channel of one pixel has no variance
         groups = next(g for g in (8, 4, 2, 1) if width % g == 0 and (width >= 4 * g or g == 1))
         return nn.GroupNorm(groups, width)
