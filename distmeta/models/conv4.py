@@ -82,7 +82,8 @@ class Conv4(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """In bfloat16 its vmapped derivative mixes two types, which torch (2.13) refuses: under vmap it is in float32."""
+    """Under vmap in float32: of bfloat16 its vmapped derivative mixes two types, which torch (2.13) refuses (pytorch
+    issue 184890)."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         return super().forward(widened(x_NCHW) if _vmapped(x_NCHW) else x_NCHW)
