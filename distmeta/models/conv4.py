@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
 from distmeta.core import InputError, widened
 
@@ -91,10 +92,10 @@ class BatchNorm(nn.BatchNorm2d):
 
 def _vmapped(x: Tensor) -> bool:
     """Whether any of the transforms around x is vmap."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        if torch._C._functorch.is_batchedtensor(x):
+    while is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
             return True
-        x = torch._C._functorch.get_unwrapped(x)
+        x = get_unwrapped(x)
     return False
 
 
