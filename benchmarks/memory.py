@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import hessian
 import report
 import torch
 
+from distmeta.compute.episodes import to_device
 from distmeta.compute.shard import Execution, shard_gradient
 from distmeta.job import Job
 from distmeta.runtime.problem import build, numerics_of
@@ -35,9 +37,9 @@ RATIO_AT = (1, 5, 20)
 
 
 class Gradient:
-    """The meta-gradient of one task, with any number of inner steps."""
+    """The meta-gradient of one task, with any number of inner steps; `overrides` of its job."""
 
-    def __init__(self, store: str):
+    def __init__(self, store: str, *overrides: str):
         self.job = Job.load(
             report.ROOT / "jobs" / "omniglot-maml.yaml",
             [
@@ -46,20 +48,30 @@ class Gradient:
                 "algorithm.inner_lr=0.01",
                 "model.pool=max",
                 "run.workers=0",
+                *overrides,
             ],
         )
-        ids = task_ids(0, "train", 0, 1)
-        self.episodes = build(self.job).family.draw("train", ids), ids
+        ids, problem = task_ids(0, "train", 0, 1), build(self.job)
+        self.device = problem.device
+        self.episodes = to_device(problem.family.draw("train", ids), self.device), ids
 
     def __call__(self, inner_steps: int, differentiation: str) -> torch.Tensor:
+        return self.prepared(inner_steps, differentiation)()
+
+    def prepared(self, inner_steps: int, differentiation: str) -> Callable[[], torch.Tensor]:
+        """What computes it as often as it is called."""
         problem = build(self.job.replace(algorithm={"inner_steps": inner_steps}))
-        theta = problem.init()
-        with numerics_of(self.job, torch.device("cpu")):
-            result = shard_gradient(
-                problem.algorithm, problem.score("train"), theta, *self.episodes,
-                Execution("loop", 1, differentiation),
-            )  # fmt: skip
-        return torch.cat([value.flatten() for value in result.gradient.values()])
+        theta = to_device(problem.init(), self.device)
+
+        def call() -> torch.Tensor:
+            with numerics_of(self.job, self.device):
+                result = shard_gradient(
+                    problem.algorithm, problem.score("train"), theta, *self.episodes,
+                    Execution("loop", 1, differentiation),
+                )  # fmt: skip
+            return torch.cat([value.flatten() for value in result.gradient.values()])
+
+        return call
 
 
 def peak_mb() -> float:

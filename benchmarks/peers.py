@@ -5,7 +5,7 @@ adds the gradient of the mean query loss after adaptation to the `.grad` of the 
 that loss. An outer step is `train_step(peer, optimizer, episodes)`, with any torch optimizer.
 
 They run on the module of a distmeta job (`peer_module`), so that all start at the same weights. They compute
-what MAML needs and nothing more: no accuracy, no loss before adaptation.
+what MAML needs and nothing more: no accuracy, no loss before adaptation. A tool is imported when its peer is made.
 
 Shapes: episodes stacked over tasks, [T, ...]; S support and Q query rows of one task.
 """
@@ -18,15 +18,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torchopt
 from torch import Tensor, nn
 
 from distmeta.core import Episode, Theta
 from distmeta.runtime.problem import Problem
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # higher is of 2020: it warns of escape sequences in its docstrings
-    import higher
 
 PREFIX = "model."
 """What distmeta writes before a parameter's name in theta."""
@@ -45,10 +40,14 @@ Peer = Callable[[Episode], Tensor]
 
 def higher_peer(module: nn.Module, inner: Inner) -> Peer:
     """higher 0.2.1: a differentiable copy of the module and of SGD for each task."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is of 2020, and warns of escape sequences in its docstrings
+        import higher
+
     optimizer = torch.optim.SGD(module.parameters(), lr=inner.lr)
 
     def accumulate(episodes: Episode) -> Tensor:
-        total, count = torch.zeros(()), len(episodes.query.y)
+        total, count = torch.zeros((), device=episodes.query.x.device), len(episodes.query.y)
         for x_s, y_s, x_q, y_q in tasks_of(episodes):
             with higher.innerloop_ctx(
                 module, optimizer, copy_initial_weights=False, track_higher_grads=True
@@ -65,10 +64,12 @@ def higher_peer(module: nn.Module, inner: Inner) -> Peer:
 
 def torchopt_peer(module: nn.Module, inner: Inner) -> Peer:
     """TorchOpt 0.7.3: MetaSGD changes the module itself, whose state is put back after each task."""
+    import torchopt
+
     optimizer = torchopt.MetaSGD(module, lr=inner.lr)
 
     def accumulate(episodes: Episode) -> Tensor:
-        total, count = torch.zeros(()), len(episodes.query.y)
+        total, count = torch.zeros((), device=episodes.query.x.device), len(episodes.query.y)
         initial = torchopt.extract_state_dict(module, by="reference", detach_buffers=True)
         initial_optimizer = torchopt.extract_state_dict(optimizer, by="reference")
         for x_s, y_s, x_q, y_q in tasks_of(episodes):
@@ -101,7 +102,7 @@ def functional_peer(module: nn.Module, inner: Inner) -> Peer:
     meta_gradient = torch.func.grad_and_value(query_loss)
 
     def accumulate(episodes: Episode) -> Tensor:
-        total, count = torch.zeros(()), len(episodes.query.y)
+        total, count = torch.zeros((), device=episodes.query.x.device), len(episodes.query.y)
         theta = {name: value.detach() for name, value in parameters.items()}
         for task in tasks_of(episodes):
             gradient, loss = meta_gradient(theta, *task)

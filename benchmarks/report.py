@@ -31,7 +31,7 @@ def environment() -> dict[str, Any]:
         "hardware": hardware(),
         "load_average_at_start": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {name: _version(name) for name in PACKAGES} | _cuda_versions(),
     }
 
 
@@ -48,13 +48,13 @@ def cores() -> int:
 
 
 def hardware() -> str:
-    """Processor, cores, memory."""
+    """Processor, cores, memory; the GPU that torch takes where it sees one."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     processor = names[0] if names else platform.processor() or platform.machine()
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{processor}, {cores()} cores, {gigabytes:.0f} GiB, CPU only"
+    return f"{processor}, {cores()} cores, {gigabytes:.0f} GiB, {_gpu() or 'CPU only'}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -100,6 +100,24 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _gpu() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return f"GPU {found.name}, {found.total_memory / 2**30:.0f} GiB"
+
+
+def _cuda_versions() -> dict[str, Any]:
+    """CUDA's and cuDNN's, where there is a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
 
 
 def _git(*arguments: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from distmeta.compute.compiler import Compiler
+from distmeta.compute.episodes import to_device
 from distmeta.compute.flat import tree_sum
 from distmeta.compute.shard import shard_gradient
 from distmeta.core import Theta
@@ -57,8 +58,10 @@ class System:
         exact: Theta | None,
         threads: int = 1,
         near: float = NEAR,
+        device: torch.device | None = None,
     ):
         self.name, self.call, self.threads, self.near = name, call, threads, near
+        self.device = device or torch.device("cpu")
         self.gradient = gradient
         """Its mean meta-gradient of the first step's tasks, float32."""
         self.exact = exact
@@ -67,10 +70,18 @@ class System:
     def seconds(self, calls: int) -> float:
         """Time of one call, over `calls` in a row."""
         torch.set_num_threads(self.threads)
+        synchronise(self.device)
         started = time.perf_counter()
         for _ in range(calls):
             self.call()
+        synchronise(self.device)
         return (time.perf_counter() - started) / calls
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until a GPU has done what it was told; a CPU has when it returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def job_of(workload: Workload, **run: Any) -> Job:
@@ -83,24 +94,36 @@ def in_float64(problem: Problem) -> Problem:
 
 
 def first_episodes(problem: Problem, dtype: torch.dtype = torch.float32) -> tuple[Any, np.ndarray]:
-    """The episodes of step 0, and their ids."""
+    """The episodes of step 0 where the problem is computed, and their ids."""
     ids = task_ids(problem.job.seed, "train", 0, problem.job.run.tasks_per_step)
-    episodes = problem.family.draw("train", ids)
+    episodes = to_device(problem.family.draw("train", ids), problem.device)
     return tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, episodes), ids
 
 
-def peer_gradient(name: str, title: str, workload: Workload) -> System:
-    """A peer's meta-gradient of the episodes of step 0."""
+def peer_gradient(
+    name: str,
+    title: str,
+    workload: Workload,
+    within: Callable[[Problem], AbstractContextManager[Any]] = nullcontext,
+) -> System:
+    """A peer's meta-gradient of the episodes of step 0, computed `within` settings of its own."""
 
-    def made(problem: Problem, dtype: torch.dtype) -> tuple[Callable[[], Theta], Theta]:
+    def made(problem: Problem, dtype: torch.dtype) -> Callable[[], Theta]:
         module = peers.peer_module(problem)
         peer = peers.PEERS[name](module, peers.inner_of(problem, workload.loss))
         episodes, _ = first_episodes(problem, dtype)
-        return lambda: peers.gradient_of(peer, module, episodes), peers.gradient_of(peer, module, episodes)
 
-    call, gradient = made(build(job_of(workload)), torch.float32)
-    _, exact = made(in_float64(build(job_of(workload))), torch.float64)
-    return System(f"{title}, gradient", call, gradient, exact)
+        def call() -> Theta:
+            with within(problem):
+                return peers.gradient_of(peer, module, episodes)
+
+        return call
+
+    problem = build(job_of(workload))
+    call, exact = made(problem, torch.float32), None
+    if problem.job.compute.precision == "float32":
+        exact = made(in_float64(build(job_of(workload))), torch.float64)()
+    return System(f"{title}, gradient", call, call(), exact, device=problem.device)
 
 
 @dataclass(frozen=True)
@@ -136,7 +159,7 @@ def distmeta_gradient(way: Way, workload: Workload) -> System:
     def made(problem: Problem, dtype: torch.dtype) -> Callable[[], Theta]:
         compute = problem.job.compute
         episodes, ids = first_episodes(problem, dtype)
-        theta = problem.algorithm.init(torch.Generator())
+        theta = to_device(problem.algorithm.init(torch.Generator()), problem.device)
         compiler = Compiler(compute.precision) if compute.compile else None
 
         def call() -> Theta:
@@ -155,10 +178,13 @@ def distmeta_gradient(way: Way, workload: Workload) -> System:
 
         return call
 
-    job = job_of(workload).replace(compute=way.compute)
-    call = made(build(job), torch.float32)
-    exact = None if job.compute.compile else made(in_float64(build(job)), torch.float64)()
-    return System(f"distmeta {way.name}, gradient", call, call(), exact, near=way.near)
+    problem = build(job_of(workload).replace(compute=way.compute))
+    compute, call, exact = problem.job.compute, made(problem, torch.float32), None
+    if compute.precision == "float32" and not compute.compile:
+        with suppress(torch.OutOfMemoryError):  # of a GPU: float64 needs twice the memory
+            exact = made(in_float64(build(problem.job)), torch.float64)()
+    name = f"distmeta {way.name}, gradient"
+    return System(name, call, call(), exact, near=way.near, device=problem.device)
 
 
 def jax_gradient(workload: Workload) -> list[System]:

@@ -113,7 +113,8 @@ def measure(systems: Sequence[System], tasks: int, rounds: int, seconds: float) 
         [[tasks / s.seconds(n) for s, n in zip(systems, calls, strict=True)] for _ in range(rounds)]
     )
     torch.set_num_threads(1)
-    base = rates[:, [system.name for system in systems].index(REFERENCE)]
+    names = [system.name for system in systems]
+    base = rates[:, names.index(REFERENCE)] if REFERENCE in names else math.nan
     return [
         {
             "system": system.name,
@@ -147,16 +148,16 @@ def rate_cells(row: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def image_store(path: str) -> Iterator[tuple[str, str]]:
+def image_store(path: str, prepared: Preparation = Preparation()) -> Iterator[tuple[str, str]]:  # noqa: B008 - frozen
     """The store at `path`, or one of random images; and which it is."""
     if Path(path).is_file():
         yield path, "Omniglot"
         return
     with tempfile.TemporaryDirectory() as folder:
         drawn = str(Path(folder) / "random.arrow")
-        pixels = np.random.default_rng(0).integers(0, 256, (60 * 20, 1, 28, 28), dtype=np.uint8)
+        pixels = np.random.default_rng(0).integers(0, 256, (60 * 20, *prepared.shape), dtype=np.uint8)
         names = [str(k) for k in range(60)]
-        write_store(drawn, pixels, names, [""] * 60, [20] * 60, Preparation())
+        write_store(drawn, pixels, names, [""] * 60, [20] * 60, prepared)
         yield drawn, "random images"
 
 

@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
-from distmeta.core import InputError
+from distmeta.core import InputError, widened
 
 Norm = Literal["batch", "group", "layer", "none"]
 Width = Annotated[int, Field(ge=1)]
@@ -81,9 +82,26 @@ class Conv4(nn.Module):
         return self.head(self.features(x_NCHW))
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Under vmap in float32: of bfloat16 its vmapped derivative mixes two types, which torch (2.13) refuses (pytorch
+    issue 184890)."""
+
+    def forward(self, x_NCHW: Tensor) -> Tensor:
+        return super().forward(widened(x_NCHW) if _vmapped(x_NCHW) else x_NCHW)
+
+
+def _vmapped(x: Tensor) -> bool:
+    """Whether any of the transforms around x is vmap."""
+    while is_functorch_wrapped_tensor(x):
+        if is_batchedtensor(x):
+            return True
+        x = get_unwrapped(x)
+    return False
+
+
 def norm_of(norm: str, width: int) -> nn.Module:
     if norm == "batch":
-        return nn.BatchNorm2d(width, track_running_stats=False)
+        return BatchNorm(width, track_running_stats=False)
     if norm == "group":  # groups of 4 channels or more: one channel of one pixel has no variance
         groups = next(g for g in (8, 4, 2, 1) if width % g == 0 and (width >= 4 * g or g == 1))
         return nn.GroupNorm(groups, width)

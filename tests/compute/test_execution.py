@@ -305,6 +305,15 @@ def test_bfloat16_is_near_and_theta_stays_float32(job: dict[str, Any], execution
     assert 1e-5 < apart(exact, near) < 0.2
 
 
+@pytest.mark.parametrize("norm", ["batch", "group", "layer"])
+def test_in_bfloat16_vmap_is_as_near_as_the_loop(norm: str) -> None:
+    job = tree("maml", **CONV | {"model": CONV["model"] | {"norm": norm}})
+    exact = gradient(job, LOOP)
+    with numerics(1, False, "bf16"):
+        loop, vmap = (apart(exact, gradient(job, execution)) for execution in (LOOP, VMAP))
+    assert 1e-5 < vmap < 2 * loop
+
+
 def test_training_in_bfloat16_learns(workplace: Path) -> None:
     tasks = {"type": "linear", "shots": 5, "queries": 5, "slope": [0.5, 1.0], "offset": [-1, 1]}
     job = tree(

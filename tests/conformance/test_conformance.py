@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ALGORITHMS, tree
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from distmeta.algorithms import ALGORITHMS as REGISTERED
 from distmeta.compute.episodes import episodes_of
 from distmeta.compute.scoring import score_tasks
-from distmeta.compute.shard import Execution, shard_gradient
+from distmeta.compute.shard import Execution, _chunk_sum, shard_gradient
 from distmeta.core import Episode, Theta
 from distmeta.job import Job
 from distmeta.runtime.problem import Problem, build
@@ -123,6 +124,25 @@ def test_execution_and_differentiation_do_not_matter(
 ) -> None:
     loop, other = gradient(name, LOOP, dtype), gradient(name, execution, dtype)
     assert float((loop - other).norm() / loop.norm()) <= tolerance
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_all_is_on_one_device(name: str) -> None:
+    """A tensor that an algorithm, a model or a score makes on the CPU would meet those of a GPU: shapes alone, on the
+    device `meta`, where fake tensors look at their neighbours' devices."""
+    problem, theta, episodes, _ = parts(name, tasks=2)
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    problem.model.to("meta")
+    theta, episodes, problem.model.constants = tree_map(
+        lambda leaf: fake.from_tensor(leaf.to("meta")), (theta, episodes, problem.model.constants)
+    )
+    groups = tree_map(lambda leaf: leaf.view(-1, problem.algorithm.group_size, *leaf.shape[1:]), episodes)
+    with fake:
+        algorithm, score = problem.training_at(0), problem.score("train")
+        found = _chunk_sum(score, VMAP, True, algorithm, theta, groups, traced=True)
+    leaves = tree_leaves(found)
+    assert len(leaves) > len(theta)
+    assert {leaf.device.type for leaf in leaves} == {"meta"}
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "layer", "none"])

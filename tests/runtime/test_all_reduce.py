@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import HOME, POLICIES, REPOSITORY, tree
 from outcomes import Watching, trained
@@ -337,6 +339,28 @@ def test_a_lost_group_is_said_by_who_died() -> None:
     assert reason_of({0: told, 1: HealthError()}) == "rank 1: MemoryError"
     assert reason_of({0: told}) == "rank 0: RuntimeError: [gloo] Connection closed by peer"
     assert (interface_of("127.0.0.1"), interface_of("203.0.113.9")) == ("lo", None)
+
+
+def test_a_rank_computes_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train shows it those of all ranks on its node."""
+    import ray.train.torch
+
+    from distmeta.runtime.strategies import rank
+
+    def build(spec: Any) -> None:
+        raise InputError("tasks: not here")
+
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(rank, "problem_of", build)
+    monkeypatch.setattr(rank._Rank, "_get", lambda self, spec: spec)
+    one = rank._Rank.__new__(rank._Rank)
+    for gpus in (0, 1):
+        spec = SimpleNamespace(job=Job.parse(tree(run={"gpus_per_worker": gpus})).tree())
+        assert "tasks: not here" in str(one._build(spec))
+        assert taken == [torch.device("cuda", 1)] * gpus
 
 
 def test_a_state_that_is_lost_stays_lost() -> None:

@@ -144,6 +144,14 @@ def serve(config: dict[str, Any]) -> None:
         return
 
 
+def take_own_gpu() -> None:
+    """Ray Train shows a rank the GPUs of all ranks on its node. The problem is built on torch's current one, which is
+    the first for all of them, and NCCL refuses ranks that share a GPU. Holds for this thread."""
+    from ray.train.torch import get_device
+
+    torch.cuda.set_device(get_device())
+
+
 class _Rank:
     def __init__(self, ray: Any, host: Any, spec: Any):
         self._ray, self._host = ray, host
@@ -172,6 +180,8 @@ class _Rank:
     def _build(self, spec: Any) -> Failure | None:
         try:
             wanted: WorkerSpec = self._get(spec)
+            if wanted.job["run"]["gpus_per_worker"] and torch.cuda.is_available():
+                take_own_gpu()
             self._problem = problem_of(wanted)
             self._replica = Replicated(self._problem)
         except Exception as error:
