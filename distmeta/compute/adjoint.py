@@ -7,7 +7,7 @@
 The derivative is that of the whole graph, to rounding; memory holds K+1 states and one step's graph, not K graphs,
 and every step is computed twice. With gradient descent inside, a_{k+1} · ∂step_k/∂φ_k = a_{k+1} − α H(φ_k) a_{k+1}:
 a Hessian-vector product, taken reverse over reverse. (MixFlow-MG, Kemaev et al. 2025, arXiv 2505.00793, takes it
-forward over reverse.)
+forward over reverse, which on a CPU is slower and needs as much memory: benchmarks/README.md.)
 """
 
 from __future__ import annotations

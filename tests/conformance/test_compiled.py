@@ -28,7 +28,19 @@ from distmeta.runtime.problem import build
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 LONG = {"mann", "mann-ntm", "mann-dnc", "matching-fce", "contrastive", "snail", "lstm"}
 """Three to thirty seconds to trace."""
-VECTORISED = {"maml", "protonet"}
+VARIANTS = {
+    "fomaml",
+    "reptile-adam",
+    "maml-adam",
+    "maml-momentum",
+    "anil",
+    "boil",
+    "maml-plus-plus",
+    "hypernet",
+}
+VARIANTS |= {"e-maml", "meta-sgd-policy", "reptile-policy"}
+"""Of an algorithm that is traced anyway."""
+VECTORISED = {"protonet"}
 """Traced under vmap, too, in every run of the tests."""
 COMPILED = {("protonet", torch.float64)}
 """Compiled in every run of the tests, beside that of test_execution."""
@@ -50,7 +62,7 @@ def traced_cases() -> Iterator[Any]:
         for execution in (LOOP, VMAP):
             for dtype in TOLERANCE:
                 quick = dtype == torch.float64 if execution == LOOP else dtype == torch.float32
-                quick = quick and name not in LONG and (execution == LOOP or name in VECTORISED)
+                quick = quick and name not in LONG | VARIANTS and (execution == LOOP or name in VECTORISED)
                 marks = () if quick else pytest.mark.slow
                 words = f"{name}-{execution.mode}-{str(dtype)[-2:]}"
                 yield pytest.param(name, execution, dtype, id=words, marks=marks)
