@@ -264,7 +264,9 @@ class Study(NamedTuple):
 
 STUDIES = {
     "sinusoid": Study(1000, [], (0, 1, 2), "loss", report.plain),
-    "digits": Study(200, ["model.width=32", "run.tasks_per_step=16"], (0, 1), "accuracy", report.percent),
+    "digits": Study(
+        200, ["model.width=32", "run.tasks_per_step=16"], (0, 1, 2, 3, 4), "accuracy", report.percent
+    ),
 }
 RUNS = [f"{name}-{seed}" for name, study in STUDIES.items() for seed in study.seeds]
 REDUCED = ("tf32", "bf16") if torch.cuda.is_available() else ("bf16",)

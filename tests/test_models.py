@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import distmeta
-from distmeta.core import InputError
+from distmeta.core import Batch, Episode, InputError
 from distmeta.job import Job
 from distmeta.models.conv4 import Conv4
 from distmeta.models.functional import Functional
@@ -295,6 +295,19 @@ def test_attention_trains_under_second_derivatives(workplace: Path) -> None:
     assert all(not torch.equal(stored.theta[name], start.theta[name]) for name in stored.theta)
 
 
+class Large:
+    """Images whose maps are past what a CPU computes several tasks of at once."""
+
+    in_shape, out_features = (1, 600, 600), 1
+
+    def draw(self, split: str, ids: Any) -> Episode:
+        x = torch.zeros(len(ids), 2, *self.in_shape)
+        return Episode(Batch(x[:, :1], x[:, :1, 0, 0, :1]), Batch(x, x[:, :, 0, 0, :1]))
+
+    def score(self, outputs: torch.Tensor, batch: Batch) -> Any:
+        return (outputs - batch.y).square().mean(), {}
+
+
 @pytest.mark.parametrize(
     ("changes", "mode"),
     [
@@ -306,8 +319,9 @@ def test_attention_trains_under_second_derivatives(workplace: Path) -> None:
                 "model": {"type": "conv4", "width": 4, "pool": "stride"},
                 "tasks": {"type": "digits", "queries": 2},
             },
-            "loop",
+            "vmap",
         ),
+        ({"model": {"type": "conv4", "width": 2}, "tasks": {"type": "test_models:Large"}}, "loop"),
         ({"compute": {"execution": "loop"}}, "loop"),
         ({"compute": {"execution": "vmap", "chunk": 2}}, "vmap"),
     ],

@@ -15,6 +15,9 @@ from distmeta.core import InputError
 
 CHUNKS = (8, 32)
 """Chunks that `measure` tries besides whole shards."""
+LARGE = 1_200_000
+"""Numbers of a map, for one task's query set, past which a CPU computes convolutions task by task: the maps of several
+tasks at once no longer fit its cache (benchmarks/execution.py)."""
 LONG = 16
 """Inner steps of a network of convolutions from which on one step's graph is held, not all of them."""
 
@@ -25,7 +28,7 @@ class Traits(NamedTuple):
     convolves: bool
     """It has convolutions."""
     largest_map: int = 0
-    """Numbers that its largest convolution gives an example; 0 where they were not seen."""
+    """Numbers that its largest convolution makes of x; 0 where they were not seen."""
 
 
 def traits(module: nn.Module, x: Any) -> Traits:
@@ -42,7 +45,7 @@ def traits(module: nn.Module, x: Any) -> Traits:
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
         state = _generators(x)
         hooks = [
-            m.register_forward_hook(lambda _, inputs, output: maps.append(output[0].numel()))
+            m.register_forward_hook(lambda _, inputs, output: maps.append(output.numel()))
             for m in module.modules()
             if isinstance(m, nn.modules.conv._ConvNd)
         ]
@@ -90,8 +93,8 @@ def choose_execution(
 ) -> Execution:
     """Settles `compute.execution` (`asked.mode`) and, where it is measured, `compute.chunk`.
 
-    auto is `loop` for a model that draws random numbers or that torch.func.vmap cannot run, and for convolutions
-    on a CPU, where vmap turns per-task weights into grouped convolutions and is slower than the loop; else `vmap`.
+    auto is `loop` for a model that draws random numbers or that torch.func.vmap cannot run, and on a CPU for
+    convolutions with `LARGE` maps; else `vmap`.
     measure takes what is fastest on a whole shard: the loop, vmap over all of it, vmap over chunks of it.
 
     Args:
@@ -112,7 +115,8 @@ def choose_execution(
                 "task: use compute.execution=loop"
             )
         return loop
-    if asked.mode == "auto" and found.convolves and not on_gpu:
+    small = 0 < found.largest_map <= LARGE
+    if asked.mode == "auto" and found.convolves and not small and not on_gpu:
         return loop
     try:
         few(vmapped)

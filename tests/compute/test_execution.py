@@ -94,7 +94,7 @@ def peak() -> int:
 
 def wide(inner_steps: int) -> dict[str, Any]:
     """Inner steps whose graphs are far larger than phi."""
-    tasks = {"type": "sinusoid", "shots": 1000, "queries": 10}
+    tasks = {"type": "sinusoid", "shots": 400, "queries": 10}
     algorithm = {"type": "maml", "inner_lr": 1e-3, "inner_steps": inner_steps}
     return tree(algorithm, tasks=tasks, model={"type": "mlp", "hidden": [128, 128]})
 
@@ -334,7 +334,7 @@ def test_settings_that_go_with_nothing_are_refused() -> None:
     with pytest.raises(InputError, match=r"compute.chunk: got 4 with compute.execution: loop"):
         Job.parse(tree(compute={"execution": "loop", "chunk": 4}))
     with pytest.raises(InputError, match=r"compute.chunk: got 4, but compute.execution: auto is loop here"):
-        resolve(build(Job.parse(tree(compute={"chunk": 4}, **CONV))))
+        resolve(build(Job.parse(tree(compute={"chunk": 4}, model={"type": "hard_cases:Dropout"}))))
 
 
 def test_a_compiled_run_is_evaluated_without_a_compiler(
