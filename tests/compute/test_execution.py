@@ -94,7 +94,7 @@ def peak() -> int:
 
 def wide(inner_steps: int) -> dict[str, Any]:
     """Inner steps whose graphs are far larger than phi."""
-    tasks = {"type": "sinusoid", "shots": 400, "queries": 10}
+    tasks = {"type": "sinusoid", "shots": 600, "queries": 10}
     algorithm = {"type": "maml", "inner_lr": 1e-3, "inner_steps": inner_steps}
     return tree(algorithm, tasks=tasks, model={"type": "mlp", "hidden": [128, 128]})
 
@@ -110,7 +110,7 @@ def test_constant_memory_holds_one_steps_graph() -> None:
         env=os.environ | {"PYTHONPATH": str(REPOSITORY / "tests"), "MALLOC_MMAP_THRESHOLD_": "65536"},
     )  # fmt: skip
     constant, more = (int(kilobytes) for kilobytes in done.stdout.split())
-    assert more > 10 * constant
+    assert more > 5 * constant
 
 
 @pytest.mark.parametrize(
