@@ -45,6 +45,8 @@ class Workload:
     """Of TorchOpt, in a row of its own; above 1 where operations are large enough to gain."""
     bf16: bool = False
     """Whether a row is computed in bfloat16."""
+    compiled: bool = True
+    """Whether rows are compiled."""
 
 
 class System:
@@ -148,6 +150,7 @@ def ways_of(workload: Workload) -> tuple[list[Way], list[Way]]:
     if mode == "vmap":
         two = {"execution": mode, "compile": True, "threads": report.cores()}
         fast.append(Way(f"{mode} compiled, {report.cores()} threads", two))
+    fast = fast if workload.compiled else []
     own = next(way for way in plain if way.name == mode)
     steps = [own, *(way for way in fast if "threads" not in way.compute)]
     return [*plain, *fast], steps

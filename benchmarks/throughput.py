@@ -21,6 +21,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0, help="of one system in one round, at least")
     parser.add_argument("--store", default="data/omniglot.arrow", help="random images where there is none")
+    parser.add_argument("--eager", action="store_true", help="without what is compiled, which takes minutes")
     given = parser.parse_args()
     rounds, seconds, tasks = given.rounds, given.seconds, None
     if given.quick:
@@ -227,10 +229,12 @@ def main() -> None:
         return
     with image_store(given.store) as (store, images):
         chosen = workloads(str(Path(store).absolute()), tasks)
+        chosen = {name: replace(one, compiled=not given.eager) for name, one in chosen.items()}
         results = {name: run(chosen[name], rounds, seconds) for name in given.only}
     print(f"\n{NOTE}")
     settings = {"rounds": rounds, "seconds_a_round": seconds, "images": images, "note": NOTE}
     name = "throughput" if given.only == names else "throughput-" + "-".join(given.only)
+    name += "-eager" if given.eager else ""
     report.write(name, start, {"settings": settings, "workloads": results}, given.quick)
 
 

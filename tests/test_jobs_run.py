@@ -36,6 +36,7 @@ def test_two_steps(path: Path, workplace: Path, request: pytest.FixtureRequest) 
         "run.eval_tasks=4",
         "run.eval_inner_steps=2",
         "tracking.type=none",
+        "compute.compile=false",  # takes a minute; tests/conformance/test_compiled.py has it
     ]
     if "omniglot" in path.stem:
         small.append(f"tasks.path={request.getfixturevalue('omniglot')}")

@@ -35,7 +35,8 @@ def episodes_of(
     reduced, exact = torch.is_autocast_enabled(kind), torch.autocast(kind, enabled=False)
     if collect is None:
         with exact:  # data are the same in any precision
-            return to_device(drawn(family, split, ids), device)
+            episodes = drawn(family, split, ids)  # on the CPU
+            return episodes if kind == "cpu" else to_device(episodes, device)
     theta = detached(theta)
     over_tasks = torch.func.vmap
     batches, state = [], None

@@ -233,6 +233,7 @@ def trained(job: dict[str, Any]) -> dict[str, np.ndarray]:
     return {name: column[:, -1] for name, column in scores.metrics.items()}
 
 
+@pytest.mark.slow
 def test_ntm_begins_to_learn_to_copy() -> None:
     scores = trained(tree(**COPY))
     assert scores["loss"].mean() < 0.5, "a guess has 0.69"

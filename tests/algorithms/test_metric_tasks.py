@@ -129,7 +129,13 @@ def doubled(episode: Episode) -> Episode:
     return Episode(*(Batch(batch.x.double(), batch.y) for batch in episode))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("matching-fce", "relation-mean", "imp-many")))
+        for name in METHODS
+    ],
+)
 def test_learns_digits(method: str) -> None:
     """Sixty small steps bring the loss on unseen drawings down, and the accuracy well above chance (1/3)."""
     problem = build(job(method, shots=1, eval_queries=10))

@@ -63,7 +63,7 @@ def test_constant_memory_is_exact_over_many_steps(optimizer: str) -> None:
     algorithm = {
         "type": "maml",
         "inner_lr": 0.01,
-        "inner_steps": 40,
+        "inner_steps": 16,
         "inner_optimizer": optimizer,
         "eps": 1e-3,
     }
