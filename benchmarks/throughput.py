@@ -29,7 +29,7 @@ import numpy as np
 import report
 import torch
 import torch.nn.functional as F
-from systems import System, Workload, systems_of
+from systems import System, Workload, gradients_of, systems_of
 
 from distmeta.core import Theta
 from distmeta.tasks.images import Preparation
@@ -162,11 +162,11 @@ def image_store(path: str, prepared: Preparation = Preparation()) -> Iterator[tu
         yield drawn, "random images"
 
 
-def run(workload: Workload, rounds: int, seconds: float) -> dict[str, Any]:
-    """Verifies and times the systems of one workload, and prints its table."""
+def run(workload: Workload, rounds: int, seconds: float, steps: bool = True) -> dict[str, Any]:
+    """Verifies and times the systems of one workload, whole `steps` too, and prints its table."""
     print(f"\n{workload.title}\n", flush=True)
     with ExitStack() as stack:
-        systems = systems_of(workload, stack)
+        systems = systems_of(workload, stack) if steps else gradients_of(workload)
         verified = verify(systems)
         timed = [system for system, check in zip(systems, verified, strict=True) if check["same"]]
         measured = measure(timed, workload.tree["run"]["tasks_per_step"], rounds, seconds)
@@ -179,8 +179,10 @@ CURVE = (5, 25, 100, 256)
 
 
 def curve(rounds: int, seconds: float, counts: Sequence[int], start: dict[str, Any], quick: bool) -> None:
-    """The systems on sine waves with other numbers of tasks, and their plot."""
-    found = {count: run(workloads("", count)["sinusoid-25"], rounds, seconds) for count in counts}
+    """Meta-gradients of sine waves with other numbers of tasks, and their plot."""
+    found = {
+        count: run(workloads("", count)["sinusoid-25"], rounds, seconds, steps=False) for count in counts
+    }
     report.write("throughput-curve", start, {"tasks": found}, quick)
     if quick:
         return
@@ -193,7 +195,8 @@ def curve(rounds: int, seconds: float, counts: Sequence[int], start: dict[str, A
     for row in found[counts[-1]]["throughput"]:
         rates = [
             next(
-                (r["tasks_per_second"] for r in found[n]["throughput"] if r["system"] == row["system"]), None
+                (r["tasks_per_second"] for r in found[n]["throughput"] if r["system"] == row["system"]),
+                math.nan,
             )
             for n in counts
         ]
