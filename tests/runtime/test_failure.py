@@ -1,11 +1,21 @@
-"""The failure policy and the bookkeeping of shards, without Ray."""
+"""The failure policy and the bookkeeping of shards, without Ray; a worker that is refused, with it."""
 
 from __future__ import annotations
 
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import tree
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distmeta.compute.compiler import MissingCompilerError
 from distmeta.core import InputError
+from distmeta.job import Job
+from distmeta.runtime import fleet
 from distmeta.runtime.failure import another_may_fare_better, backoff, gives_up, hung, straggles
 from distmeta.runtime.outstanding import Outstanding
 from distmeta.runtime.scores import spikes
@@ -89,3 +99,40 @@ def test_whatever_happens_every_shard_is_answered_once(count: int, events: list[
         answers += work.answered(position, 0)
     assert work.done
     assert answers == count == len(work.in_order())
+
+
+def test_a_worker_that_comes_later_without_a_compiler_is_refused(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a real cluster; who builds first finds a compiler, the others do not."""
+    import ray
+
+    first = str(tmp_path / "first")
+
+    class Picky(fleet.WorkerProcess):
+        def build(self, spec: Any) -> int:
+            try:
+                open(first, "x").close()
+            except FileExistsError:
+                time.sleep(1.0)  # by then the run has begun
+                raise MissingCompilerError("no C++ compiler (g++) on elsewhere") from None
+            return 0
+
+    monkeypatch.setattr(fleet, "WorkerProcess", Picky)
+    said: list[str] = []
+    run = Job.parse(tree(run={"workers": {"min": 1, "max": 2}, "cpus_per_worker": 0.5})).run
+    workers = fleet.Fleet(ray, run, ray.put(None), said.append)
+    try:
+        workers.open()
+        deadline = time.monotonic() + 60
+        while not said:
+            assert time.monotonic() < deadline
+            workers.tend()
+            workers.wait([])
+        assert workers.size == 1, "the run goes on with the one that it has"
+    finally:
+        workers.close()
+    assert re.fullmatch(
+        r"worker \d is refused \(there is no C\+\+ compiler \(g\+\+\) on elsewhere\): another is started",
+        said[0],
+    )
