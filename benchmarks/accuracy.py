@@ -1,9 +1,8 @@
-"""Does what distmeta trains learn as well as it should? Four comparisons on unseen tasks.
+"""Does what distmeta trains learn as well as it should? Three comparisons on unseen tasks.
 
     python benchmarks/accuracy.py omniglot   distmeta's MAML against a plain TorchOpt or higher loop
     python benchmarks/accuracy.py digits     MAML on digits never trained on, against nearest neighbour
     python benchmarks/accuracy.py sinusoid   MAML against a pre-trained network, fine-tuned at its best rate
-    python benchmarks/accuracy.py precision  training in bf16 (on a GPU in tf32 too) against the same in float32
 
 Every system of a comparison is scored on the same test tasks; `±` is 1.96·s/√n over the n tasks, so it holds
 the choice of test tasks and not the choice of a seed. It is the last step's theta that is scored: nothing is
@@ -15,19 +14,18 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import peers
 import report
 import torch
 import torch.nn.functional as F
-from training import Progress, nearest_neighbour, said, scores, trained
+from training import distance, nearest_neighbour, overlap, said, scores, trained
 
 from distmeta.compute.numerics import numerics
 from distmeta.core import Theta
@@ -121,17 +119,6 @@ def peer_trained(job: Job, name: str) -> tuple[Theta, float]:
             if (step + 1) % 100 == 0:
                 said(f"  step {step + 1}: loss {float(loss):.4f}")
     return peers.theta_of(module), time.perf_counter() - started
-
-
-def overlap(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
-    """Whether two intervals do."""
-    return abs(a["mean"] - b["mean"]) <= a["ci95"] + b["ci95"]
-
-
-def distance(theta: Theta, reference: Theta) -> float:
-    """‖θ − r‖ / ‖r‖."""
-    squares = [float((theta[name] - value).square().sum()) for name, value in reference.items()]
-    return math.sqrt(sum(squares) / sum(float(v.square().sum()) for v in reference.values()))
 
 
 # digits
@@ -249,93 +236,6 @@ def shown_step(row: Mapping[str, Any], k: int) -> str:
     return figure if k == 0 else f"{figure} (rate {row['rate'][k]:g})"
 
 
-# precision
-
-
-class Study(NamedTuple):
-    """A job, what is changed in it, and what is looked at after the inner steps of its evaluation."""
-
-    steps: int
-    overrides: list[str]
-    seeds: tuple[int, ...]
-    metric: str
-    shown: Callable[[Mapping[str, float]], str]
-
-
-STUDIES = {
-    "sinusoid": Study(1000, [], (0, 1, 2), "loss", report.plain),
-    "digits": Study(
-        200, ["model.width=32", "run.tasks_per_step=16"], (0, 1, 2, 3, 4), "accuracy", report.percent
-    ),
-}
-RUNS = [f"{name}-{seed}" for name, study in STUDIES.items() for seed in study.seeds]
-REDUCED = ("tf32", "bf16") if torch.cuda.is_available() else ("bf16",)
-
-
-def precision(given: argparse.Namespace) -> dict[str, Any]:
-    """The same training in float32 and in each reduced precision: same weights, tasks and steps.
-
-    `--only` adds runs to the results that are there: bfloat16 is slow on a processor without its instructions.
-    """
-    start, path = report.environment(), report.RESULTS / "accuracy-precision.json"
-    rows = json.loads(path.read_text())["rows"] if given.only and path.exists() and not given.quick else []
-    for name, seed in (run.rsplit("-", 1) for run in given.only or RUNS):
-        rows = [row for row in rows if (row["study"], row["seed"]) != (name, int(seed))]
-        rows += [row | {"command": start["command"]} for row in compared(given, name, int(seed))]
-        report.write(path.stem, start, {"rows": rows}, given.quick)
-    cells = []
-    for row in rows:
-        shown = STUDIES[row["study"]].shown
-        figures = (row[key] for key in ("float32", "reduced", "difference", "difference_scored_in_float32"))
-        title = [f"{row['study']}, {row['metric']}", str(row["seed"]), row["precision"]]
-        cells.append([*title, *map(shown, figures), "yes" if row["agree"] else "NO"])
-    header = ["study", "seed", "in", "float32", "reduced", "difference", "both scored in float32", "agree"]
-    print(report.table(header, cells))
-    print("\ndifference: paired by task. agree: the two intervals overlap.")
-    return {"rows": rows}
-
-
-def compared(given: argparse.Namespace, name: str, seed: int) -> list[dict[str, Any]]:
-    """A row for each reduced precision; a theta is scored in the precision it was trained in, and in float32."""
-    study, gpus = STUDIES[name], int(torch.cuda.is_available())
-    fixed = [f"seed={seed}", f"run.steps={given.steps or study.steps}", *study.overrides]
-    base = Job.load(
-        JOBS / f"{name}-maml.yaml", [*fixed, "run.workers=0", f"run.gpus_per_worker={gpus}", *given.set]
-    )
-
-    def made(kind: str) -> tuple[Theta, dict[str, np.ndarray], float]:
-        said(f"{name}, seed {seed}: {kind}")
-        progress = Progress()
-        problem, theta, _ = trained(base.replace(compute={"precision": kind}), progress)
-        tested = {}
-        for scored in dict.fromkeys((kind, "float32")):
-            same = dataclasses.replace(problem, job=problem.job.replace(compute={"precision": scored}))
-            curve = scores(same, theta, study.metric, "test", given.tasks, problem.eval_steps)
-            tested[scored] = curve[:, -1]
-            said(f"  scored in {scored}: {study.shown(report.interval(tested[scored]))}")
-        return theta, tested, math.fsum(progress.processor) / len(progress.processor)
-
-    theta, exact, seconds = made("float32")
-    rows = []
-    for kind in REDUCED:
-        other, tested, other_seconds = made(kind)
-        figures = {"float32": report.interval(exact["float32"]), "reduced": report.interval(tested[kind])}
-        rows.append(
-            {"study": name, "seed": seed, "precision": kind, "metric": study.metric}
-            | figures
-            | {
-                "difference": report.interval(tested[kind] - exact["float32"]),
-                "difference_scored_in_float32": report.interval(tested["float32"] - exact["float32"]),
-                "agree": overlap(figures["float32"], figures["reduced"]),
-                "relative_distance_of_theta": distance(other, theta),
-                "processor_seconds_a_step": {"float32": seconds, "reduced": other_seconds},
-                "test_tasks": given.tasks,
-                "job": base.replace(compute={"precision": kind}).tree(),
-            }
-        )
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -359,20 +259,14 @@ def main() -> None:
     verb = verbs.add_parser("sinusoid", parents=[common], help=sinusoid.__doc__)
     verb.add_argument("--steps", type=int, help="default: the job's")
     verb.add_argument("--seed", type=int, default=0)
-    verb = verbs.add_parser("precision", parents=[common], help=precision.__doc__)
-    verb.add_argument("--steps", type=int, help="default: the study's")
-    verb.add_argument("--only", nargs="+", choices=RUNS, help="runs, beside the results that are there")
-    verb.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="changes in their jobs")
     given = parser.parse_args()
     if given.quick:
         given.steps, given.tasks = 3, 25
     if given.verb == "omniglot" and not Path(given.store).is_file():
         parser.error(f"--store: {given.store} does not exist: see benchmarks/README.md")
     start = report.environment()
-    verb_of = {"omniglot": omniglot, "digits": digits, "sinusoid": sinusoid, "precision": precision}
-    result = verb_of[given.verb](given)
-    if given.verb != "precision":
-        report.write(f"accuracy-{given.verb}", start, result, given.quick)
+    verb_of = {"omniglot": omniglot, "digits": digits, "sinusoid": sinusoid}
+    report.write(f"accuracy-{given.verb}", start, verb_of[given.verb](given), given.quick)
 
 
 if __name__ == "__main__":

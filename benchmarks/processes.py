@@ -91,13 +91,14 @@ def environment(**variables: object) -> Iterator[None]:
 def independent(way: Way, workload: Workload, stack: ExitStack) -> System:
     """distmeta's in-process step in two processes that share nothing, each with half of the tasks: what two workers
     would do if nothing had to travel."""
-    pipes = started(alone, [(way, workload)] * PROCESSES, stack)
+    tasks = workload.tree["run"]["tasks_per_step"]
+    halves = [len(range(rank, tasks, PROCESSES)) for rank in range(PROCESSES)]
+    pipes = started(alone, [(way, workload, half) for half in halves], stack)
     return Outside(f"distmeta {way.name}, step, {PROCESSES} independent processes", pipes, near=float("inf"))
 
 
-def alone(pipe: Connection, way: Way, workload: Workload) -> None:
+def alone(pipe: Connection, way: Way, workload: Workload, tasks: int) -> None:
     torch.set_num_threads(1)
-    tasks = workload.tree["run"]["tasks_per_step"] // PROCESSES
     gradient, call = in_process_step(way, workload, tasks)
     serve(pipe, gradient, call)
 

@@ -260,23 +260,19 @@ def mean_gradient(problem: Problem, pool: Pool, server: ParameterServer, step: i
     return total / np.float32(run.tasks_per_step)
 
 
-def gradients_of(workload: Workload) -> list[System]:
-    """Those of a workload that compute a meta-gradient of episodes in memory, made and run once."""
-    return [
-        peer_gradient("higher", "higher", workload),
-        peer_gradient("torchopt", "TorchOpt", workload),
-        peer_gradient("torch.func", "torch.func", workload),
-        *jax_gradient(workload),
-        *(distmeta_gradient(way, workload) for way in ways_of(workload)[0]),
-    ]
-
-
 def systems_of(workload: Workload, stack: ExitStack) -> list[System]:
     """All that are timed on a workload, made and run once."""
     from processes import as_it_comes, independent, torchopt_distributed  # whose processes import this module
 
-    _, steps = ways_of(workload)
-    made = [*gradients_of(workload), peer_step("torchopt", "TorchOpt", workload)]
+    gradients, steps = ways_of(workload)
+    made = [
+        peer_gradient("higher", "higher", workload),
+        peer_gradient("torchopt", "TorchOpt", workload),
+        peer_gradient("torch.func", "torch.func", workload),
+        *jax_gradient(workload),
+        *(distmeta_gradient(way, workload) for way in gradients),
+        peer_step("torchopt", "TorchOpt", workload),
+    ]
     if workload.threads > 1:
         made.append(peer_step("torchopt", "TorchOpt", workload, workload.threads))
     made.append(as_it_comes("torchopt", "TorchOpt", workload, workload.threads, stack))

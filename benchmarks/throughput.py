@@ -29,7 +29,7 @@ import numpy as np
 import report
 import torch
 import torch.nn.functional as F
-from systems import System, Workload, gradients_of, systems_of
+from systems import System, Workload, systems_of
 
 from distmeta.core import Theta
 from distmeta.tasks.images import Preparation
@@ -42,8 +42,8 @@ NOTE = (
     "distmeta's rows have run.before_every=0, where they do not say otherwise: the peers' loops do not score tasks "
     "before adaptation either. This process keeps the memory it frees (distmeta.compute.memory), for the peers in it "
     "too; `own process`: one with memory as it comes. One thread each, where a row does not say otherwise; two Ray "
-    "workers are two processes of one thread. Independent processes: distmeta's step on half the tasks in each, with "
-    "nothing between them. ∆: relative norm of the meta-gradient's difference from the one of torch.func in float64."
+    "workers are two processes of one thread. Independent processes: distmeta's step on half of the tasks in each, "
+    "with nothing between them. ∆: relative norm of the meta-gradient's difference from torch.func's in float64."
 )
 
 
@@ -162,11 +162,11 @@ def image_store(path: str, prepared: Preparation = Preparation()) -> Iterator[tu
         yield drawn, "random images"
 
 
-def run(workload: Workload, rounds: int, seconds: float, steps: bool = True) -> dict[str, Any]:
-    """Verifies and times the systems of one workload, whole `steps` too, and prints its table."""
+def run(workload: Workload, rounds: int, seconds: float) -> dict[str, Any]:
+    """Verifies and times the systems of one workload, and prints its table."""
     print(f"\n{workload.title}\n", flush=True)
     with ExitStack() as stack:
-        systems = systems_of(workload, stack) if steps else gradients_of(workload)
+        systems = systems_of(workload, stack)
         verified = verify(systems)
         timed = [system for system, check in zip(systems, verified, strict=True) if check["same"]]
         measured = measure(timed, workload.tree["run"]["tasks_per_step"], rounds, seconds)
@@ -179,32 +179,38 @@ CURVE = (5, 25, 100, 256)
 
 
 def curve(rounds: int, seconds: float, counts: Sequence[int], start: dict[str, Any], quick: bool) -> None:
-    """Meta-gradients of sine waves with other numbers of tasks, and their plot."""
-    found = {
-        count: run(workloads("", count)["sinusoid-25"], rounds, seconds, steps=False) for count in counts
-    }
-    report.write("throughput-curve", start, {"tasks": found}, quick)
-    if quick:
-        return
+    """Sine waves with other numbers of tasks, and their plot."""
+    found = {count: run(workloads("", count)["sinusoid-25"], rounds, seconds) for count in counts}
+    settings = {"rounds": rounds, "seconds_a_round": seconds}
+    report.write("throughput-curve", start, {"settings": settings, "tasks": found}, quick)
+    if not quick:
+        plot({n: {r["system"]: r["tasks_per_second"] for r in of["throughput"]} for n, of in found.items()})
+
+
+def plot(rates: dict[int, dict[str, float]]) -> None:
+    """tasks/s by tasks a step and system: meta-gradients beside whole steps, `results/throughput.png`."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
-    for row in found[counts[-1]]["throughput"]:
-        rates = [
-            next(
-                (r["tasks_per_second"] for r in found[n]["throughput"] if r["system"] == row["system"]),
-                math.nan,
-            )
-            for n in counts
-        ]
-        style = "o-" if row["system"].startswith("distmeta") else "s--"
-        axes.plot(counts, rates, style, label=row["system"])
-    axes.set(xscale="log", yscale="log", xlabel="tasks a step", ylabel="tasks/s", xticks=counts)
-    axes.set_xticklabels(counts)
-    axes.legend(fontsize="small")
+    counts = list(rates)
+    figure, panels = pyplot.subplots(1, 2, figsize=(13, 8), layout="constrained", sharey=True)
+    for axes, kind in zip(panels, ("gradient", "step"), strict=True):
+        for system in rates[counts[-1]]:
+            name, _, rest = system.partition(f", {kind}")
+            if name == system:
+                continue
+            style = "o-" if name.startswith("distmeta") else "s--"
+            points = [rates[count].get(system, math.nan) for count in counts]
+            axes.plot(counts, points, style, label=name + rest)
+        title = {"gradient": "meta-gradient of episodes in memory", "step": "whole step"}[kind]
+        axes.set(xscale="log", yscale="log", xlabel="tasks a step", xticks=counts, title=title)
+        axes.set_xticklabels(counts)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.09))
+    panels[0].set_ylabel("tasks/s")
     figure.savefig(report.RESULTS / "throughput.png", dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 

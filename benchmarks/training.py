@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import tempfile
 import time
@@ -70,3 +71,14 @@ def nearest_neighbour(problem: Problem, tasks: int) -> np.ndarray:
     support, query = problem.family.draw("test", task_ids(problem.job.seed, "test", 0, tasks))
     nearest_TQ = torch.cdist(query.x.flatten(2), support.x.flatten(2)).argmin(-1)
     return (support.y.gather(1, nearest_TQ) == query.y).double().mean(1).numpy()
+
+
+def overlap(a: Mapping[str, float], b: Mapping[str, float]) -> bool:
+    """Whether two intervals do."""
+    return abs(a["mean"] - b["mean"]) <= a["ci95"] + b["ci95"]
+
+
+def distance(theta: Theta, reference: Theta) -> float:
+    """‖θ − r‖ / ‖r‖."""
+    squares = [float((theta[name] - value).square().sum()) for name, value in reference.items()]
+    return math.sqrt(sum(squares) / sum(float(v.square().sum()) for v in reference.values()))

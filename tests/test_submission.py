@@ -43,7 +43,7 @@ def head() -> Iterator[str]:
 
 
 def small(**changes: Any) -> dict[str, Any]:
-    return tree("maml", run={"workers": 2}) | changes
+    return tree("maml", run={"workers": 1}) | changes
 
 
 def words(*more: str) -> list[str]:
@@ -75,7 +75,7 @@ def test_own_module_in_another_folder_gives_the_same_bits(
     assert set(last) == {"submission_id", "status"}
     assert last["status"] == "SUCCEEDED"
     assert last["submission_id"].startswith("small-")
-    for line in ("small: maml on sinusoid, 2 Ray workers", "step 6/6: loss", "done: step 6"):
+    for line in ("small: maml on sinusoid, 1 Ray worker", "step 6/6: loss", "done: step 6"):
         assert line in done.stderr
     assert "not packaged, since their names are those of secrets: .env" in done.stderr
     unpacked = list(HOME.glob("submit/*/runtime_resources/working_dir_files/*/*"))

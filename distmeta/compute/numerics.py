@@ -23,24 +23,18 @@ def numerics(
     - attention by the backend that has second derivatives (the fused ones have none).
     - `deterministic`: deterministic kernels; torch names an operation that has none.
     """
-    before = (
-        torch.get_num_threads(),
-        torch.are_deterministic_algorithms_enabled(),
-        bool(torch.backends.cuda.matmul.allow_tf32),
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
-    )
+    before = _settings()
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on CUDA
     tf32 = precision == "tf32"
-    _apply(threads, deterministic or before[1], tf32, tf32, False)
+    _apply((threads, deterministic or before[1], tf32, tf32, False))
     # cached casts would be those of another transform's theta
     autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
     try:
         with sdpa_kernel(SDPBackend.MATH), autocast:
             yield
     finally:
-        _apply(*before)
+        _apply(before)
 
 
 @contextmanager
@@ -55,9 +49,22 @@ def full_precision(device: str) -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def _apply(threads: int, deterministic: bool, matmul: bool, cudnn: bool, benchmark: bool) -> None:
+def _settings() -> tuple[int, bool, bool, bool, bool]:
+    """Those of the process that `numerics` changes."""
+    return (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        bool(torch.backends.cuda.matmul.allow_tf32),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+    )
+
+
+def _apply(wanted: tuple[int, bool, bool, bool, bool]) -> None:
+    threads, deterministic, matmul, cudnn, benchmark = wanted
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # imports all of torch.compile, seconds
+        torch.use_deterministic_algorithms(deterministic)
     torch.backends.cuda.matmul.allow_tf32 = matmul
     torch.backends.cudnn.allow_tf32 = cudnn
     torch.backends.cudnn.benchmark = benchmark

@@ -69,7 +69,7 @@ class ParameterServer:
         self._optimizer.step()
         for run in self._runs:
             run.parameter.grad = None
-        self._advance()
+        self._scheduler.step()
         return size
 
     def retune(self, outer: Outer) -> None:
@@ -88,13 +88,10 @@ class ParameterServer:
 
     def skip(self) -> float:
         """A step without a finite task: neither theta nor the optimizer moves, only the schedule's clock."""
-        self._advance()
-        return math.nan
-
-    def _advance(self) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self._scheduler.step()
+        return math.nan
 
     def rate(self) -> float:
         """The outer rate of the first part."""

@@ -194,6 +194,7 @@ def test_no_room_and_a_mistake_are_said_at_once(workplace: Path, cluster: None) 
     assert checkpoints.load(workplace / "runs" / "mistake").progress.step == 0
 
 
+@pytest.mark.slow
 def test_places_of_a_dead_creator_are_free_again(workplace: Path, cluster: None) -> None:
     """As where a host ends while its group starts: Ray would keep the places until the job ends."""
     import ray

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -29,11 +29,11 @@ from distmeta.runtime.strategies import driver
 from distmeta.runtime.worker import Shard, ShardResult, Worker, shards_of
 
 EPOCHS = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}
-RUN = {"steps": 10, "eval_every": 5, "eval_tasks": 10}
+RUN = {"steps": 6, "eval_every": 3, "eval_tasks": 10}
 CHANGES = [
     {"step": 0, "set": {"outer.lr": 0.02}},
-    {"step": 5, "set": {"outer.lr": 0.005, "algorithm.inner_lr": 0.1}},
-    {"step": 8, "set": {"algorithm.inner_lr": 0.02}},
+    {"step": 3, "set": {"outer.lr": 0.005, "algorithm.inner_lr": 0.1}},
+    {"step": 5, "set": {"algorithm.inner_lr": 0.02}},
 ]
 CASES = {name: tree(name, run=RUN) for name in ALGORITHMS} | {
     "pairwise": tree({"type": "hard_cases:Pairwise"}, run=RUN),
@@ -57,10 +57,8 @@ if find_spec("mujoco"):
     GYM = {"type": "gym", "trajectories": 2, "horizon": 5}
     CASES["gym"] = tree("maml-rl", tasks=GYM, run=RUN)
 
-EVERY_NUMBER = ("maml",)
-"""Algorithms that meet one, two and four Ray workers."""
-SLOW = {"compiled", "bf16", "dropout", "gym"}
-"""By hand: half a minute each."""
+WITH_RAY = {"maml": (1, 4), "outer-epochs": (2,), "constant-memory": (2,), "conv4": (2,)}
+"""Cases that meet so many Ray workers in every run of the tests; the others meet two hosts, or workers by hand."""
 
 
 def trained(job: dict[str, Any], **run: Any) -> Path:
@@ -78,6 +76,19 @@ def lines(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tasks_per"))} for row in rows]
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run of a case in this process, made once."""
+    runs: dict[str, Path] = {}
+
+    def run_of(name: str) -> Path:
+        if name not in runs:
+            runs[name] = trained(CASES[name] | {"output": str(tmp_path_factory.mktemp("alone"))})
+        return runs[name]
+
+    return run_of
+
+
 class Flag(Silent):
     """Puts a file up once training begins: before that, this process itself draws tasks."""
 
@@ -91,19 +102,20 @@ class Flag(Silent):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+        pytest.param(name, marks=() if name in WITH_RAY else pytest.mark.slow)
         for name in CASES
-        if name in EVERY_NUMBER or name not in ALGORITHMS
+        if name in WITH_RAY or name not in ALGORITHMS
     ],
 )
-def test_any_number_of_workers(name: str, workplace: Path, cluster: None) -> None:
-    alone = trained(CASES[name], workers=0)
-    assert Job.load(alone / "job.yaml").compute.compile == (name == "compiled")
-    assert [row["step"] for row in lines(alone)] == list(range(1, 11))
-    for workers in (1, 2, 4) if name in EVERY_NUMBER else (3,):
+def test_any_number_of_workers(
+    name: str, workplace: Path, cluster: None, alone: Callable[[str], Path]
+) -> None:
+    assert Job.load(alone(name) / "job.yaml").compute.compile == (name == "compiled")
+    assert [row["step"] for row in lines(alone(name))] == list(range(1, 7))
+    for workers in WITH_RAY.get(name, (3,)):
         run = trained(CASES[name], workers=workers)
-        assert bits(run) == bits(alone), workers
-        assert lines(run) == lines(alone)
+        assert bits(run) == bits(alone(name)), workers
+        assert lines(run) == lines(alone(name))
 
 
 @pytest.fixture(scope="module")
@@ -116,30 +128,33 @@ def hosts(cluster: None) -> Iterator[list[Any]]:
         ray.kill(actor)
 
 
-@pytest.mark.parametrize("name", [name for name in ALGORITHMS if name not in EVERY_NUMBER])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in {*WITH_RAY, "compiled"}])
 def test_in_other_processes(
-    name: str, workplace: Path, hosts: list[Any], monkeypatch: pytest.MonkeyPatch
+    name: str,
+    workplace: Path,
+    hosts: list[Any],
+    alone: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every algorithm's numbers are those of this process, in two others; RayPool's own ways are tested above."""
-    alone = trained(CASES[name])
+    """All numbers are those of this process, in two others; RayPool's own ways are tested above."""
+    here = alone(name)
     monkeypatch.setattr(driver, "open_pool", partial(HostPool, hosts))
     run = trained(CASES[name])
-    assert bits(run) == bits(alone)
-    assert lines(run) == lines(alone)
+    assert bits(run) == bits(here)
+    assert lines(run) == lines(here)
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "compiled" else name for name in CASES]
 )
-def test_stopped_and_resumed(name: str, workplace: Path) -> None:
-    alone = trained(CASES[name], eval_every=5)
-    short = trained(CASES[name], eval_every=5, steps=7, name="stopped")
-    # stopping at 7 evaluated there, as a last step is; that line is not part of the comparison
-    distmeta.train(Job.load(short / "job.yaml", ["run.steps=10"]), resume=short)
-    assert bits(short) == bits(alone)
-    without = [[row for row in lines(run) if row["step"] != 7] for run in (short, alone)]
+def test_stopped_and_resumed(name: str, workplace: Path, alone: Callable[[str], Path]) -> None:
+    short = trained(CASES[name], steps=4, name="stopped")
+    # stopping at 4 evaluated there, as a last step is; that line is not part of the comparison
+    distmeta.train(Job.load(short / "job.yaml", ["run.steps=6"]), resume=short)
+    assert bits(short) == bits(alone(name))
+    without = [[row for row in lines(run) if row["step"] != 4] for run in (short, alone(name))]
     assert without[0] == without[1]
-    assert [row["step"] for row in lines(short)] == list(range(1, 11))
+    assert [row["step"] for row in lines(short)] == list(range(1, 7))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
