@@ -47,6 +47,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def has_bf16() -> bool:
+    """Whether this processor has instructions for bfloat16."""
+    info = Path("/proc/cpuinfo")
+    flags = set(info.read_text().split()) if info.exists() else set()
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def hardware() -> str:
     """Processor, cores, memory; the GPU that torch takes where it sees one."""
     info = Path("/proc/cpuinfo")

@@ -44,7 +44,7 @@ class Workload:
     threads: int = 1
     """Of TorchOpt, in a row of its own; above 1 where operations are large enough to gain."""
     bf16: bool = False
-    """Whether a row is computed in bfloat16."""
+    """Whether a row is computed in bfloat16: without instructions for it, that is slower than float32."""
     compiled: bool = True
     """Whether rows are compiled."""
 

@@ -76,7 +76,7 @@ def workloads(store: str, tasks: int | None = None) -> dict[str, Workload]:
     return {
         "sinusoid-25": of(regression, sinusoid, 25, F.mse_loss),
         "sinusoid-256": of(regression, sinusoid, 256, F.mse_loss),
-        "conv4-16": of(images, conv4, 16, F.cross_entropy, report.cores(), True),
+        "conv4-16": of(images, conv4, 16, F.cross_entropy, report.cores(), report.has_bf16()),
     }
 
 

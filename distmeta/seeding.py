@@ -34,20 +34,19 @@ def task_generators(ids: Iterable[int | np.integer], part: int = 0) -> Iterator[
     """
     philox = np.random.Philox(key=0)
     generator, state = np.random.Generator(philox), philox.state
-    key = state["state"]["key"]
-    key[1] = part
+    key = [0, part]
+    # lists of plain numbers: it reads them one by one, and those of an array take longer
+    state |= {"state": {"counter": [0] * 4, "key": key}, "buffer": [0] * 4}
     for task_id in ids:
-        key[0] = task_id
+        key[0] = int(task_id)
         philox.state = state  # copies it
         yield generator
 
 
 def uniforms(ids: Any, count: int, part: int = 0) -> np.ndarray:
     """The first `count` uniform numbers of [0, 1) of each task, float64 [T, count]."""
-    rows = np.empty((len(ids), count))
-    for row, generator in zip(rows, task_generators(ids, part), strict=True):
-        generator.random(out=row)
-    return rows
+    rows = [generator.random(count) for generator in task_generators(ids, part)]
+    return np.array(rows).reshape(len(rows), count)  # of no tasks, too
 
 
 def torch_generator(seed: int, stream: str) -> torch.Generator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ def episodes_of(
     """
     collect = getattr(family, "collect", None)
     kind = torch.device(device).type
-    reduced, exact = torch.is_autocast_enabled(kind), torch.autocast(kind, enabled=False)
+    reduced = torch.is_autocast_enabled(kind)
+    exact = torch.autocast(kind, enabled=False) if reduced else nullcontext()
     if collect is None:
         with exact:  # data are the same in any precision
             episodes = drawn(family, split, ids)  # on the CPU
