@@ -69,18 +69,23 @@ def run(given: argparse.Namespace) -> None:
 
 
 def over_seeds(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The differences' means and intervals over seeds."""
+    """Means over seeds; their intervals hold the choice of a seed, and so all that a rounding can lead to."""
     groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["study"], row["precision"]), []).append(row)
     cells = []
     for (name, kind), members in groups.items():
         if len(members) > 1:
-            found = report.interval(np.array([row["difference"]["mean"] for row in members]))
+            found = [
+                report.interval(np.array([row[key]["mean"] for row in members]))
+                for key in ("float32", "other", "difference")
+            ]
             apart = np.mean([row["relative_distance_of_theta"] for row in members])
-            shown = STUDIES[name].shown(found)
-            cells.append([name, kind, str(len(members)), shown, f"{100 * apart:.0f} %"])
-    return report.table(["study", "other", "seeds", "difference from float32", "theta apart by"], cells)
+            shown = map(STUDIES[name].shown, found)
+            cells.append([name, kind, str(len(members)), *shown, f"{100 * apart:.0f} %"])
+    return report.table(
+        ["study", "other", "seeds", "float32", "other", "difference", "theta apart by"], cells
+    )
 
 
 def compared(given: argparse.Namespace, name: str, seed: int) -> list[dict[str, Any]]:
