@@ -90,24 +90,23 @@ def shard_gradient(
     total = {name: torch.empty_like(value) for name, value in theta.items()} if into is None else into
     metrics: list[Metrics] = []
     positions: list[int] = []
-    dropped: list[int] = []
+    finite: list[Tensor] = []
     found = buckets(episodes, size)
     cut = execution._replace(chunk=1) if compiler is not None and len(found) > 1 else execution
     for chunk in chunks(found, size, ids, cut):
         with seeded_draws(None if chunk.vmapped else chunk.seed, theta):
-            parts, finite, rows = sum_of(algorithm, theta, chunk.episodes)
-        if not bool(finite.all()):
-            bad = torch.nonzero(~finite).flatten().tolist()
-            dropped += [chunk.positions[g * size + i] for g in bad for i in range(size)]
-            kept = finite.repeat_interleave(size)
-            rows = {name: torch.where(kept, value, torch.nan) for name, value in rows.items()}
+            parts, good, rows = sum_of(algorithm, theta, chunk.episodes)
         with torch.no_grad():  # in place: memory of its own costs a large theta more than the adding
             for name, value in total.items():
                 value.add_(parts[name]) if metrics else value.copy_(parts[name])
         metrics.append(rows)
         positions += chunk.positions
-    columns = columns_of(metrics, positions)
-    return ShardSum(total, len(ids) - len(dropped), tuple(sorted(dropped)), columns)
+        finite.append(good)
+    kept = np.repeat(torch.cat(finite).cpu().numpy(), size)  # looked at once: a GPU is waited for here alone
+    columns, dropped = columns_of(metrics, positions), sorted(np.asarray(positions)[~kept].tolist())
+    for column in columns.values():
+        column[dropped] = np.nan
+    return ShardSum(total, len(ids) - len(dropped), tuple(dropped), columns)
 
 
 class Chunk(NamedTuple):
@@ -170,7 +169,7 @@ def _chunk_sum(
 ) -> tuple[Theta, Tensor, Metrics]:
     """Σ over finite groups, each counted once a task; which are finite, bool [groups]; the metrics of tasks.
 
-    `traced`: compiled code cannot look at values, and chooses number by number.
+    `traced`: compiled code cannot look at values, and chooses number by number; on a GPU a look would wait for it.
     Under vmap it is the gradient that is vectorised, not the loss: the second derivatives of batch and layer norm
     are wrong in the gradient of a vectorised loss (torch 2.13), and right in vectorised gradients.
     """
@@ -182,7 +181,7 @@ def _chunk_sum(
         parts, metrics = gradient_of(theta, tree_map(lambda leaf: leaf[0], episodes))
         parts = {name: value[None] for name, value in parts.items()}
     finite = _finite_groups(parts)
-    if traced or not bool(finite.all()):
+    if traced or finite.is_cuda or not bool(finite.all()):
         parts = {name: torch.where(_column(finite, value), value, 0) for name, value in parts.items()}
     total = {name: value.sum(0) if len(value) > 1 else value[0] for name, value in parts.items()}
     if algorithm.group_size > 1:

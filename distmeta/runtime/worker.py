@@ -208,7 +208,8 @@ class Worker:
     def _gradient(self, flat: Flat, shard: Shard, out: np.ndarray | None) -> ShardResult:
         problem, layout = self._problem, self.layout
         gradient = layout.blank() if out is None else out
-        views, on_cpu = layout.views(torch.from_numpy(gradient)), problem.device.type == "cpu"
+        here = torch.from_numpy(gradient)
+        there = here if problem.device.type == "cpu" else torch.zeros_like(here, device=problem.device)
         ids = self._ids(shard)
         episodes, drawing = self._episodes(flat, shard, ids)
         started = time.perf_counter()
@@ -220,12 +221,11 @@ class Worker:
             ids,
             problem.execution,
             self._compiler,
-            into=views if on_cpu else None,
+            into=layout.views(there),
             before=problem.scores_before(shard.step),
         )
-        if not on_cpu:
-            for name, view in views.items():
-                view.copy_(result.gradient[name])
+        if there is not here:
+            here.copy_(there)
         # a task's own, so that the bits are the same whichever worker rounds
         draws = task_generator(ids[0], ROUNDING + shard.epoch) if shard.compress != "none" else None
         dropped = tuple(shard.start + i for i in result.dropped)
