@@ -195,8 +195,13 @@ def plot(rates: dict[int, dict[str, float]]) -> None:
     from matplotlib import pyplot
 
     counts = list(rates)
-    figure, panels = pyplot.subplots(1, 2, figsize=(13, 8), layout="constrained", sharey=True)
-    for axes, kind in zip(panels, ("gradient", "step"), strict=True):
+    titles = {"gradient": "meta-gradient of episodes in memory", "step": "whole step"}
+    kinds = [kind for kind in titles if any(f", {kind}" in system for system in rates[counts[-1]])]
+    figure, grid = pyplot.subplots(
+        1, len(kinds), figsize=(6.5 * len(kinds), 8), layout="constrained", sharey=True, squeeze=False
+    )
+    panels = grid[0]
+    for axes, kind in zip(panels, kinds, strict=True):
         for system in rates[counts[-1]]:
             name, _, rest = system.partition(f", {kind}")
             if name == system:
@@ -204,8 +209,7 @@ def plot(rates: dict[int, dict[str, float]]) -> None:
             style = "o-" if name.startswith("distmeta") else "s--"
             points = [rates[count].get(system, math.nan) for count in counts]
             axes.plot(counts, points, style, label=name + rest)
-        title = {"gradient": "meta-gradient of episodes in memory", "step": "whole step"}[kind]
-        axes.set(xscale="log", yscale="log", xlabel="tasks a step", xticks=counts, title=title)
+        axes.set(xscale="log", yscale="log", xlabel="tasks a step", xticks=counts, title=titles[kind])
         axes.set_xticklabels(counts)
         axes.minorticks_off()
         axes.grid(alpha=0.3)

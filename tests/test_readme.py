@@ -40,4 +40,7 @@ def test_commands_and_jobs_that_it_names_exist() -> None:
 
 def test_ci_runs_the_test_command() -> None:
     assert "pip install -q --no-compile -e '.[test]' && pytest -n 2\n" in README
-    assert "pip install -q --no-compile -e '.[test]' && pytest -n 2\n" in (REPOSITORY / ".ci" / "run").read_text()
+    assert (
+        "pip install -q --no-compile -e '.[test]' && pytest -n 2\n"
+        in (REPOSITORY / ".ci" / "run").read_text()
+    )

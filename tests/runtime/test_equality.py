@@ -57,7 +57,7 @@ if find_spec("mujoco"):
     GYM = {"type": "gym", "trajectories": 2, "horizon": 5}
     CASES["gym"] = tree("maml-rl", tasks=GYM, run=RUN)
 
-WITH_RAY = {"maml": (1, 4), "outer-epochs": (2,), "constant-memory": (2,), "conv4": (2,)}
+WITH_RAY = {"maml": (1, 4), "outer-epochs": (2,)}
 """Cases that meet so many Ray workers in every run of the tests; the others meet two hosts, or workers by hand."""
 
 

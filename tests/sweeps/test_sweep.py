@@ -87,6 +87,7 @@ def test_trials_of_groups_under_ray_train(workplace: Path, cluster: None) -> Non
         )
 
 
+@pytest.mark.slow
 def test_poor_trials_stop_early(client: Any, workplace: Path, cluster: None) -> None:
     space = {"algorithm.inner_lr": {"grid": [0.05, 0.06, 1e-6, 1e-6]}}
     job = swept(tracked=True, space=space, trials=1, concurrent=1, scheduler={"type": "asha", "reduction": 2})
