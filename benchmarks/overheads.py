@@ -54,7 +54,7 @@ def compare(first: System, second: System, rounds: int, seconds: float) -> dict[
             row[i] = both[i].seconds(calls[i])
         times.append(row)
     torch.set_num_threads(1)
-    ratios = sorted(b / a for a, b in times)
+    ratios = [b / a for a, b in times]
     low, middle, high = statistics.quantiles(ratios, n=4) if rounds > 1 else ratios * 3
     return {
         "systems": [system.name for system in both],
