@@ -22,6 +22,7 @@ os.environ.update(
     RAY_AUTH_TOKEN=secrets.token_hex(16),
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     RAY_USAGE_STATS_ENABLED="0",
+    RAY_worker_niceness="0",  # Ray's 15 lets them start when nobody else computes: not beside other tests
     OMP_NUM_THREADS="1",  # two test processes of two threads each wait for each other: a hundred times as long
 )
 for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):

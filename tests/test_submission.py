@@ -88,7 +88,7 @@ def test_own_module_in_another_folder_gives_the_same_bits(
 
 
 def test_left_stopped_and_resumed(head: str, workplace: Path) -> None:
-    (workplace / "job.yaml").write_text(yaml.safe_dump(tree("maml", run={"workers": 1})))
+    (workplace / "job.yaml").write_text(yaml.safe_dump(tree("maml")))
     given = ["job.yaml", "run.name=long", "run.steps=1000000", "--address", head, "--json"]
     process = subprocess.Popen(words(*given), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import tree
-from outcomes import Watching, outcome, trained
-from processes import send, worker_pids
 
 from distmeta.core import Episode
 from distmeta.job import Job
@@ -21,8 +18,6 @@ from distmeta.runtime.problem import build
 from distmeta.runtime.resolution import resolve
 from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.worker import Shard, Worker, WorkerSpec, shards_of
-
-RUN = {"steps": 6, "eval_every": 3, "eval_tasks": 30, "shards": 4}
 
 
 def a_worker(**compute: Any) -> tuple[Worker, np.ndarray]:
@@ -85,14 +80,3 @@ def test_a_draw_that_fails_ahead_is_raised_where_it_is_asked_for() -> None:
         at(2, 0)
     failing.clear()
     assert [at(2, 0), at(2, 1), at(5, 1)] == [(2, 0), (2, 1), (5, 1)]
-
-
-def test_bits_are_the_same_on_workers_that_draw_ahead_and_through_a_lost_one(
-    workplace: Path, cluster: None
-) -> None:
-    job = tree("maml", run=RUN)
-    calm = outcome(trained(job, workers=0))
-    job["compute"] = {"draw_ahead": True}
-    harm = Watching({2: lambda: send(worker_pids()[:1], signal.SIGKILL)})
-    assert outcome(trained(job, harm, workers=2, name="ahead")) == calm
-    assert any(text.startswith("lost worker") for text in harm.said)

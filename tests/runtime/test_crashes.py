@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPOSITORY, tree
-from processes import descendants, gone, send, shared_files, words, worker_pids
+from processes import descendants, gone, listening, send, shared_files, words, worker_pids
 
 import distmeta
 from distmeta.job import Job
@@ -76,12 +77,16 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(workplace: Pat
 
 
 def test_a_killed_driver_leaves_nothing_behind_and_is_resumed(workplace: Path) -> None:
-    """With workers of every kind: one at work, one that was stopped and cannot end by itself."""
+    """With workers of every kind: one at work, one that was stopped and cannot end by itself.
+
+    A Ray of the run's own, as a user has it who has set nothing: it asks for a token and listens on loopback.
+    """
     job = tree("maml", run={"steps": 100_000, "workers": 2, "name": "killed", "checkpoint_every": 3})
     (workplace / "job.yaml").write_text(yaml.safe_dump(job))
     line = [sys.executable, "-m", "distmeta.cli", "train", "job.yaml"]
+    nothing_set = {key: value for key, value in ENVIRONMENT.items() if not key.startswith("RAY_AUTH_")}
     with (workplace / "said").open("w") as said:
-        process = subprocess.Popen(line, stdout=said, stderr=said, env=ENVIRONMENT, start_new_session=True)
+        process = subprocess.Popen(line, stdout=said, stderr=said, env=nothing_set, start_new_session=True)
     run = workplace / "runs" / "killed"
     deadline = time.monotonic() + 180
     while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 7:
@@ -91,6 +96,12 @@ def test_a_killed_driver_leaves_nothing_behind_and_is_resumed(workplace: Path) -
     family = descendants(process.pid)
     workers, shared = worker_pids(process.pid), shared_files(family)
     assert len(workers) == 2
+    assert any(b"RAY_AUTH_MODE=token" in Path(f"/proc/{pid}/environ").read_bytes() for pid in family)
+    listeners = listening([process.pid, *family])
+    assert len(listeners) > 4, "a raylet, its agents, the control store"
+    assert {address.rpartition(":")[0] for address in listeners} <= {"127.0.0.1", "::1"}
+    for text in ((workplace / "said").read_text(), (run / "job.yaml").read_text()):
+        assert not re.search("RAY_AUTH_TOKEN|[0-9a-f]{64}", text)
     send(workers[:1], signal.SIGSTOP)
     send([process.pid], signal.SIGKILL)
     process.wait(30)

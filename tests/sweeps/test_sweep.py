@@ -15,7 +15,10 @@ from distmeta.job import Job
 from distmeta.sweeps import NothingFoundError
 
 
-def test_a_sweep_from_its_job_to_its_best(client: Any, workplace: Path, cluster: None) -> None:
+def test_a_sweep_from_its_job_to_its_best(
+    client: Any, workplace: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "open-sesame")
     job = Job.parse(swept(tracked=True, trials=2))
     found = distmeta.sweep(job)
     assert found.folder == workplace / "runs" / "swept"
@@ -52,6 +55,18 @@ def test_a_sweep_from_its_job_to_its_best(client: Any, workplace: Path, cluster:
         assert float(child.data.params["outer.lr"]) == row["outer.lr"]
         assert len(client.get_metric_history(child.info.run_id, "loss_after")) == 6
         assert row["mlflow_run"] == child.info.run_id
+
+    files = [path for path in found.folder.rglob("*") if path.is_file()]
+    assert any(path.name == "tuner.pkl" for path in files)
+    assert not [path for path in files if b"open-sesame" in path.read_bytes()]
+    with pytest.raises(InputError, match=r"^run.name: the folder .* exists already: go on with --resume"):
+        distmeta.sweep(job)
+    with pytest.raises(InputError, match=r"^--resume: .* is not a sweep's folder"):
+        distmeta.sweep(job, resume=workplace)
+    with pytest.raises(
+        InputError, match=r"^sweep.trials: got 3, but the sweep to go on with has 2: take its"
+    ):
+        distmeta.sweep(Job.parse(swept(tracked=True, trials=3)), resume=found.folder)
 
 
 @pytest.mark.slow
@@ -110,24 +125,6 @@ def test_a_budget_ends_the_sweep(workplace: Path, cluster: None) -> None:
     assert 9 <= sum(trial.steps for trial in found.trials) <= 12
     assert len(found.trials) < 8
     assert {trial.status for trial in found.trials} <= {"finished", "stopped"}
-
-
-def test_no_credential_reaches_its_folder_and_it_goes_on_with_its_own_job_only(
-    client: Any, workplace: Path, cluster: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "open-sesame")
-    with pytest.raises(InputError, match=r"^--resume: .* is not a sweep's folder"):
-        distmeta.sweep(Job.parse(swept()), resume=workplace)
-    found = distmeta.sweep(Job.parse(swept(tracked=True, trials=1)))
-    files = [path for path in found.folder.rglob("*") if path.is_file()]
-    assert any(path.name == "tuner.pkl" for path in files)
-    assert not [path for path in files if b"open-sesame" in path.read_bytes()]
-    with pytest.raises(InputError, match=r"^run.name: the folder .* exists already: go on with --resume"):
-        distmeta.sweep(Job.parse(swept(trials=1)))
-    with pytest.raises(
-        InputError, match=r"^sweep.trials: got 2, but the sweep to go on with has 1: take its"
-    ):
-        distmeta.sweep(Job.parse(swept(tracked=True, trials=2)), resume=found.folder)
 
 
 def test_a_metric_that_there_is_not(workplace: Path, cluster: None) -> None:
