@@ -109,6 +109,8 @@ def main() -> None:
             for tasks in TASKS[: 1 if given.quick else None]:
                 if numbers * tasks <= MOST:
                     row |= {str(tasks): ratio(job, tasks, 1 if given.quick else given.rounds)}
+            if len(row) == 1:  # too large for two tasks
+                continue
             found.append(row)
             print(name, *(f"{row[str(n)]['ratio']:.2f}" for n in TASKS if str(n) in row), flush=True)
     cells = [
