@@ -95,6 +95,7 @@ def test_workers_that_die_while_starting_in_a_shard_and_in_an_evaluation(
     assert len([text for text in harm.said if "lost worker" in text or "died while starting" in text]) == 2
 
 
+@pytest.mark.slow  # five workers
 def test_workers_that_never_start_end_the_run_before_it_begins(workplace: Path, cluster: None) -> None:
     with pytest.raises(
         LostShardError, match=r"^4 workers in a row died while starting, the last by: ActorDied"

@@ -172,6 +172,7 @@ def test_a_state_that_is_lost_again_and_again_ends_the_run_with_its_checkpoint(
     assert [row["step"] for row in outcome(workplace / "runs" / "doomed")[3]] == [1, 2, 3]
 
 
+@pytest.mark.slow  # slices are held to the whole by hand above, both ways
 def test_checkpoints_of_driver_and_sharded_are_interchangeable(workplace: Path, cluster: None) -> None:
     """With clipping, momentum, rates of parts, and tasks that are left out."""
     job = wide("sgd", tasks_per_step=16) | {"tasks": {"type": "hard_cases:Poisoned"}}

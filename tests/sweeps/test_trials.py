@@ -20,6 +20,7 @@ from distmeta.jobfile import parse_yaml
 from distmeta.sweeps.run import NoView
 
 
+@pytest.mark.slow  # two trials; a failed one alone: test_all_trials_failed
 def test_one_failed_trial_is_marked_and_the_sweep_goes_on(
     client: Any, workplace: Path, cluster: None
 ) -> None:
