@@ -33,7 +33,8 @@ def task_generators(ids: Iterable[int | np.integer], part: int = 0) -> Iterator[
     time that making one does: draw from it before the next.
     """
     philox = np.random.Philox(key=0)
-    generator, state = np.random.Generator(philox), philox.state
+    generator = np.random.Generator(philox)
+    state: Any = philox.state  # numpy's own type for it admits arrays alone
     key = [0, part]
     # lists of plain numbers: it reads them one by one, and those of an array take longer
     state |= {"state": {"counter": [0] * 4, "key": key}, "buffer": [0] * 4}

@@ -31,6 +31,14 @@ def words(pid: int) -> str:
         return ""
 
 
+def environment(pid: int) -> str:
+    """The variables that a process was started with, zeros between them; empty where it is gone."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 def state(pid: int) -> str:
     """R, S, T (stopped), Z (ended, not yet waited for), or nothing."""
     try:
@@ -54,9 +62,13 @@ def listening(pids: list[int]) -> set[str]:
     """The addresses that processes listen at, `127.0.0.1:80`."""
     owned = set()
     for pid in pids:
-        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            descriptors = os.listdir(f"/proc/{pid}/fd")
+        except OSError:  # gone meanwhile
+            continue
+        for descriptor in descriptors:
             try:
-                owned.add(os.readlink(descriptor))
+                owned.add(os.readlink(f"/proc/{pid}/fd/{descriptor}"))
             except OSError:  # closed meanwhile
                 continue
     found = set()

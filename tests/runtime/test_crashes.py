@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPOSITORY, tree
-from processes import descendants, gone, listening, send, shared_files, words, worker_pids
+from processes import descendants, environment, gone, listening, send, shared_files, words, worker_pids
 
 import distmeta
 from distmeta.job import Job
@@ -96,7 +96,7 @@ def test_a_killed_driver_leaves_nothing_behind_and_is_resumed(workplace: Path) -
     family = descendants(process.pid)
     workers, shared = worker_pids(process.pid), shared_files(family)
     assert len(workers) == 2
-    assert any(b"RAY_AUTH_MODE=token" in Path(f"/proc/{pid}/environ").read_bytes() for pid in family)
+    assert any("RAY_AUTH_MODE=token" in environment(pid) for pid in family)
     listeners = listening([process.pid, *family])
     assert len(listeners) > 4, "a raylet, its agents, the control store"
     assert {address.rpartition(":")[0] for address in listeners} <= {"127.0.0.1", "::1"}

@@ -120,7 +120,7 @@ def test_poor_trials_stop_early(client: Any, workplace: Path, cluster: None) -> 
         assert sorted(steps) == list(range(2, trial.steps + 1, 2))
 
 
-@pytest.mark.slow  # two trials
+@pytest.mark.slow  # two trials, for one number
 def test_a_budget_ends_the_sweep(workplace: Path, cluster: None) -> None:
     found = distmeta.sweep(Job.parse(swept(trials=8, concurrent=1, budget=9)))
     assert 9 <= sum(trial.steps for trial in found.trials) <= 12
@@ -128,7 +128,7 @@ def test_a_budget_ends_the_sweep(workplace: Path, cluster: None) -> None:
     assert {trial.status for trial in found.trials} <= {"finished", "stopped"}
 
 
-@pytest.mark.slow  # a trial
+@pytest.mark.slow  # a trial, for one message; that none succeeds is tested below
 def test_a_metric_that_there_is_not(workplace: Path, cluster: None) -> None:
     with pytest.raises(
         NothingFoundError, match=r"InputError: sweep.metric: got 'val_acuracy_after', but evaluations"
