@@ -16,8 +16,9 @@ import torch
 from torch.utils._pytree import tree_map
 
 from distmeta.compute.compiler import Compiler
+from distmeta.compute.compressed import decode
 from distmeta.compute.episodes import to_device
-from distmeta.compute.flat import tree_sum
+from distmeta.compute.flat import mean_of
 from distmeta.compute.shard import shard_gradient
 from distmeta.core import Theta
 from distmeta.job import Job
@@ -254,10 +255,9 @@ def mean_gradient(problem: Problem, pool: Pool, server: ParameterServer, step: i
     assert run.shards is not None, "resolved"
     steps = problem.algorithm.inner_steps
     plan = shards_of(problem, "train", step, run.tasks_per_step, run.shards, steps)
-    results = pool.map(server.flat(), plan, lambda: None)
+    results = pool.map(server.vector(), plan, lambda: None)
     mean_metrics(results)
-    total = tree_sum([result.gradient for result in results if result.gradient is not None])
-    return total / np.float32(run.tasks_per_step)
+    return mean_of([decode(r.gradient) for r in results if r.gradient is not None], run.tasks_per_step)
 
 
 def systems_of(workload: Workload, stack: ExitStack) -> list[System]:

@@ -90,7 +90,7 @@ class AlgorithmSection(Component):
 
 
 class Schedule(Section):
-    """The outer rate over the steps, by torch.optim.lr_scheduler; past its length the rate stays."""
+    """The outer rate over the steps; past its length the rate stays."""
 
     type: Literal["constant", "linear", "cosine", "exponential"] = "constant"
     steps: Positive | None = None

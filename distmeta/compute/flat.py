@@ -29,6 +29,22 @@ def whole(flat: Flat) -> np.ndarray:
     return flat[0] if len(flat) == 1 else np.concatenate(flat)
 
 
+class Buffer:
+    """A gradient's memory, one after the other: a flat vector, and views of it by name where it is computed."""
+
+    def __init__(self, layout: Layout, device: torch.device):
+        self.vector = layout.blank()
+        self._here = torch.from_numpy(self.vector)
+        self._there = self._here.to(device)
+        self.views = layout.views(self._there)
+
+    def fetched(self) -> np.ndarray:
+        """The vector, with what the views were set to."""
+        if self._there is not self._here:
+            self._here.copy_(self._there)
+        return self.vector
+
+
 class Span(NamedTuple):
     """Elements [first, last) of a tensor of theta, and where they begin in a piece of the flat vector."""
 
@@ -78,7 +94,7 @@ class Layout:
 
     def blank(self) -> np.ndarray:
         """A vector that is set in its gaps alone."""
-        flat = np.empty(self.size, np.float32)
+        flat = torch.empty(self.size).numpy()  # which aligns it, see `shared`
         starts = [start for start, _ in self.places[1:]] + [self.size]
         for (_, stop), following in zip(self.places, starts, strict=True):
             flat[stop:following] = 0

@@ -13,6 +13,7 @@ import numpy as np
 
 from distmeta.compute.compiler import MissingCompilerError
 from distmeta.compute.compressed import cut
+from distmeta.compute.flat import Buffer
 from distmeta.core import InputError
 from distmeta.job import Run
 from distmeta.runtime.cluster import Nodes, resources
@@ -32,7 +33,7 @@ class WorkerProcess:
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
-        self._out = np.empty(0, np.float32)
+        self._out: Buffer | None = None
         """A gradient's memory, shard after shard: Ray copies what a call gives back before the next one."""
 
     def here(self) -> str:
@@ -42,7 +43,8 @@ class WorkerProcess:
         return ray.get_runtime_context().get_node_id()
 
     def build(self, spec: WorkerSpec) -> int:
-        self._worker, self._out = Worker(spec), spec.layout.blank()
+        self._worker = Worker(spec)
+        self._out = self._worker.buffer()
         return os.getpid()
 
     def compute(self, shard: Shard, edges: Sequence[int], *flat: np.ndarray) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from distmeta.compute.flat import Layout
+from distmeta.compute.flat import Buffer, Layout
 from distmeta.runtime.cluster import connect, import_ray
 from distmeta.runtime.failure import LostShardError, another_may_fare_better, backoff, gives_up, hung
 from distmeta.runtime.fleet import GET_SECONDS, Fleet, describe, lost_by, reraise
@@ -32,7 +32,8 @@ class Pool(Protocol):
         ...
 
     def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
-        """All shards' results in the order of `shards`; `check` raises to abandon them."""
+        """All shards' results in the order of `shards`; `check` raises to abandon them. Gradients hold until the next
+        call."""
         ...
 
     def close(self) -> None: ...
@@ -45,12 +46,16 @@ class LocalPool:
 
     def __init__(self, problem: Problem, layout: Layout):
         self.worker = Worker.of(problem, layout)
+        self._outs: list[Buffer] = []
 
     def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
         results = []
-        for shard in shards:
+        for position, shard in enumerate(shards):
             check()
-            results.append(self.worker.compute(flat, shard))
+            if shard.split == "train" and position == len(self._outs):
+                self._outs.append(self.worker.buffer())
+            out = self._outs[position] if shard.split == "train" else None
+            results.append(self.worker.compute(flat, shard, out))
         check()
         return results
 

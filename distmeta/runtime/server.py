@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -15,7 +15,7 @@ import torch
 from distmeta.compute.flat import Layout, norm
 from distmeta.compute.memory import keep_freed
 from distmeta.core import InputError, Theta
-from distmeta.sections import Outer
+from distmeta.sections import Outer, Schedule
 
 OPTIMIZERS = {
     "sgd": torch.optim.SGD,
@@ -36,20 +36,31 @@ class ParameterServer:
     def __init__(self, theta: Theta, outer: Outer):
         keep_freed()
         self.layout = Layout.of(theta)
-        self.outer = outer
         self._flat = torch.from_numpy(self.layout.flatten(theta))
+        self._vector = self._flat.numpy()
+        self._vector.flags.writeable = False
+        self._clock = 0
+        self._start(outer)
+
+    def _start(self, outer: Outer) -> None:
+        self.outer = outer
         self._optimizer, self._runs = _optimizer(self._flat, self.layout, outer)
-        self._scheduler = _scheduler(self._optimizer, outer)
+        self._rates = [group["lr"] for group in self._optimizer.param_groups]
+        self._set_clock(self._clock)
+
+    def _set_clock(self, steps: int) -> None:
+        """Every rate as the schedule has it after so many steps."""
+        self._clock, factor = steps, schedule_factor(self.outer.schedule, steps)
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
 
     def flat(self) -> np.ndarray:
         """theta as a float32 vector, a copy."""
-        return self._flat.numpy().copy()
+        return self._vector.copy()
 
     def vector(self) -> np.ndarray:
-        """theta itself as a float32 vector: not to be written to, and another one after the next step."""
-        view = self._flat.numpy()
-        view.flags.writeable = False
-        return view
+        """theta itself as a float32 vector, always the same one: not to be written to, and moved by the next step."""
+        return self._vector
 
     def theta(self) -> Theta:
         """theta by name, a copy."""
@@ -66,31 +77,21 @@ class ParameterServer:
             run.parameter.grad = whole[run.start : run.stop]
         for group in self._optimizer.param_groups:
             group["lr"] *= factor  # until the schedule sets the next step's
-        self._optimizer.step()
+        take_step(self._optimizer)
         for run in self._runs:
             run.parameter.grad = None
-        self._scheduler.step()
+        self._set_clock(self._clock + 1)
         return size
 
     def retune(self, outer: Outer) -> None:
         """Goes on with other settings; theta, the optimizer's state and the schedule's clock stay."""
         tensors, _ = self.state()
-        clock = self._scheduler.last_epoch
-        self.outer = outer
-        self._optimizer, self._runs = _optimizer(self._flat, self.layout, outer)
+        self._start(outer)
         self._load_optimizer(tensors)
-        self._scheduler = _scheduler(self._optimizer, outer)
-        self._scheduler.last_epoch = clock
-        for group, rate, factor in zip(
-            self._optimizer.param_groups, self._scheduler.base_lrs, self._scheduler.lr_lambdas, strict=True
-        ):
-            group["lr"] = rate * factor(clock)
 
     def skip(self) -> float:
         """A step without a finite task: neither theta nor the optimizer moves, only the schedule's clock."""
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-            self._scheduler.step()
+        self._set_clock(self._clock + 1)
         return math.nan
 
     def rate(self) -> float:
@@ -103,7 +104,7 @@ class ParameterServer:
         return [float(rates[id(run.parameter)]) for run in self._runs for _ in run.layout.names]
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The optimizer's tensors as `<parameter>/<quantity>`, and the schedule and rates as plain data."""
+        """The optimizer's tensors as `<parameter>/<quantity>`, and the schedule's clock as plain data."""
         tensors = {}
         for run in self._runs:
             quantities: Theta = self._optimizer.state.get(run.parameter, {})
@@ -111,8 +112,7 @@ class ParameterServer:
                 views = run.layout.views(value) if key != COUNT else {}
                 for name in run.layout.names:
                     tensors[f"{name}/{key}"] = views.get(name, value).detach().clone()
-        rates = [group["lr"] for group in self._optimizer.param_groups]
-        return tensors, {"rates": rates, "schedule": self._scheduler.state_dict()}
+        return tensors, {"clock": self._clock}
 
     def load(self, theta: Theta, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
         """Restores what `state` gave, and theta.
@@ -122,13 +122,12 @@ class ParameterServer:
         """
         own = self.layout.views(self._flat)
         check_theta(theta, own)
-        check_state(tensors, plain, own, self.state()[1])
+        check_state(tensors, own)
+        clock = _clock_in(plain)
         for name, view in own.items():
             view.copy_(theta[name])
         self._load_optimizer(tensors)
-        for group, rate in zip(self._optimizer.param_groups, plain["rates"], strict=True):
-            group["lr"] = rate
-        self._scheduler.load_state_dict(plain["schedule"])
+        self._set_clock(clock)
 
     def _load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
         for run in self._runs:
@@ -141,7 +140,7 @@ class ParameterServer:
 
 
 def clock_of(names: Iterable[str], outer: Outer, plain: dict[str, Any]) -> ParameterServer:
-    """The rates and the schedule alone, at their place; `skip` moves them on.
+    """The rates alone, as the schedule has them; `skip` moves them on.
 
     Args:
         plain: as `ParameterServer.state` gave it; nothing: at the start.
@@ -161,9 +160,7 @@ def check_theta(theta: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
         )
 
 
-def check_state(
-    tensors: Mapping[str, torch.Tensor], plain: Any, theta: Mapping[str, torch.Tensor], expected: Any
-) -> None:
+def check_state(tensors: Mapping[str, torch.Tensor], theta: Mapping[str, torch.Tensor]) -> None:
     """Raises InputError where the optimizer's state cannot be that of a run of this job: the file may be anybody's."""
     for key, value in tensors.items():
         name, _, quantity = key.rpartition("/")
@@ -172,23 +169,16 @@ def check_state(
         lacking = next((other for other in theta if f"{other}/{quantity}" not in tensors), None)
         if lacking is not None:
             raise InputError(f"checkpoint: its optimizer has {key!r}, but none of {lacking!r}")
-    if not _like(expected, plain):
-        raise InputError("checkpoint: its outer rates and schedule are not those of this job's optimizer")
 
 
-def _like(expected: Any, got: Any) -> bool:
-    """Whether plain data have the same keys, lengths and types; any finite number stands for a number."""
-    if isinstance(expected, dict):
-        return (
-            isinstance(got, dict)
-            and got.keys() == expected.keys()
-            and all(_like(expected[key], got[key]) for key in expected)
+def _clock_in(plain: Any) -> int:
+    """The schedule's clock that `state` gave. Raises InputError where there is none."""
+    clock = plain.get("clock") if isinstance(plain, dict) else None
+    if type(clock) is not int or not 0 <= clock < 2**63:
+        raise InputError(
+            f"checkpoint: got {clock!r} as the clock of its outer rates, expected a number of steps"
         )
-    if isinstance(expected, (list, tuple)):
-        return isinstance(got, list) and len(got) == len(expected) and all(map(_like, expected, got))
-    if isinstance(expected, (int, float)) and not isinstance(expected, bool):
-        return isinstance(got, (int, float)) and not isinstance(got, bool) and abs(got) < 2**63
-    return type(got) is type(expected)
+    return clock
 
 
 class _Run(NamedTuple):
@@ -240,16 +230,17 @@ def optimizer_of(groups: list[tuple[float, list[torch.nn.Parameter]]], outer: Ou
     return OPTIMIZERS[outer.optimizer](parts, lr=outer.lr, foreach=False, **options)
 
 
-def _scheduler(optimizer: torch.optim.Optimizer, outer: Outer) -> torch.optim.lr_scheduler.LambdaLR:
-    """Every rate times a factor of t = min(step / length, 1)."""
-    schedule, length = outer.schedule, outer.schedule.steps or 1
+def take_step(optimizer: torch.optim.Optimizer) -> None:
+    """`optimizer.step()` without torch's hooks and its profiler's record, which cost a small theta as much again."""
+    with torch.no_grad():
+        inspect.unwrap(type(optimizer).step)(optimizer)
 
-    def factor(step: int) -> float:
-        t = min(step / length, 1.0)
-        if schedule.type == "linear":
-            return 1 - (1 - schedule.final) * t
-        if schedule.type == "cosine":
-            return schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * t)) / 2
-        return schedule.final**t if schedule.type == "exponential" else 1.0
 
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def schedule_factor(schedule: Schedule, step: int) -> float:
+    """What every rate is multiplied by after `step` steps: a function of t = min(step / length, 1)."""
+    t = min(step / (schedule.steps or 1), 1.0)
+    if schedule.type == "linear":
+        return 1 - (1 - schedule.final) * t
+    if schedule.type == "cosine":
+        return schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * t)) / 2
+    return schedule.final**t if schedule.type == "exponential" else 1.0

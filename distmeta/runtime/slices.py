@@ -13,7 +13,7 @@ from distmeta.compute.compressed import Vector, decode
 from distmeta.compute.flat import Layout, Span, finite, mean_of, squared_blocks
 from distmeta.compute.memory import keep_freed
 from distmeta.core import Theta
-from distmeta.runtime.server import COUNT, optimizer_of
+from distmeta.runtime.server import COUNT, optimizer_of, take_step
 from distmeta.sections import Outer
 
 Moments = list[dict[str, np.ndarray]]
@@ -79,8 +79,9 @@ class Slice:
             self._optimizer.param_groups, self._parts, self._places, rates, strict=True
         ):
             group["lr"], part.grad = rate, whole[start:stop]
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        take_step(self._optimizer)
+        for part in self._parts:
+            part.grad = None
         return self.flat()
 
     def flat(self) -> np.ndarray:

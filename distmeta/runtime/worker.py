@@ -16,7 +16,7 @@ import torch
 from distmeta.compute.compiler import Compiler, MissingCompilerError, missing
 from distmeta.compute.compressed import Vector, encode
 from distmeta.compute.episodes import episodes_of
-from distmeta.compute.flat import Flat, Layout, shared, whole
+from distmeta.compute.flat import Buffer, Flat, Layout, shared, whole
 from distmeta.compute.memory import keep_freed
 from distmeta.compute.scoring import score_tasks
 from distmeta.compute.shard import shard_gradient
@@ -130,6 +130,8 @@ class Worker:
         self._enter(problem)
         self._version: tuple[str, int, int, int] | None = None
         self._theta: Theta = {}
+        self._viewed: Flat | None = None
+        """The vector that `_theta` lies in, where it does: whatever is written to it is seen."""
         self._kept: dict[tuple[int, int], Any] = {}
         """Episodes of this step by step and shard, where later epochs ask for them again."""
         self._ahead: Ahead | None = None
@@ -147,11 +149,15 @@ class Worker:
             self._enter(self._problem.at(phase))
         return self._problem
 
-    def compute(self, flat: Flat, shard: Shard, out: np.ndarray | None = None) -> ShardResult:
+    def buffer(self) -> Buffer:
+        """Memory for a gradient."""
+        return Buffer(self.layout, self._problem.device)
+
+    def compute(self, flat: Flat, shard: Shard, out: Buffer | None = None) -> ShardResult:
         """The shard's gradient sum (split "train"), or its scores.
 
         Args:
-            out: the gradient's memory, `layout.blank()` before its first use; None: new.
+            out: the gradient's memory; None: new.
         """
         self.enter(shard.phase)
         with numerics_of(self._problem.job, self._problem.device):
@@ -159,11 +165,14 @@ class Worker:
             return self._gradient(flat, shard, out) if shard.split == "train" else self._scores(flat, shard)
 
     def _receive(self, flat: Flat, shard: Shard) -> None:
-        """theta by name, as views of the vector where it lies: once a step, however many of its shards come here."""
+        """theta by name, as views of the vector where it lies: once a step, however many of its shards come here, and
+        once for all where it is the same vector."""
         version = (shard.split, shard.step, shard.epoch, shard.version)
-        if version != self._version or shard.split != "train":
-            vector = shared(whole(flat)[: self.layout.size])
-            self._theta = self.layout.views(vector.to(self._problem.device))
+        if flat is not self._viewed and (version != self._version or shard.split != "train"):
+            given = whole(flat)[: self.layout.size]
+            vector = shared(given).to(self._problem.device)
+            self._theta = self.layout.views(vector)
+            self._viewed = flat if vector.data_ptr() == given.ctypes.data else None
             self._version = version
 
     def _episodes(self, flat: Flat, shard: Shard, ids: np.ndarray) -> tuple[Any, float]:
@@ -205,11 +214,8 @@ class Worker:
             problem.device,
         )
 
-    def _gradient(self, flat: Flat, shard: Shard, out: np.ndarray | None) -> ShardResult:
-        problem, layout = self._problem, self.layout
-        gradient = layout.blank() if out is None else out
-        here = torch.from_numpy(gradient)
-        there = here if problem.device.type == "cpu" else torch.zeros_like(here, device=problem.device)
+    def _gradient(self, flat: Flat, shard: Shard, out: Buffer | None) -> ShardResult:
+        problem, out = self._problem, out or self.buffer()
         ids = self._ids(shard)
         episodes, drawing = self._episodes(flat, shard, ids)
         started = time.perf_counter()
@@ -221,11 +227,10 @@ class Worker:
             ids,
             problem.execution,
             self._compiler,
-            into=layout.views(there),
+            into=out.views,
             before=problem.scores_before(shard.step),
         )
-        if there is not here:
-            here.copy_(there)
+        gradient = out.fetched()
         # a task's own, so that the bits are the same whichever worker rounds
         draws = task_generator(ids[0], ROUNDING + shard.epoch) if shard.compress != "none" else None
         dropped = tuple(shard.start + i for i in result.dropped)

@@ -16,6 +16,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from distmeta.core import InputError, nearest
+from distmeta.seeding import uniforms
 
 
 class Jitter(NamedTuple):
@@ -34,6 +35,8 @@ class Jitter(NamedTuple):
 _BELOW = Jitter(rotate=180.0, scale=0.9, shear=2.0, shift=math.inf)
 NUMBERS = 6
 """Uniforms an image: rotation, width, height, shear, shift across, shift down."""
+PART = 3
+"""Of a task's random numbers, beside those of `sampling`."""
 
 
 def checked(options: dict[str, float]) -> dict[str, float]:
@@ -59,12 +62,9 @@ JitterOptions = Annotated[dict[str, float], AfterValidator(checked)]
 def drawn(limits: Jitter, ids: Sequence[Any] | np.ndarray, images: int) -> np.ndarray:
     """Warps of `images` images of each task: float64 [T, images, NUMBERS], see `warped`.
 
-    They come from the task's own Philox stream jumped 2¹²⁸ numbers ahead, so that what else a task draws is the
-    same with jitter and without.
+    What else a task draws is the same with jitter and without.
     """
-    unit = np.empty((len(ids), images, NUMBERS))
-    for row, task_id in zip(unit, ids, strict=True):
-        row[:] = np.random.Generator(np.random.Philox(key=int(task_id)).jumped()).random(row.shape)
+    unit = uniforms(ids, images * NUMBERS, PART).reshape(len(ids), images, NUMBERS)
     most = (math.radians(limits.rotate), limits.scale, limits.scale, limits.shear, limits.shift, limits.shift)
     return (2 * unit - 1) * most
 

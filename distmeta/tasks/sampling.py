@@ -1,4 +1,4 @@
-"""Which examples an episode shows: classes, drawings, their order, from one random call a task.
+"""Which examples an episode shows: classes, drawings, their order.
 
 Shapes: T tasks, W ways, S shots, Q queries a class, n = S + Q drawings a class.
 """
@@ -12,6 +12,9 @@ import numpy as np
 
 from distmeta.core import PADDING, InputError
 from distmeta.seeding import uniforms
+
+SIZES, ORDER = 1, 2
+"""Parts of a task's random numbers, beside those that choose its classes and drawings."""
 
 
 class ClassEntry(NamedTuple):
@@ -62,33 +65,39 @@ class Drawn(NamedTuple):
 
 
 def draw_rows(table: Table, ids: Any, shuffled: bool, unbalanced: bool) -> Drawn:
-    """The examples of each task; one random call a task."""
+    """The examples of each task: the same in any order, and of smaller tasks some of them."""
     ways, shots, queries, min_ways, min_shots = table.setting
     T, n = len(ids), shots + queries
-    sizes = [1, 2 * ways, 2 * ways * n, 1, ways, shots * ways, queries * ways]
-    used = len(sizes) if shuffled else 5 if min_ways < ways or min_shots < shots else 3
-    part = np.split(uniforms(ids, sum(sizes[:used])), np.cumsum(sizes[: used - 1]), axis=1)
-    group_T = (part[0][:, 0] * len(table.group_start)).astype(np.int64)
-    position_TW = distinct(table.group_count[group_T], part[1].reshape(T, 2, ways))
+    group_T1, class_T2W, drawing_T2Wn = np.split(
+        uniforms(ids, 1 + 2 * ways + 2 * ways * n), [1, 1 + 2 * ways], axis=1
+    )
+    group_T = (group_T1[:, 0] * len(table.group_start)).astype(np.int64)
+    position_TW = distinct(table.group_count[group_T], class_T2W.reshape(T, 2, ways))
     class_TW = table.members[table.group_start[group_T][:, None] + position_TW]
-    drawing_TWn = distinct(table.count[class_TW], part[2].reshape(T, ways, 2, n))
+    drawing_TWn = distinct(table.count[class_TW], drawing_T2Wn.reshape(T, ways, 2, n))
     way_TnW = np.tile(np.arange(ways), (T, n, 1))
     label_TnW = way_TnW
     if min_ways < ways or min_shots < shots:
-        way_TnW, drawing_TWn, label_TnW = _smaller(table.setting, drawing_TWn, part[3], part[4], unbalanced)
+        sizes_TW1 = uniforms(ids, ways + 1, SIZES)
+        way_TnW, drawing_TWn, label_TnW = _smaller(
+            table.setting, drawing_TWn, sizes_TW1[:, :1], sizes_TW1[:, 1:], unbalanced
+        )
     class_TnW = np.take_along_axis(class_TW[:, None, :], way_TnW, 2)
     drawing_TnW = np.take_along_axis(drawing_TWn.swapaxes(1, 2), way_TnW, 2)
     place_TnW = table.start[class_TnW] + drawing_TnW
     turns_TnW = table.turns[class_TnW]
+    orders: list[np.ndarray] = []
+    if shuffled:
+        support_TN, query_TN = np.split(uniforms(ids, n * ways, ORDER), [shots * ways], axis=1)
+        orders = [half_TN.argsort(1, kind="stable") for half_TN in (support_TN, query_TN)]
 
     def halves(support: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         flat = (
             support[:, :shots].reshape(T, shots * ways).copy(),
             query[:, shots:].reshape(T, queries * ways).copy(),
         )
-        if not shuffled:
+        if not orders:
             return flat
-        orders = (uniform.argsort(1, kind="stable") for uniform in part[5:])
         first, second = (np.take_along_axis(a, order, 1) for a, order in zip(flat, orders, strict=True))
         return first, second
 

@@ -28,7 +28,7 @@ def state(step: int, best_step: int | None = None) -> Checkpoint:
         theta,
         {"mean": torch.zeros(2)},
         moments,
-        {"rates": [0.1]},
+        {"clock": 7},
         Progress(step, best_step=best_step),
     )
 

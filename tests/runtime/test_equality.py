@@ -18,6 +18,7 @@ from hosts import Host, HostPool
 
 import distmeta
 import distmeta.core
+from distmeta.compute.flat import Buffer
 from distmeta.core import NumericsError
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
@@ -282,10 +283,10 @@ def test_what_stops_a_step_between_its_epochs_undoes_them(
     calm = trained(CASES["outer-epochs"], steps=3, eval_every=0)
     compute = Worker.compute
 
-    def stopping(worker: Worker, flat: np.ndarray, shard: Shard) -> ShardResult:
+    def stopping(worker: Worker, flat: np.ndarray, shard: Shard, out: Buffer | None) -> ShardResult:
         if (shard.step, shard.epoch) == (stop, 2):
             raise NumericsError("on the way")
-        return compute(worker, flat, shard)
+        return compute(worker, flat, shard, out)
 
     for stop in (0, 2):
         monkeypatch.setattr(Worker, "compute", stopping)

@@ -74,7 +74,7 @@ class Local:
         clock_of(names, outer, self._clock)  # raises where it is not this job's
         for index in range(self._count):
             own = _own(state.optimizer, _prefix(index))
-            check_state(own, {}, theta, {})
+            check_state(own, theta)
             self._states[index] = {key: value.numpy() for key, value in own.items()}
         averaged = {
             k: v for k, v in state.optimizer.items() if not k.rpartition("/")[2].startswith("replica")
