@@ -14,10 +14,12 @@ from distmeta.combining import Strategy
 from distmeta.components import check_options, locate
 from distmeta.core import InputError
 from distmeta.models import MODELS
+from distmeta.seeding import MOST_STEPS, MOST_TASKS
 from distmeta.tasks import TASKS
 from distmeta.workers import Elastic, Workers
 
 Positive = Annotated[int, Field(ge=1)]
+Tasks = Annotated[int, Field(ge=1, le=MOST_TASKS)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -144,8 +146,8 @@ class Outer(Section):
 
 
 class Run(Section):
-    steps: Positive = 1000
-    tasks_per_step: Positive = 32
+    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 1000
+    tasks_per_step: Tasks = 32
     shards: Positive | None = None
     """Fixed pieces that a step's tasks are cut into; null: min(8, groups of tasks). The bits depend on it."""
     workers: Workers = 0
@@ -188,7 +190,7 @@ class Run(Section):
     """Steps between those whose tasks are scored before adaptation too: a forward pass of the query more. 0: never."""
     eval_every: Count = 200
     """Steps between evaluations on validation tasks; 0: never."""
-    eval_tasks: Positive = 600
+    eval_tasks: Tasks = 600
     eval_inner_steps: Count | None = None
     """Inner steps at evaluation; null: the algorithm's own."""
     patience: Positive | None = None

@@ -63,6 +63,7 @@ def test_an_unknown_key_is_met_by_the_nearest_name(changes: dict[Any, Any], expe
         ({"run": {"steps": True}}, "run.steps: got True, expected integer"),
         ({"run": {"steps": 1.0}}, "run.steps: got 1.0, expected integer"),
         ({"run": {"steps": 0}}, "run.steps: got 0, expected a value greater than or equal to 1"),
+        ({"run": {"eval_tasks": 2**26 + 1}}, "run.eval_tasks: got 67108865, expected a value less than or"),
         ({"run": {"name": "a/b"}}, "run.name: got 'a/b', expected letters, digits"),
         ({"run": {"name": ".."}}, "run.name: got '..', expected letters, digits"),
         (

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distmeta.seeding import task_generator, task_ids, uniforms
+from distmeta.seeding import STREAMS, task_generator, task_ids, uniforms
 
 ids = st.lists(
     st.integers(0, 2**64 - 1) | st.integers(2**64 - 3, 2**64 - 1) | st.integers(0, 3), max_size=8
@@ -50,25 +50,27 @@ def _words(number: int, count: int) -> np.ndarray:
 
 
 @settings(deadline=None)
-@given(st.integers(0, 2**63), st.integers(0, 10**6), st.integers(1, 40))
+@given(st.integers(0, 2**63), st.integers(0, 2**36 - 1), st.integers(1, 40))
 def test_a_steps_ids_are_consecutive_and_a_longer_list_starts_with_the_shorter_one(
     seed: int, step: int, count: int
 ) -> None:
     whole = task_ids(seed, "train", step, 40)
     assert np.array_equal(task_ids(seed, "train", step, count), whole[:count])
     assert np.all(np.diff(whole) == 1)
+    assert whole[-1] < 2**63, "none begins anew at 0"
 
 
-def test_steps_streams_and_seeds_have_other_ids() -> None:
-    firsts = {
-        int(task_ids(seed, stream, step, 1)[0])
-        for seed in range(5)
-        for stream in ("train", "val", "test")
-        for step in range(50)
-    }
-    gaps = np.diff(np.array(sorted(firsts), np.uint64))
-    assert len(firsts) == 750
-    assert gaps.min() > 10**9, "no step's ids run into another's"
+def test_steps_streams_and_seeds_share_no_ids() -> None:
+    firsts = np.array(
+        [
+            task_ids(seed, stream, step, 1)[0]
+            for seed in range(5)
+            for stream in STREAMS
+            for step in (*range(50), 10**6, 10**10)
+        ]
+    )
+    assert np.diff(np.sort(firsts)).min() > 10**6, "no step's ids run into another's"
+    assert len(np.unique(firsts % 2**26)) == 5 * len(STREAMS), "steps are whole multiples of 2**26 apart"
 
 
 def test_uniforms_are_uniform_and_tasks_parts_and_counts_are_not_alike() -> None:
