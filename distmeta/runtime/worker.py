@@ -34,8 +34,8 @@ from distmeta.runtime.problem import (
 )
 from distmeta.seeding import task_generator, task_ids
 
-ROUNDING = 2**32
-"""The part of a task's random numbers that gradients are rounded by, past those of any inner step."""
+ROUNDING = 2**62
+"""The part of a task's random numbers that gradients are rounded by, past those of any inner step and family."""
 
 
 @dataclass(frozen=True)
