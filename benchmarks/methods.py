@@ -40,7 +40,7 @@ from distmeta.compute.shard import shard_gradient
 from distmeta.job import Job
 from distmeta.runtime.problem import Problem, build
 from distmeta.runtime.resolution import resolve
-from distmeta.seeding import task_ids
+from distmeta.seeding import task_ids, torch_seed
 
 JOBS = report.ROOT / "jobs"
 FOLDER = report.RESULTS / "methods"
@@ -205,7 +205,7 @@ def from_scratch(problem: Problem, split: str, tasks: int, rate: float, steps: i
     support, query = problem.family.draw(split, ids)
     module, accuracies = problem.model.module, []
     for t in range(tasks):
-        torch.manual_seed(int(ids[t]) & (2**63 - 1))
+        torch.manual_seed(torch_seed(ids[t]))
         for part in module.modules():
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()

@@ -19,6 +19,8 @@ import torch
 STREAMS = {"train": 0, "val": 1, "test": 2, "init": 3, "model": 4, "probe": 5, "sweep": 6}
 
 
+DROPOUT = 2**61
+"""The part of a task's random numbers that its torch seed is, past those of any family."""
 MOST_TASKS, MOST_STEPS = 2**26, 2**36
 """As many tasks in a step, and steps in a stream, as there are ids for."""
 
@@ -29,7 +31,7 @@ def task_ids(seed: int, stream: str, step: int, count: int) -> np.ndarray:
         id = first(seed, stream) + 2²⁶ · step + index
 
     A stream has no id twice. Two streams, of 256 tasks in each of a million steps, have one in common with a
-    probability of 10⁻¹⁰.
+    probability of 2·10⁻¹⁰.
     """
     assert count <= MOST_TASKS, count
     assert step < MOST_STEPS, step
@@ -47,6 +49,12 @@ def _first_id(seed: int, stream: str) -> int:
 def task_generator(task_id: int | np.integer, part: int = 0) -> np.random.Generator:
     """The random numbers of one task; `part` k + 1: the noise of what is collected after k inner steps."""
     return np.random.Generator(np.random.Philox(key=(part << 64) | int(task_id)))
+
+
+def torch_seed(task_id: int | np.integer) -> int:
+    """What torch's own generator starts from where a model draws (dropout): of a task alone. A CPU's takes the lower 32
+    bits of a seed, which the ids of later steps have in common."""
+    return int(task_generator(task_id, DROPOUT).integers(2**63))
 
 
 def uniforms(ids: Sequence[Any] | np.ndarray, count: int, part: int = 0) -> np.ndarray:

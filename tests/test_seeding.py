@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distmeta.seeding import STREAMS, task_generator, task_ids, uniforms
+from distmeta.seeding import STREAMS, task_generator, task_ids, torch_seed, uniforms
 
 ids = st.lists(
     st.integers(0, 2**64 - 1) | st.integers(2**64 - 3, 2**64 - 1) | st.integers(0, 3), max_size=8
@@ -71,6 +71,11 @@ def test_steps_streams_and_seeds_share_no_ids() -> None:
     )
     assert np.diff(np.sort(firsts)).min() > 10**6, "no step's ids run into another's"
     assert len(np.unique(firsts % 2**26)) == 5 * len(STREAMS), "steps are whole multiples of 2**26 apart"
+
+
+def test_torch_seeds_of_all_steps_differ_in_the_bits_that_a_cpu_takes() -> None:
+    seeds = {torch_seed(task_id) % 2**32 for step in range(200) for task_id in task_ids(0, "train", step, 2)}
+    assert len(seeds) == 400
 
 
 def test_uniforms_are_uniform_and_tasks_parts_and_counts_are_not_alike() -> None:

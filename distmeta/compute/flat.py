@@ -35,7 +35,7 @@ class Buffer:
     def __init__(self, layout: Layout, device: torch.device):
         self.vector = layout.blank()
         self._here = torch.from_numpy(self.vector)
-        self._there = self._here.to(device)
+        self._there = self._here if device.type == "cpu" else torch.zeros_like(self._here, device=device)
         self.views = layout.views(self._there)
 
     def fetched(self) -> np.ndarray:

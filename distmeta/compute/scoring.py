@@ -56,7 +56,7 @@ def score_tasks(
     positions: list[int] = []
     with torch.no_grad():
         for chunk in chunks(buckets(episodes), 1, ids, execution):
-            with seeded_draws(None if chunk.vmapped else chunk.seed, theta):
+            with seeded_draws(chunk.seed, theta):
                 if chunk.vmapped:
                     one = tree_map(lambda leaf: leaf[:, 0], chunk.episodes)
                     metrics, predicted = torch.func.vmap(curve)(one)

@@ -34,6 +34,7 @@ from distmeta.core import (
     support_at,
     widened,
 )
+from distmeta.seeding import torch_seed
 
 WHOLE_SHARD = 2**31
 """A chunk that no shard exceeds."""
@@ -94,7 +95,7 @@ def shard_gradient(
     found = buckets(episodes, size)
     cut = execution._replace(chunk=1) if compiler is not None and len(found) > 1 else execution
     for chunk in chunks(found, size, ids, cut):
-        with seeded_draws(None if chunk.vmapped else chunk.seed, theta):
+        with seeded_draws(chunk.seed, theta):
             parts, good, rows = sum_of(algorithm, theta, chunk.episodes)
         with torch.no_grad():  # in place: memory of its own costs a large theta more than the adding
             for name, value in total.items():
@@ -114,8 +115,12 @@ class Chunk(NamedTuple):
     """Leaves [groups, G, ...]; one group in the loop."""
     positions: Sequence[int]
     """Of its tasks in the shard."""
-    vmapped: bool
-    seed: int
+    seed: int | None
+    """Of draws from torch's global generator; None: of a vectorised chunk, which has none."""
+
+    @property
+    def vmapped(self) -> bool:
+        return self.seed is None
 
 
 def chunks(found: list[Bucket], size: int, ids: np.ndarray, execution: Execution) -> Iterator[Chunk]:
@@ -129,8 +134,8 @@ def chunks(found: list[Bucket], size: int, ids: np.ndarray, execution: Execution
             part = tree_map(
                 lambda leaf, rows=rows, n=groups: leaf[rows].reshape(n, size, *leaf.shape[1:]), episodes
             )
-            seed = int(ids[positions[rows.start]]) & (2**63 - 1)
-            yield Chunk(part, positions[rows], execution.mode == "vmap", seed)
+            seed = None if execution.mode == "vmap" else torch_seed(ids[positions[rows.start]])
+            yield Chunk(part, positions[rows], seed)
 
 
 def columns_of(parts: list[Metrics], positions: Sequence[int]) -> dict[str, np.ndarray]:

@@ -51,7 +51,7 @@ class State(NamedTuple):
     optimizer: dict[str, torch.Tensor]
     """`<parameter>/<quantity>`."""
     outer: dict[str, Any]
-    """The rates and the schedule's clock, as plain data."""
+    """The schedule's clock, as plain data."""
 
 
 @dataclass(frozen=True)

@@ -130,7 +130,7 @@ class Worker:
         self._enter(problem)
         self._version: tuple[str, int, int, int] | None = None
         self._theta: Theta = {}
-        self._viewed: Flat | None = None
+        self._viewed: np.ndarray | None = None
         """The vector that `_theta` lies in, where it does: whatever is written to it is seen."""
         self._kept: dict[tuple[int, int], Any] = {}
         """Episodes of this step by step and shard, where later epochs ask for them again."""
@@ -168,12 +168,16 @@ class Worker:
         """theta by name, as views of the vector where it lies: once a step, however many of its shards come here, and
         once for all where it is the same vector."""
         version = (shard.split, shard.step, shard.epoch, shard.version)
-        if flat is not self._viewed and (version != self._version or shard.split != "train"):
+        if flat is self._viewed:
+            return
+        if self._viewed is not None or version != self._version or shard.split != "train":
             given = whole(flat)[: self.layout.size]
             vector = shared(given).to(self._problem.device)
             self._theta = self.layout.views(vector)
-            self._viewed = flat if vector.data_ptr() == given.ctypes.data else None
-            self._version = version
+            self._viewed, self._version = None, version
+            # a tuple is another one in every call: its shards go by their version
+            if isinstance(flat, np.ndarray) and vector.data_ptr() == given.ctypes.data:
+                self._viewed = flat
 
     def _episodes(self, flat: Flat, shard: Shard, ids: np.ndarray) -> tuple[Any, float]:
         """The shard's episodes, and the seconds it took.

@@ -16,12 +16,13 @@ from outcomes import Watching, outcome, trained
 from processes import send, worker_pids
 from scripted import ScriptedPool
 
-from distmeta.compute.flat import tree_sum
+from distmeta.compute.flat import Layout, tree_sum
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.problem import build
 from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.strategies import asynchronous
+from distmeta.runtime.strategies.replica import Round, run_round
 from distmeta.runtime.strategies.stepping import plan_of
 from distmeta.runtime.worker import Shard, Worker
 
@@ -158,6 +159,18 @@ def test_local_averages_what_replicas_did_on_their_shares(workplace: Path) -> No
     expected = server.layout.flatten(start) - 0.5 * (mean + 0.9 * mean)
     assert np.allclose(server.layout.flatten(checkpoints.load(path).theta), expected, atol=1e-6)
     assert [row["step"] for row in outcome(path)[3]] == [1, 2]
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_round_that_the_same_worker_computes_again_is_the_same(steps: int) -> None:
+    """A replica's theta is another vector each time."""
+    problem = build(Job.parse(tree("maml", run=RUN | {"workers": 0})))
+    layout = Layout.of(problem.init())
+    flat, own = layout.flatten(problem.init()), Round(0, 1, 0, steps, 0, problem.job.outer, {})
+    worker = Worker.of(problem, layout)
+    deltas = [run_round(one, own, flat, {})[1] for one in (worker, worker, Worker.of(problem, layout))]
+    assert np.array_equal(deltas[0], deltas[1])
+    assert np.array_equal(deltas[0], deltas[2])
 
 
 @pytest.mark.parametrize("compress", ["none", "int8"])

@@ -49,10 +49,7 @@ class Local:
         self.pool = open_pool(problem, self._server.layout, say)
 
     def retune(self, outer: Outer) -> None:
-        if self._clock:
-            clock = clock_of(self._server.layout.names, self._outer, self._clock)
-            clock.retune(outer)
-            self._clock = clock.state()[1]
+        clock_of(self._server.layout.names, outer, self._clock)  # raises where a rate is of nothing
         self._outer = outer
 
     def flat(self) -> np.ndarray:

@@ -40,7 +40,7 @@ class Round:
     phase: int
     outer: Outer
     clock: dict[str, Any]
-    """The rates and the schedule's clock; nothing at step 0."""
+    """The schedule's clock; nothing at step 0."""
 
     @property
     def kind(self) -> tuple[str, int, bool]:

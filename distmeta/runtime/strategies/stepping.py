@@ -148,7 +148,7 @@ class Central(Stepping):
         self.pool.close()
 
     def _flat_for(self, shards: Sequence[Shard]) -> np.ndarray:
-        """theta itself, to be read at once; in later epochs followed by the one that the episodes are of."""
+        """theta itself, which the next step moves; in later epochs followed by the one that the episodes are of."""
         if self._marked is not None and shards[0].epoch:
             return np.concatenate([self._server.vector(), self._marked[0]])
         return self._server.vector()
