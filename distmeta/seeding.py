@@ -17,8 +17,6 @@ import numpy as np
 import torch
 
 STREAMS = {"train": 0, "val": 1, "test": 2, "init": 3, "model": 4, "probe": 5, "sweep": 6}
-
-
 DROPOUT = 2**61
 """The part of a task's random numbers that its torch seed is, past those of any family."""
 MOST_TASKS, MOST_STEPS = 2**26, 2**36
