@@ -30,12 +30,17 @@ def whole(flat: Flat) -> np.ndarray:
 
 
 class Buffer:
-    """A gradient's memory, one after the other: a flat vector, and views of it by name where it is computed."""
+    """A gradient's memory, one after the other: a flat vector, and views of it by name where it is computed.
 
-    def __init__(self, layout: Layout, device: torch.device):
+    Args:
+        there: a flat vector on the device that computes, where that has memory of its own. Buffers share one: what
+            their views were set to is to be fetched before another's are. None: computed in the vector itself.
+    """
+
+    def __init__(self, layout: Layout, there: torch.Tensor | None = None):
         self.vector = layout.blank()
         self._here = torch.from_numpy(self.vector)
-        self._there = self._here if device.type == "cpu" else torch.zeros_like(self._here, device=device)
+        self._there = self._here if there is None else there
         self.views = layout.views(self._there)
 
     def fetched(self) -> np.ndarray:

@@ -128,6 +128,9 @@ class Worker:
         if problem.job.compute.compile and (lacking := missing()):
             raise MissingCompilerError(lacking)
         self._enter(problem)
+        device = problem.device
+        self._there = None if device.type == "cpu" else torch.zeros(layout.size, device=device)
+        """Where a device with memory of its own adds a gradient up."""
         self._version: tuple[str, int, int, int] | None = None
         self._theta: Theta = {}
         self._viewed: np.ndarray | None = None
@@ -151,7 +154,7 @@ class Worker:
 
     def buffer(self) -> Buffer:
         """Memory for a gradient."""
-        return Buffer(self.layout, self._problem.device)
+        return Buffer(self.layout, self._there)
 
     def compute(self, flat: Flat, shard: Shard, out: Buffer | None = None) -> ShardResult:
         """The shard's gradient sum (split "train"), or its scores.

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distmeta.compute.flat import ALIGN, BLOCK, Layout, edges_of, shared, tree_sum
+from distmeta.compute.flat import ALIGN, BLOCK, Buffer, Layout, edges_of, shared, tree_sum
 
 shapes = st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=1, max_size=6)
 
@@ -46,6 +46,20 @@ def test_views_share_memory_and_unflattened_tensors_do_not() -> None:
     assert flat[layout.size + ALIGN : layout.size + ALIGN + 2].tolist() == [1.0, 1.0]
     layout.unflatten(flat.numpy()[layout.size :])["model.0"].fill_(7.0)
     assert float(flat.sum()) == 2.0
+
+
+def test_gradients_that_share_a_devices_memory_are_each_fetched_into_their_own() -> None:
+    """As on a GPU, where a vector of theta's size for every shard would be room lost."""
+    layout = Layout.of(theta_of([(3, 5), (2,)]))
+    there = torch.zeros(layout.size)
+    found = []
+    for number, buffer in enumerate([Buffer(layout, there), Buffer(layout, there)]):
+        for view in buffer.views.values():
+            view.fill_(number + 1.0)
+        found.append(buffer.fetched())
+    expected = layout.flatten({name: torch.ones_like(view) for name, view in layout.views(there).items()})
+    assert np.array_equal(found[0], expected)
+    assert np.array_equal(found[1], 2 * expected)
 
 
 def test_a_vector_is_read_where_it_lies_unless_it_lies_askew() -> None:
