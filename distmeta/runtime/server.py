@@ -146,7 +146,7 @@ def clock_of(names: Iterable[str], outer: Outer, plain: dict[str, Any]) -> Param
         plain: as `ParameterServer.state` gave it; nothing: at the start.
     """
     clock = ParameterServer({name: torch.zeros(1) for name in names}, outer)
-    if plain:
+    if plain != {}:
         clock.load(clock.theta(), {}, plain)
     return clock
 

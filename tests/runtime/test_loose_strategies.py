@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from processes import send, worker_pids
 from scripted import ScriptedPool
 
 from distmeta.compute.flat import Layout, tree_sum
+from distmeta.core import InputError
 from distmeta.job import Job
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.problem import build
@@ -191,6 +193,16 @@ def test_local_is_the_same_after_a_resume_and_a_lost_worker(
         harm = Watching({2: lambda: send(worker_pids()[:1], signal.SIGKILL)})
         assert outcome(trained(job, harm, workers=2)) == calm
         assert any(text.startswith("lost worker") for text in harm.said)
+
+
+@pytest.mark.parametrize("clock", [None, 0, [], {"clock": -1}, {"clock": None}])
+def test_local_takes_no_clock_that_is_none(clock: Any, workplace: Path) -> None:
+    run = trained(tree("maml", run=RUN | LOCAL | {"workers": 0}))
+    path = checkpoints.find(run) / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps(state | {"outer": state["outer"] | {"replicas": clock}}))
+    with pytest.raises(InputError, match=r"checkpoint: got .* as the clock of its outer rates"):
+        trained(tree("maml", run=RUN | LOCAL | {"workers": 0, "steps": 6}), resume=path.parent)
 
 
 @pytest.mark.parametrize("compress", ["bf16", "int8"])
