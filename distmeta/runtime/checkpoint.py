@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from distmeta.core import InputError, Theta
 from distmeta.runtime.mirror import fetch_checkpoint, is_uri
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
