@@ -34,6 +34,22 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).parents[1]
 
 
+SHORT = ("algorithms", "tasks", "clusters")
+"""Folders of tests that compute for a moment."""
+LONG = ("test_submission.py", "test_jobs_run.py", "test_readme.py")
+"""Files that start processes, outside the folders of their kind."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes first, so that test processes beside each other are done at about the same time."""
+
+    def short(item: pytest.Item) -> bool:
+        folder = item.path.parent.name
+        return folder in SHORT or (folder == "tests" and item.path.name not in LONG)
+
+    items.sort(key=short)
+
+
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(HOME, ignore_errors=True)
 
