@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# deterministic products on CUDA ask for it, and read it once: at the first product of a process
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @contextmanager
@@ -24,14 +28,11 @@ def numerics(
     - `deterministic`: deterministic kernels; torch names an operation that has none.
     """
     before = _settings()
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for on CUDA
-    tf32 = precision == "tf32"
-    _apply((threads, deterministic or before[1], tf32, tf32, False))
+    _apply((threads, deterministic or before[1], False))
     # cached casts would be those of another transform's theta
     autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), autocast:
+        with sdpa_kernel(SDPBackend.MATH), _tf32(precision == "tf32"), autocast:
             yield
     finally:
         _apply(before)
@@ -40,31 +41,48 @@ def numerics(
 @contextmanager
 def full_precision(device: str) -> Iterator[None]:
     """Float32 for a block within `numerics`."""
-    before = (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with _tf32(False), torch.autocast(device, enabled=False):
+        yield
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """TF32 or not, by both of torch's interfaces: its compiler asks either, and where a process has used the newer one,
+    the older reads nothing and its "not allowed" means "as elsewhere"."""
+    cudnn: Any = torch.backends.cudnn
+    cpu: Any = torch.backends.mkldnn
+    parts = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)
+    before = [part.fp32_precision for part in parts]
     try:
-        with torch.autocast(device, enabled=False):
-            yield
+        older = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:  # what the newer interface has set cannot be told in the older one
+        older = None
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    cudnn.allow_tf32 = allowed
+    for part in parts:
+        part.fp32_precision = "tf32" if allowed else "ieee"
+    try:
+        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+        if older is not None:
+            torch.set_float32_matmul_precision(older[0])
+            cudnn.allow_tf32 = older[1]
+        for part, precision in zip(parts, before, strict=True):
+            part.fp32_precision = precision
 
 
-def _settings() -> tuple[int, bool, bool, bool, bool]:
-    """Those of the process that `numerics` changes."""
+def _settings() -> tuple[int, bool, bool]:
+    """Those of the process that `numerics` changes, besides TF32."""
     return (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
-        bool(torch.backends.cuda.matmul.allow_tf32),
-        torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
     )
 
 
-def _apply(wanted: tuple[int, bool, bool, bool, bool]) -> None:
-    threads, deterministic, matmul, cudnn, benchmark = wanted
+def _apply(wanted: tuple[int, bool, bool]) -> None:
+    threads, deterministic, benchmark = wanted
     torch.set_num_threads(threads)
     if deterministic != torch.are_deterministic_algorithms_enabled():  # imports all of torch.compile, seconds
         torch.use_deterministic_algorithms(deterministic)
-    torch.backends.cuda.matmul.allow_tf32 = matmul
-    torch.backends.cudnn.allow_tf32 = cudnn
     torch.backends.cudnn.benchmark = benchmark

@@ -1,0 +1,64 @@
+"""The job's precision, whatever a process has asked torch for by either of its interfaces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from distmeta.compute.numerics import full_precision, numerics
+
+BACKENDS: Any = torch.backends
+ASKED: dict[str, Callable[[], Any]] = {
+    "nothing": lambda: None,
+    "TF32, older": lambda: setattr(BACKENDS.cuda.matmul, "allow_tf32", True),
+    "no TF32, older": lambda: setattr(BACKENDS.cudnn, "allow_tf32", False),
+    "high": lambda: torch.set_float32_matmul_precision("high"),
+    "medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "TF32 everywhere": lambda: setattr(BACKENDS, "fp32_precision", "tf32"),
+    "TF32 in products": lambda: setattr(BACKENDS.cuda.matmul, "fp32_precision", "tf32"),
+    "no TF32 in convolutions": lambda: setattr(BACKENDS.cudnn.conv, "fp32_precision", "ieee"),
+}
+
+
+def parts() -> list[str]:
+    cudnn, cpu = BACKENDS.cudnn, BACKENDS.mkldnn
+    several = (BACKENDS, BACKENDS.cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)
+    return [part.fp32_precision for part in several]
+
+
+@pytest.fixture
+def torch_as_it_was() -> Iterator[None]:
+    yield
+    BACKENDS.fp32_precision = "none"
+    torch.set_float32_matmul_precision("highest")
+    BACKENDS.cudnn.allow_tf32 = True
+    BACKENDS.cuda.matmul.fp32_precision = BACKENDS.mkldnn.matmul.fp32_precision = "none"
+    BACKENDS.mkldnn.conv.fp32_precision = BACKENDS.mkldnn.rnn.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("precision", ["float32", "bf16", "tf32"])
+def test_a_process_settings_neither_enter_nor_change(
+    asked: str, precision: str, torch_as_it_was: None
+) -> None:
+    untouched = parts()
+    ASKED[asked]()
+    before, allowed = parts(), precision == "tf32"
+    expected = ["tf32" if allowed else "ieee"] * 6
+
+    def told() -> tuple[list[str], str, bool, bool]:
+        """By both interfaces: reading the older one raises where the two are at odds."""
+        older = BACKENDS.cuda.matmul.allow_tf32, BACKENDS.cudnn.allow_tf32
+        return parts()[1:], torch.get_float32_matmul_precision(), *older
+
+    with numerics(1, False, precision):
+        assert told() == (expected, "high" if allowed else "highest", allowed, allowed)
+        with full_precision("cpu"):
+            assert told() == (["ieee"] * 6, "highest", False, False)
+            assert not torch.is_autocast_enabled("cpu")
+        assert told() == (expected, "high" if allowed else "highest", allowed, allowed)
+    assert parts() == before
+    assert asked == "nothing" or asked.startswith("no TF32") or before != untouched
