@@ -67,6 +67,27 @@ def job(**changes: Any) -> Job:
     return Job.parse(tree(**changes))
 
 
+class Recurrent(nn.Module):
+    """Reads x [N, F] as sequences of numbers; notes whether cuDNN may compute it."""
+
+    def __init__(self, in_shape: tuple[int, ...], out_features: int):
+        super().__init__()
+        self.seen: list[bool] = []
+        self.lstm, self.head = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, out_features)
+
+    def forward(self, x_NF: Tensor) -> Tensor:
+        self.seen.append(torch.backends.cudnn.enabled)
+        return self.head(self.lstm(x_NF[..., None])[0][:, -1])
+
+
+def test_recurrent_layers_go_without_cudnn() -> None:
+    """It has no second derivative of them."""
+    model = build(Job.parse(tree("maml", model={"type": "test_models:Recurrent"}))).model
+    model(model.init(), torch.ones(3, 2))
+    assert model.module.seen == [False]
+    assert torch.backends.cudnn.enabled
+
+
 def test_tied_parameters_are_one() -> None:
     model = functional(Tied)
     x, weight = torch.randn(2, 3), torch.randn(3, 3)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +53,7 @@ class Functional:
     ):
         seed = int(torch.randint(2**62, (), generator=generator))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # of the CPU alone: no other is put back
             self.module = build()
         if not isinstance(self.module, nn.Module):
             raise InputError(f"model.type: got {type(self.module).__name__}, expected a torch.nn.Module")
@@ -76,6 +77,7 @@ class Functional:
         self.constants: dict[str, Tensor] = {n: parameters[n].detach() for n in sorted(frozen)}
         self.constants |= {n: b.detach() for n, b in self.module.named_buffers()}
         self._tied = _shares_tensors(self.module)
+        self._recurrent = any(isinstance(m, nn.RNNBase) for m in self.module.modules())
 
     @property
     def adaptable(self) -> tuple[str, ...]:
@@ -120,7 +122,8 @@ class Functional:
         values = dict(self.constants)
         for name, value in select(phi, PREFIX).items():
             values[name.removeprefix(PREFIX)] = value
-        return widened(torch.func.functional_call(self.module, values, (x,), tie_weights=self._tied))
+        with no_cudnn() if self._recurrent else nullcontext():
+            return widened(torch.func.functional_call(self.module, values, (x,), tie_weights=self._tied))
 
     def features(self, phi: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """What enters the head, [N, F]; phi need not have the head's entries."""
@@ -148,6 +151,17 @@ class Functional:
         self.constants = {name: move(value) for name, value in self.constants.items()}
         self._initial = {name: move(value) for name, value in self._initial.items()}
         return self
+
+
+@contextmanager
+def no_cudnn() -> Iterator[None]:
+    """cuDNN's recurrent layers have no second derivative, and in evaluation none at all."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def _shares_tensors(module: nn.Module) -> bool:
