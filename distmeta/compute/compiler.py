@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -66,9 +68,14 @@ class Compiler:
             program: Callable[..., Any] = make_fx(function)(*arguments)
             if not self._trace_only:
                 program = torch.compile(program, dynamic=False, fullgraph=True)
-            result = program(*arguments)
+            with warnings.catch_warnings():
+                # advice to compute in another precision than the job's
+                warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+                result = program(*arguments)
         except Exception as error:  # whatever tracing or a backend raises
             inner = getattr(error, "inner_exception", error)  # dynamo wraps a backend's
+            if isinstance(inner, (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
+                raise inner from None  # says nothing about the program
             reason = (str(inner).strip().splitlines() or [type(inner).__name__])[0]
             raise InputError(
                 f"compute.compile: got true, but this cannot be compiled ({reason}): use compute.compile=false"
@@ -141,7 +148,17 @@ class MissingCompilerError(InputError):
         return f"compute.compile: got true, but there is {self.args[0]}: use compute.compile=false"
 
 
-def missing() -> str | None:
-    """What torch.compile lacks on this machine; None if it has a C++ compiler."""
-    name = os.environ.get("CXX", "g++")
-    return None if shutil.which(name) else f"no C++ compiler ({name}) on {socket.gethostname()}"
+def missing(device: str) -> str | None:
+    """What torch.compile lacks on this machine for a type of device; None: nothing.
+
+    On a CPU it needs a C++ compiler, on a GPU Triton, which needs one of C.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    lacking = None
+    if device == "cpu":
+        lacking = None if shutil.which(compiler) else f"C++ compiler ({compiler})"
+    elif find_spec("triton") is None:
+        lacking = "Triton"
+    elif not any(shutil.which(name) for name in [os.environ.get("CC", "cc"), "gcc", "clang"]):
+        lacking = "C compiler"
+    return lacking and f"no {lacking} on {socket.gethostname()}"

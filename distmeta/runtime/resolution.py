@@ -28,7 +28,8 @@ def resolve(problem: Problem, say: Callable[[str], None] = lambda text: None) ->
     """
     problem = replace(problem, job=_with_shards(problem))
     _check_compute(problem)
-    if problem.job.compute.compile and (lacking := missing()):
+    here = not problem.job.run.max_workers  # else it is what workers have that counts
+    if problem.job.compute.compile and here and (lacking := missing(problem.device.type)):
         say(f"compute.compile: there is {lacking}; the whole run goes without")
         problem = eager(problem)
     theta = {name: value.to(problem.device) for name, value in problem.init().items()}

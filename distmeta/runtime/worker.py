@@ -112,8 +112,7 @@ class Worker:
 
     def __init__(self, spec: WorkerSpec):
         self._start(problem_of(spec), spec.layout)
-        if self._problem.draws_ahead:
-            self._ahead = Ahead(self._problem.job.compute.threads)
+        self.draw_ahead()
 
     @classmethod
     def of(cls, problem: Problem, layout: Layout) -> Worker:
@@ -125,7 +124,7 @@ class Worker:
     def _start(self, problem: Problem, layout: Layout) -> None:
         keep_freed()
         self.layout = layout
-        if problem.job.compute.compile and (lacking := missing()):
+        if problem.job.compute.compile and (lacking := missing(problem.device.type)):
             raise MissingCompilerError(lacking)
         self._enter(problem)
         device = problem.device
@@ -151,6 +150,11 @@ class Worker:
         if phase != self._problem.phase:
             self._enter(self._problem.at(phase))
         return self._problem
+
+    def draw_ahead(self) -> None:
+        """Draws tasks ahead from here on, where the job does: for a worker in a process of its own."""
+        if self._problem.draws_ahead:
+            self._ahead = Ahead(self._problem.job.compute.threads)
 
     def buffer(self) -> Buffer:
         """Memory for a gradient."""

@@ -17,7 +17,7 @@ from conftest import ALGORITHMS, REPOSITORY, tree
 
 import distmeta
 from distmeta.algorithms.maml import MAML
-from distmeta.compute import probe
+from distmeta.compute import compiler, probe
 from distmeta.compute.compiler import Compiler
 from distmeta.compute.episodes import episodes_of
 from distmeta.compute.numerics import numerics
@@ -300,6 +300,45 @@ def test_a_worker_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match=r"compute.compile: got true, but there is no C\+\+ compiler"):
         Worker(WorkerSpec(job.tree(), layout, {}, "."))
+
+
+def test_beside_workers_it_is_their_compilers_that_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    job = Job.parse(tree(compute={"compile": True}, run={"workers": 2}))
+    assert resolve(build(job)).job.compute.compile is True
+
+
+def test_what_a_gpus_compiler_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(compiler, "find_spec", lambda name: None)
+    assert str(compiler.missing("cuda")).startswith("no Triton on ")
+    monkeypatch.setattr(compiler, "find_spec", lambda name: name)
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
+    assert str(compiler.missing("cuda")).startswith("no C compiler on ")
+    monkeypatch.setattr(compiler.shutil, "which", lambda name: name if name == "gcc" else None)
+    assert compiler.missing("cuda") is None
+
+
+def test_memory_that_runs_out_while_compiling_is_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not a program that cannot be compiled: another worker may have more."""
+    calls = count()
+
+    def function(x: torch.Tensor) -> Any:
+        if next(calls):  # eager is computed first
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x, torch.ones(1, dtype=torch.bool), {}
+
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        Compiler("float32", trace_only=True)("large", function, torch.ones(2))
+
+
+def test_a_tasks_draws_seed_no_other_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    gradient(tree("maml", model={"type": "hard_cases:Dropout"}), LOOP)
+    assert seeded == []
+    torch.manual_seed(torch.initial_seed())
+    assert len(seeded) == 1, "what torch's own does"
 
 
 @pytest.mark.parametrize(("job", "execution"), [(tree("maml"), VMAP), (tree("maml", **CONV), LOOP)])

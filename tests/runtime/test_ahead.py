@@ -80,3 +80,20 @@ def test_a_draw_that_fails_ahead_is_raised_where_it_is_asked_for() -> None:
         at(2, 0)
     failing.clear()
     assert [at(2, 0), at(2, 1), at(5, 1)] == [(2, 0), (2, 1), (5, 1)]
+
+
+def test_a_shard_of_a_later_theta_has_the_tasks_that_were_drawn_for_it() -> None:
+    """`async` gives every shard the theta that there is when it is handed out."""
+    ahead, threads = Ahead(1), list[int]()
+
+    def draw(shard: Shard) -> Any:
+        threads.append(threading.get_ident())
+        return shard.step, shard.index
+
+    for step in range(4):
+        for index in range(2):
+            shard = Shard(index, "train", step, 4, index, index + 1, 1, version=step)
+            assert ahead.draw(shard, draw) == (step, index)
+    ahead.wait()
+    # the first three, while nobody knows what comes; all others ahead, once each
+    assert [thread == threading.get_ident() for thread in threads] == [True] * 3 + [False] * 6

@@ -70,7 +70,7 @@ def ranks(pid: int | None = None) -> list[int]:
 
 
 JOBS = {
-    "sgd": tree("maml", tasks=POISONED, outer=SGD, run={"steps": 20}),
+    "sgd": tree("maml", tasks=POISONED, outer=SGD, compute={"draw_ahead": True}, run={"steps": 20}),
     "epochs": tree(EPOCHS, outer=SGD, run={"steps": 3}, **POLICIES),
     "all-bad": tree("maml", tasks={"type": "hard_cases:AllBad"}, outer=SGD, run={"steps": 2}),
     "stop": tree("maml", tasks=POISONED, outer=SGD, run={"steps": 4, "on_nonfinite": "stop"}),

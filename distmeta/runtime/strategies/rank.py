@@ -108,7 +108,9 @@ class Replicated(Central):
     def __init__(self, problem: Problem):
         super().__init__(server_of(problem, problem.job.outer, None))
         self._device = problem.device
-        self.pool = self.ranks = Ranks(Worker.of(problem, self._server.layout))
+        worker = Worker.of(problem, self._server.layout)
+        worker.draw_ahead()
+        self.pool = self.ranks = Ranks(worker)
 
     def _map(self, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
         return self.ranks.map(self._flat_for(shards), shards, check)
