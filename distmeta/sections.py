@@ -22,6 +22,8 @@ Positive = Annotated[int, Field(ge=1)]
 Tasks = Annotated[int, Field(ge=1, le=MOST_TASKS)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+LEAST_GPU = 1e-4
+"""The smallest fraction of a resource that Ray can place."""
 
 
 class Section(BaseModel):
@@ -173,7 +175,7 @@ class Run(Section):
     they do not."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    """May be a fraction; above 0 the worker computes on its GPU."""
+    """May be a fraction below 1; above 0 the worker computes on its GPU, the first where it has several."""
     address: str | None = None
     """Ray cluster to use; null: RAY_ADDRESS, else a local one started for this run."""
     start_timeout: Rate = 300.0
@@ -209,6 +211,15 @@ class Run(Section):
     def max_workers(self) -> int:
         """Workers that the run has a use for; 0: this process computes."""
         return self.workers.max if isinstance(self.workers, Elastic) else self.workers
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _check_gpus(cls, gpus: float) -> float:
+        if (gpus > 1 and gpus != int(gpus)) or 0 < gpus < LEAST_GPU:  # as Ray has it
+            raise InputError(
+                f"run.gpus_per_worker: got {gpus:g}, expected a whole number, or a fraction from {LEAST_GPU:g} to 1"
+            )
+        return gpus
 
     @field_validator("name")
     @classmethod

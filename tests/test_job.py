@@ -70,6 +70,14 @@ def test_an_unknown_key_is_met_by_the_nearest_name(changes: dict[Any, Any], expe
             {"run": {"cpus_per_worker": float("inf")}},
             "run.cpus_per_worker: got inf, expected a finite number",
         ),
+        (
+            {"run": {"gpus_per_worker": 1.5}},
+            "run.gpus_per_worker: got 1.5, expected a whole number, or a fraction",
+        ),
+        (
+            {"run": {"gpus_per_worker": 1e-5}},
+            "run.gpus_per_worker: got 1e-05, expected a whole number, or a fraction",
+        ),
         ({"run": 3}, "run: got 3, expected a section of keys"),
         ({"run": None}, "run: got None, expected a section of keys"),
         ({"outer": {"lr": "1e-3"}}, "outer.lr: got '1e-3', expected number"),

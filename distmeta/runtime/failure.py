@@ -11,6 +11,10 @@ BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0
 """Seconds before a worker is replaced: doubled with each loss in a row."""
 STRAGGLER_FACTOR, STRAGGLER_SECONDS = 4.0, 5.0
 """A shard is slow past so many times its peers' median, and never before so many seconds."""
+EXHAUSTED = [
+    f"{kind}_STATUS_{what}" for kind in ("CUBLAS", "CUDNN") for what in ("ALLOC_FAILED", "NOT_INITIALIZED")
+]
+"""How a GPU's libraries say that it has no memory left for them: the usual face of it where workers share one."""
 HUNG_FACTOR, HUNG_SECONDS = 20.0, 60.0
 """A worker counts as hung past so many times the slowest shard that was timed, and never before so many seconds."""
 
@@ -69,6 +73,11 @@ def another_may_fare_better(error: BaseException) -> bool:
 
     Code and numbers are the same everywhere: what they raise once, they raise on every worker.
     """
+    text = str(error)
+    if isinstance(error, torch.AcceleratorError) and "device-side assert" in text:
+        return False  # a label that no output has, say
+    if isinstance(error, RuntimeError) and any(status in text for status in EXHAUSTED):
+        return True
     circumstances = (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
     from_ray = any(kind.__name__ == "RayError" for kind in type(error).__mro__)  # nobody else may have Ray
     return isinstance(error, circumstances) or from_ray

@@ -67,10 +67,23 @@ def test_a_loss_spikes_where_it_stands_out_from_those_before() -> None:
 def test_only_a_workers_circumstances_are_tried_elsewhere() -> None:
     import torch
 
-    for error in (MemoryError(), FileNotFoundError("store"), torch.OutOfMemoryError("CUDA out of memory")):
-        assert another_may_fare_better(error)
-    for error in (InputError("tasks.path"), RuntimeError("shapes"), ZeroDivisionError()):
-        assert not another_may_fare_better(error)
+    for error in (
+        MemoryError(),
+        FileNotFoundError("store"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.AcceleratorError("CUDA error: unspecified launch failure", 719),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+    ):
+        assert another_may_fare_better(error), error
+    for error in (
+        InputError("tasks.path"),
+        RuntimeError("shapes"),
+        ZeroDivisionError(),
+        torch.AcceleratorError("CUDA error: device-side assert triggered", 710),
+        RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
+    ):
+        assert not another_may_fare_better(error), error
 
 
 @given(st.integers(1, 9), st.lists(st.tuples(st.integers(0, 3), st.sampled_from("GGGAL")), max_size=200))
