@@ -50,7 +50,9 @@ def load(
         trained = Job.parse(trained).at(stored.progress.step - 1).tree()
     job, steps = _evaluation_job(trained, overrides)
     constants = {name: value.numpy() for name, value in stored.constants.items()}
-    problem = build(job, constants, examples=stored.examples)
+    # beside workers this process needs no GPU
+    device = torch.device("cpu") if job.run.max_workers else None
+    problem = build(job, constants, device, examples=stored.examples)
     if steps and problem.algorithm.inner_steps == 0:
         raise InputError(
             f"algorithm.inner_steps: got {steps}, but {job.algorithm.type} has no inner loop: leave it out"
@@ -173,9 +175,12 @@ def _evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[
             f"eval_{key}" in tree["tasks"]
         ):  # evaluation's own: the head keeps the ways that it was trained with
             kept = [text.replace(f"tasks.{key}=", f"tasks.eval_{key}=", 1) for text in kept]
-    gpus = tree["run"]["gpus_per_worker"] if torch.cuda.is_available() else 0  # trained there, evaluated here
+    # trained on GPUs, evaluated where there may be none: here, or on the workers that are asked for
+    own = asked.get("run")
+    own = own if isinstance(own, Mapping) else {}
+    gpus = tree["run"]["gpus_per_worker"] if own.get("workers") or torch.cuda.is_available() else 0
     compute = {**tree["compute"], "compile": False}  # evaluation takes no meta-gradient
-    if gpus == 0 and compute["precision"] == "tf32":
+    if own.get("gpus_per_worker", gpus) == 0 and compute["precision"] == "tf32":
         compute["precision"] = "float32"
     run = in_process(tree["run"]) | {"gpus_per_worker": gpus}
     job = Job.parse({**tree, "run": run, "compute": compute, "sweep": None}, kept)

@@ -19,7 +19,8 @@ from PIL import Image
 import distmeta
 from distmeta.core import InputError
 from distmeta.job import Job
-from distmeta.learner import Learner
+from distmeta.learner import Learner, _evaluation_job
+from distmeta.runtime import checkpoint as checkpoints
 from distmeta.seeding import task_ids
 from distmeta.tasks.images import Preparation, prepare, unit
 
@@ -203,6 +204,30 @@ def test_a_regression(waves: Path, tmp_path: Path) -> None:
 def test_impossible_overrides(run: Path, overrides: list[str], expected: str) -> None:
     with pytest.raises(InputError, match=expected):
         distmeta.evaluate(run, overrides)
+
+
+def test_what_was_trained_on_gpus_is_evaluated_where_they_are(
+    waves: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the workers that are asked for, which need none here."""
+    tree = json.loads((checkpoints.find(waves) / "state.json").read_text())["job"]
+    trained = tree | {
+        "run": tree["run"] | {"gpus_per_worker": 0.5},
+        "compute": tree["compute"] | {"precision": "tf32"},
+    }
+
+    def settled(*overrides: str) -> tuple[float, str]:
+        job, _ = _evaluation_job(trained, overrides)
+        return job.run.gpus_per_worker, job.compute.precision
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert settled() == (0, "float32")
+    assert settled("run.workers=2") == (0.5, "tf32")
+    beside = distmeta.load(waves, ["run.workers=2", "run.gpus_per_worker=1"]).problem
+    assert (beside.device.type, beside.job.run.gpus_per_worker) == ("cpu", 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert settled() == (0.5, "tf32")
+    assert settled("run.gpus_per_worker=0") == (0, "float32")
 
 
 def test_shots_of_an_evaluation_are_its_own(tmp_path: Path) -> None:

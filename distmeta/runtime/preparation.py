@@ -59,9 +59,12 @@ def outer_at(job: Job, progress: Progress) -> Outer:
     return job.at(progress.step - 1).outer if progress.step else job.outer
 
 
-def settled(job: Job, say: Callable[[str], None] = lambda text: None) -> Problem:
-    """The problem of a new run, with what its job leaves open decided."""
-    device = _device(job)
+def settled(
+    job: Job, say: Callable[[str], None] = lambda text: None, device: torch.device | None = None
+) -> Problem:
+    """The problem of a new run, with what its job leaves open decided; on the device that computes, if not told
+    otherwise."""
+    device = device or _device(job)
     with numerics_of(job, device):
         return resolve(build(job, device=device), say)
 

@@ -54,7 +54,9 @@ def calibrate(job: Job, say: Callable[[str], None]) -> tuple[Costs, JobCosts]:
         cores = processors()
         slowdown: list[float] = []
         overheads, start = (0.0, 0.0, 0.0), 0.0
-        room = int(ray.cluster_resources().get("CPU", 0) // run.cpus_per_worker)
+        there = ray.cluster_resources()
+        needs = {"CPU": run.cpus_per_worker, "GPU": run.gpus_per_worker}
+        room = min(int(there.get(kind, 0) // wanted) for kind, wanted in needs.items() if wanted)
         for workers in range(1, max(min(cores, room, TOGETHER), 1) + 1):
             say(f"measuring {workers} Ray worker{'s' * (workers > 1)} …")
             with _pool(problem, workers) as (pool, seconds):

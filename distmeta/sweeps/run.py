@@ -160,9 +160,13 @@ def _same_job(folder: Path, job: Job) -> Path:
 def _settled(job: Job, say: Callable[[str], None]) -> Job:
     """What measuring decides is decided once; a schedule is as long as the job's full length, whatever a trial's is.
 
-    Also builds the job's parts: what is missing shows before anything is written.
+    Also builds the job's parts: what is missing shows before anything is written. Trials compute, so that this process
+    needs a GPU only to measure on it.
     """
-    return _with_settled(job, settled(job, say).job)
+    import torch
+
+    device = None if job.compute.execution == "measure" else torch.device("cpu")
+    return _with_settled(job, settled(job, say, device).job)
 
 
 def _with_settled(job: Job, found: Job) -> Job:

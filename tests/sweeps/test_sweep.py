@@ -13,6 +13,13 @@ import distmeta
 from distmeta.core import InputError
 from distmeta.job import Job
 from distmeta.sweeps import NothingFoundError
+from distmeta.sweeps.run import _settled
+
+
+def test_a_sweep_of_gpu_trials_is_settled_without_one() -> None:
+    """On a head node, say."""
+    job = Job.parse(swept({"gpus_per_worker": 1}))
+    assert _settled(job, lambda text: None).run.gpus_per_worker == 1
 
 
 def test_a_sweep_from_its_job_to_its_best(
