@@ -227,7 +227,10 @@ def optimizer_of(groups: list[tuple[float, list[torch.nn.Parameter]]], outer: Ou
         if getattr(outer, key) is not None
     }
     parts = [{"params": parameters, "lr": rate} for rate, parameters in groups]
-    return OPTIMIZERS[outer.optimizer](parts, lr=outer.lr, foreach=False, **options)
+    optimizer = OPTIMIZERS[outer.optimizer](parts, lr=outer.lr, foreach=False, **options)
+    # asks a GPU whether it captures a graph, and so takes some hundred MB of one that theta is not on
+    setattr(optimizer, "_accelerator_graph_capture_health_check", lambda: None)  # noqa: B010 - a method
+    return optimizer
 
 
 def take_step(optimizer: torch.optim.Optimizer) -> None:

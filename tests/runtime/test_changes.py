@@ -89,6 +89,23 @@ def test_impossible_changes(changes: list[Any], message: str) -> None:
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
+def test_an_outer_step_leaves_a_gpu_alone(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """theta lies in this machine's memory; torch's Adam asks the GPU for what graph it captures, some 100 MB of it."""
+    import numpy as np
+    import torch
+
+    def asked(**_: Any) -> None:
+        raise AssertionError("a GPU was asked")
+
+    outer = Job.parse(tree("maml", outer={"optimizer": optimizer, "lr": 0.1})).outer
+    server = ParameterServer({"a": torch.ones(3)}, outer)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", asked)
+    before = server.flat()
+    server.step(server.layout.flatten({"a": torch.ones(3)}))
+    assert not np.array_equal(server.flat(), before)
+
+
 def test_retuning_keeps_the_optimizers_state_and_the_clock() -> None:
     import numpy as np
     import torch
