@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,10 +110,11 @@ def _train(values: dict[str, Any], name: str, spec: TrialSpec) -> None:
         now = job.at(pointer.step)
         perturbed = {key: value for key, value in values.items() if value != now.value(key)}
         if perturbed or not own:  # on from another trial's, in a run folder and an MLflow run of its own
-            folder = trials / f"{name}-{pointer.step}"
-            adopt(pointer.checkpoint, folder)
             change = [{"step": pointer.step, "set": perturbed}] if perturbed else []
-            job = job.with_values({"run.name": folder.name}, changes=[*job.tree()["changes"], *change])
+            changes = [*job.tree()["changes"], *change]
+            folder = folder_of(trials, f"{name}-{pointer.step}", changes)
+            adopt(pointer.checkpoint, folder)
+            job = job.with_values({"run.name": folder.name}, changes=changes)
         resume = folder
     report = Report(spec, folder, job.run.steps)
     for row in _evaluations(folder, pointer.step if pointer else 0):
@@ -120,6 +122,18 @@ def _train(values: dict[str, Any], name: str, spec: TrialSpec) -> None:
     train(job, resume, report)
     if report.stopped:
         sys.exit(0)
+
+
+def folder_of(trials: Path, name: str, changes: list[dict[str, Any]]) -> Path:
+    """Where a trial goes on from another's checkpoint: a run folder, and an MLflow run, for each history of values. The
+    same one again where its worker was lost; another where a slow trial's checkpoint is gone on from a second time.
+    """
+    for number in count(1):
+        folder = trials / (name if number == 1 else f"{name}-{number}")
+        job = folder / "job.yaml"
+        if not job.exists() or Job.load(job).tree()["changes"] == changes:
+            return folder
+    raise AssertionError
 
 
 def first_job(spec: TrialSpec, values: Mapping[str, Any], name: str) -> Job:

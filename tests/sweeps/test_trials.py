@@ -12,12 +12,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from conftest import tree
 from sweeping import RATES, bits, evaluations, runs_of, swept
 
 import distmeta
 from distmeta.job import Job
 from distmeta.jobfile import parse_yaml
 from distmeta.sweeps.run import NoView
+from distmeta.sweeps.trial import folder_of
 
 
 @pytest.mark.slow  # two trials; a failed one alone: test_all_trials_failed
@@ -81,6 +83,20 @@ def test_population_based_training_is_replayed_from_its_job(
             assert trial.values[key] == logged[10]
     best = distmeta.train(Job.load(found.folder / "sweep" / "best.yaml", ["tracking.type=none"])).run
     assert bits(best) == bits(found.best_run)
+
+
+def test_each_history_of_values_has_a_run_of_its_own(workplace: Path) -> None:
+    """A trial that goes on from the same checkpoint of a slower one twice, with other values."""
+    histories = [
+        [{"step": 0, "set": {"outer.lr": 0.02}}, {"step": 2, "set": {"outer.lr": rate}}]
+        for rate in (0.01, 0.03, 0.05)
+    ]
+    trials = workplace / "runs"
+    for history, name in zip(histories[:2], ["trial-00001-2", "trial-00001-2-2"], strict=True):
+        assert folder_of(trials, "trial-00001-2", history) == trials / name
+        distmeta.train(Job.parse(tree("maml", changes=history, run={"steps": 3, "name": name})))
+        assert folder_of(trials, "trial-00001-2", history) == trials / name, "after a lost worker"
+    assert folder_of(trials, "trial-00001-2", histories[2]) == trials / "trial-00001-2-3"
 
 
 @pytest.mark.slow
