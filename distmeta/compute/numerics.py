@@ -13,6 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 # deterministic products on CUDA ask for it, and read it once: at the first product of a process
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+FULL = ("none", "ieee")
+"""What torch says of a part that computes in float32."""
+
 
 @contextmanager
 def numerics(
@@ -32,7 +35,7 @@ def numerics(
     # cached casts would be those of another transform's theta
     autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), _tf32(precision == "tf32"), autocast:
+        with sdpa_kernel(SDPBackend.MATH), _tf32(precision == "tf32", device), autocast:
             yield
     finally:
         _apply(before)
@@ -41,16 +44,19 @@ def numerics(
 @contextmanager
 def full_precision(device: str) -> Iterator[None]:
     """Float32 for a block within `numerics`."""
-    with _tf32(False), torch.autocast(device, enabled=False):
+    with _tf32(False, device), torch.autocast(device, enabled=False):
         yield
 
 
 @contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
+def _tf32(allowed: bool, device: str) -> Iterator[None]:
     """TF32 or not, by both of torch's interfaces: its compiler asks either, and where a process has used the newer one,
-    the older reads nothing and its "not allowed" means "as elsewhere"."""
+    the older reads nothing and its "not allowed" means "as elsewhere". A CPU that is in float32 is left as it is."""
     cudnn: Any = torch.backends.cudnn
     cpu: Any = torch.backends.mkldnn
+    if device == "cpu" and all(part.fp32_precision in FULL for part in (cpu.matmul, cpu.conv, cpu.rnn)):
+        yield
+        return
     parts = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)
     before = [part.fp32_precision for part in parts]
     try:

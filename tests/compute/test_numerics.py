@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from distmeta.compute.numerics import full_precision, numerics
+from distmeta.compute.numerics import _tf32, full_precision, numerics
 
 BACKENDS: Any = torch.backends
 ASKED: dict[str, Callable[[], Any]] = {
@@ -39,26 +39,42 @@ def torch_as_it_was() -> Iterator[None]:
     BACKENDS.mkldnn.conv.fp32_precision = BACKENDS.mkldnn.rnn.fp32_precision = "none"
 
 
+def told() -> tuple[list[str], str, bool, bool]:
+    """By both interfaces: reading the older one raises where the two are at odds."""
+    older = BACKENDS.cuda.matmul.allow_tf32, BACKENDS.cudnn.allow_tf32
+    return parts()[1:], torch.get_float32_matmul_precision(), *older
+
+
 @pytest.mark.parametrize("asked", ASKED)
-@pytest.mark.parametrize("precision", ["float32", "bf16", "tf32"])
-def test_a_process_settings_neither_enter_nor_change(
-    asked: str, precision: str, torch_as_it_was: None
+@pytest.mark.parametrize("allowed", [False, True])
+def test_what_a_process_asked_for_neither_enters_nor_changes(
+    asked: str, allowed: bool, torch_as_it_was: None
 ) -> None:
+    """As for a GPU."""
     untouched = parts()
     ASKED[asked]()
-    before, allowed = parts(), precision == "tf32"
-    expected = ["tf32" if allowed else "ieee"] * 6
-
-    def told() -> tuple[list[str], str, bool, bool]:
-        """By both interfaces: reading the older one raises where the two are at odds."""
-        older = BACKENDS.cuda.matmul.allow_tf32, BACKENDS.cudnn.allow_tf32
-        return parts()[1:], torch.get_float32_matmul_precision(), *older
-
-    with numerics(1, False, precision):
-        assert told() == (expected, "high" if allowed else "highest", allowed, allowed)
-        with full_precision("cpu"):
+    before, inside = (
+        parts(),
+        (["tf32" if allowed else "ieee"] * 6, "high" if allowed else "highest", *[allowed] * 2),
+    )
+    with _tf32(allowed, "cuda"):
+        assert told() == inside
+        with _tf32(False, "cuda"):
             assert told() == (["ieee"] * 6, "highest", False, False)
-            assert not torch.is_autocast_enabled("cpu")
-        assert told() == (expected, "high" if allowed else "highest", allowed, allowed)
+        assert told() == inside
     assert parts() == before
     assert asked == "nothing" or asked.startswith("no TF32") or before != untouched
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_a_cpu_computes_in_float32(asked: str, precision: str, torch_as_it_was: None) -> None:
+    ASKED[asked]()
+    before = parts()
+    with numerics(1, False, precision):
+        assert set(parts()[4:]) <= {"none", "ieee"}
+        assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
+        with full_precision("cpu"):
+            assert set(parts()[4:]) <= {"none", "ieee"}
+            assert not torch.is_autocast_enabled("cpu")
+    assert parts() == before
