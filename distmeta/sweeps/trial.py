@@ -128,12 +128,11 @@ def folder_of(trials: Path, name: str, changes: list[dict[str, Any]]) -> Path:
     """Where a trial goes on from another's checkpoint: a run folder, and an MLflow run, for each history of values. The
     same one again where its worker was lost; another where a slow trial's checkpoint is gone on from a second time.
     """
-    for number in count(1):
-        folder = trials / (name if number == 1 else f"{name}-{number}")
-        job = folder / "job.yaml"
-        if not job.exists() or Job.load(job).tree()["changes"] == changes:
-            return folder
-    raise AssertionError
+    folder = trials / name
+    numbers = count(2)
+    while (job := folder / "job.yaml").exists() and Job.load(job).tree()["changes"] != changes:
+        folder = trials / f"{name}-{next(numbers)}"
+    return folder
 
 
 def first_job(spec: TrialSpec, values: Mapping[str, Any], name: str) -> Job:
