@@ -9,7 +9,7 @@ are and compiled, verified and then timed in turn as in throughput.py, each betw
 All compute in the precision of their row: the peers' loops have TF32 off or on and autocast as distmeta has.
 
 Verified: a system that computes in float64 must give torch.func's meta-gradient there, within 1e-9; in the precision of
-its row each must be as near to it as torch.func in that precision is, but for a factor of 2 (in float32 within 5e-4).
+its row each must be as near to it as torch.func in that precision is, but for a factor of 2 (in float32 within 5e-3).
 TFLOP/s: operations of one task's meta-gradient (torch.utils.flop_counter, on the eager loop: those that are needed, not
 those that a system does) × tasks/s. share: of the fastest of some large square matrix products in that precision.
 
