@@ -30,7 +30,7 @@ from distmeta.runtime.mirror import below_run, join, local_folder, run_of
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     if importlib.util.find_spec("moto") is None:
-        pytest.skip("moto is not installed: pip install 'moto[server]'")
+        pytest.skip("moto is not installed: pip install 'moto[s3]' flask flask-cors")
     (port,) = free_ports(1)
     with (HOME / "moto.log").open("w") as log:
         words = [sys.executable, "-W", "ignore", "-m", "moto.server", "-p", str(port)]
