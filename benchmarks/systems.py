@@ -143,19 +143,31 @@ class Way:
 
 def ways_of(workload: Workload) -> tuple[list[Way], list[Way]]:
     """Those whose gradient is timed, and those whose whole step is: as a job finds it, and the fastest."""
-    mode = resolve(build(job_of(workload))).execution.mode
+
+    def mode_in(precision: str) -> str:
+        return resolve(build(job_of(workload).replace(compute={"precision": precision}))).execution.mode
+
+    mode = mode_in("float32")
     plain = [Way(name, {"execution": name}) for name in ("loop", "vmap")]
-    fast = [Way(f"{mode} compiled", {"execution": mode, "compile": True})]
+    own = next(way for way in plain if way.name == mode)
+    usual, others = [Way(f"{mode} compiled", {"execution": mode, "compile": True})], []
     if workload.bf16:
-        compute = {"execution": mode, "compile": True, "precision": "bf16"}
-        fast.append(Way(f"{mode} compiled in bf16", compute, near=ROUNDED))
+        in_bf16 = {
+            name: Way(
+                f"{name} compiled in bf16",
+                {"execution": name, "compile": True, "precision": "bf16"},
+                near=ROUNDED,
+            )
+            for name in ("loop", "vmap")
+        }
+        usual.append(in_bf16.pop(mode_in("bf16")))
+        others += in_bf16.values()
     if mode == "vmap":
         two = {"execution": mode, "compile": True, "threads": report.cores()}
-        fast.append(Way(f"{mode} compiled, {report.cores()} threads", two))
-    fast = fast if workload.compiled else []
-    own = next(way for way in plain if way.name == mode)
-    steps = [own, *(way for way in fast if "threads" not in way.compute)]
-    return [*plain, *fast], steps
+        others.append(Way(f"{mode} compiled, {report.cores()} threads", two))
+    if not workload.compiled:
+        usual, others = [], []
+    return [*plain, *usual, *others], [own, *usual]
 
 
 def distmeta_gradient(way: Way, workload: Workload) -> System:

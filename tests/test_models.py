@@ -342,6 +342,15 @@ class Large:
             },
             "vmap",
         ),
+        (
+            {
+                "model": {"type": "conv4", "width": 4, "pool": "stride"},
+                "tasks": {"type": "digits", "queries": 2},
+                "compute": {"precision": "bf16"},
+            },
+            "loop",
+        ),
+        ({"compute": {"precision": "bf16"}}, "vmap"),
         ({"model": {"type": "conv4", "width": 2}, "tasks": {"type": "test_models:Large"}}, "loop"),
         ({"compute": {"execution": "loop"}}, "loop"),
         ({"compute": {"execution": "vmap", "chunk": 2}}, "vmap"),
@@ -353,7 +362,7 @@ def test_execution_is_settled_by_a_fixed_rule(changes: dict[str, Any], mode: str
     with numerics(1, False):
         problem = resolve(build(job(**changes)))
     assert problem.execution.mode == problem.job.compute.execution == mode
-    if mode == "vmap" and "compute" in changes:
+    if "chunk" in changes.get("compute", {}):
         assert problem.execution.chunk == 2
 
 

@@ -89,12 +89,12 @@ Trial = Callable[[Execution], object]
 
 
 def choose_execution(
-    asked: Execution, found: Traits, on_gpu: bool, few: Trial, shard: Trial, largest: int
+    asked: Execution, found: Traits, on_gpu: bool, precision: str, few: Trial, shard: Trial, largest: int
 ) -> Execution:
     """Settles `compute.execution` (`asked.mode`) and, where it is measured, `compute.chunk`.
 
     auto is `loop` for a model that draws random numbers or that torch.func.vmap cannot run, and on a CPU for
-    convolutions with `LARGE` maps; else `vmap`.
+    convolutions with `LARGE` maps or in bfloat16 (on processors that have it they were measured so alone); else `vmap`.
     measure takes what is fastest on a whole shard: the loop, vmap over all of it, vmap over chunks of it.
 
     Args:
@@ -115,7 +115,7 @@ def choose_execution(
                 "task: use compute.execution=loop"
             )
         return loop
-    small = 0 < found.largest_map <= LARGE
+    small = 0 < found.largest_map <= LARGE and precision == "float32"
     if asked.mode == "auto" and found.convolves and not small and not on_gpu:
         return loop
     try:

@@ -82,6 +82,7 @@ def _execution(problem: Problem, theta: Theta, say: Callable[[str], None]) -> Ex
         Execution(asked.execution, asked.chunk or WHOLE_SHARD, differentiation),
         found,
         job.run.gpus_per_worker > 0,
+        asked.precision,
         _trial(problem, theta, lambda: few, None),
         _trial(problem, theta, lambda: _drawn(problem, theta, largest), compiler),
         largest,
