@@ -197,9 +197,10 @@ def distmeta_gradient(way: Way, workload: Workload) -> System:
 
     problem = build(job_of(workload).replace(compute=way.compute))
     compute, call, exact = problem.job.compute, made(problem, torch.float32), None
-    if compute.precision == "float32":
-        # of a GPU: float64 needs twice the memory, and kernels that its libraries may lack
-        with suppress(RuntimeError) if problem.device.type == "cuda" else nullcontext():
+    on_gpu = problem.device.type == "cuda"
+    if compute.precision == "float32" and not (on_gpu and compute.compile):
+        # of a GPU: float64 needs twice the memory, kernels that its libraries may lack, and minutes of a compiler's
+        with suppress(RuntimeError) if on_gpu else nullcontext():
             exact = made(in_float64(build(problem.job)), torch.float64)()
     name = f"distmeta {way.name}, gradient"
     return System(name, call, call(), exact, near=way.near, device=problem.device)
