@@ -115,8 +115,8 @@ def choose_execution(
                 "task: use compute.execution=loop"
             )
         return loop
-    small = 0 < found.largest_map <= LARGE and precision == "float32"
-    if asked.mode == "auto" and found.convolves and not small and not on_gpu:
+    gains = precision == "float32" and 0 < found.largest_map <= LARGE
+    if asked.mode == "auto" and found.convolves and not gains and not on_gpu:
         return loop
     try:
         few(vmapped)
