@@ -39,8 +39,8 @@ from distmeta.runtime.worker import Shard, ShardResult, WorkerSpec, shards_of
 WORKERS, SHARDS = 2, 8
 MILLIONS = (1, 10, 100)
 VECTORS = (2, 8, 32)
-MOST_BYTES = 14 * 2**30
-"""Larger sums are left out."""
+MOST_MEMORY = 0.8
+"""Of what is free; larger sums are left out."""
 
 
 class Null:
@@ -182,11 +182,12 @@ def main() -> None:
             for size, row in rows.items()
         ]
         print(report.table(["parameters", f"{name}, ms", "by hand, ms", "ratio"], cells), "\n")
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     sums = [
         {"millions": millions, "vectors": count, **aggregation(millions * 10**6, count, 5)}
         for millions in ((1,) if given.quick else MILLIONS)
         for count in VECTORS
-        if 4e6 * millions * count <= MOST_BYTES
+        if 4e6 * millions * (count + 2) <= MOST_MEMORY * free
     ]
     cells = [
         [f"{row['millions']} M", str(row["vectors"]), f"{row['tree_ms']:.1f}", f"{row['share']:.2f}"]
