@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from training import distance, nearest_neighbour, overlap, said, scores, trained
 
 from distmeta.compute.numerics import numerics
-from distmeta.core import Theta
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.protocols import Theta
 from distmeta.runtime.problem import Problem, build
 from distmeta.seeding import task_ids
 

@@ -30,7 +30,7 @@ import report
 from training import Progress, nearest_neighbour, said, scores, trained
 
 from distmeta.compute.numerics import numerics
-from distmeta.job import Job
+from distmeta.config.job import Job
 from distmeta.runtime.problem import build
 from distmeta.tasks.store import Store
 

@@ -26,8 +26,8 @@ import numpy as np
 import report
 from training import nearest_neighbour, said, scores, trained
 
-from distmeta.core import Theta
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.protocols import Theta
 from distmeta.runtime.problem import build
 from distmeta.tasks.domains import Domain
 

@@ -25,15 +25,15 @@ import numpy as np
 import report
 import torch
 
-from distmeta.compute.flat import tree_sum
-from distmeta.core import Episode, Theta
-from distmeta.job import Job
-from distmeta.runtime import fleet
-from distmeta.runtime.fleet import WorkerProcess
+from distmeta.compute.vectors import tree_sum
+from distmeta.config.job import Job
+from distmeta.protocols import Episode, Theta
+from distmeta.runtime import ray_workers as fleet
+from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.pool import open_pool
 from distmeta.runtime.problem import build
-from distmeta.runtime.resolution import resolve
-from distmeta.runtime.server import ParameterServer
+from distmeta.runtime.ray_workers import WorkerProcess
+from distmeta.runtime.resolve import resolve
 from distmeta.runtime.worker import Shard, ShardResult, WorkerSpec, shards_of
 
 WORKERS, SHARDS = 2, 8

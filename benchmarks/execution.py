@@ -19,13 +19,13 @@ import numpy as np
 import report
 import torch
 
+from distmeta.compute.choose_execution import traits
+from distmeta.compute.gradient import WHOLE_SHARD, Execution, shard_gradient
 from distmeta.compute.memory import keep_freed
-from distmeta.compute.probe import traits
-from distmeta.compute.shard import WHOLE_SHARD, Execution, shard_gradient
-from distmeta.job import Job
+from distmeta.config.job import Job
 from distmeta.runtime.problem import build, numerics_of
 from distmeta.seeding import task_ids
-from distmeta.tasks.images import Preparation
+from distmeta.tasks.image_preparation import Preparation
 from distmeta.tasks.store import write_store
 
 WAYS = (Execution("loop", 1), Execution("vmap", WHOLE_SHARD))

@@ -34,9 +34,10 @@ from throughput import REFERENCE, SAME, distance, image_store, measure, rate_cel
 from torch.utils.flop_counter import FlopCounterMode
 
 from distmeta.compute.numerics import numerics
-from distmeta.core import InputError, Theta
+from distmeta.errors import InputError
+from distmeta.protocols import Theta
 from distmeta.runtime.problem import Problem, numerics_of
-from distmeta.tasks.images import Preparation
+from distmeta.tasks.image_preparation import Preparation
 
 PRECISIONS = ("float32", "tf32", "bf16")
 SIDES = (2048, 4096, 8192, 16384)

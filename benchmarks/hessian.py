@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distmeta.compute.adjoint import reverse_vjp
-from distmeta.core import Theta
+from distmeta.compute.constant_memory import reverse_vjp
 from distmeta.models.conv4 import Conv4
 from distmeta.models.functional import Functional
 from distmeta.models.mlp import MLP
+from distmeta.protocols import Theta
 
 REVERSE, LOOP, FORWARD = "reverse over reverse, vjp", "reverse over reverse, autograd", "forward over reverse"
 CASES = {

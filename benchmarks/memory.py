@@ -26,8 +26,8 @@ import report
 import torch
 
 from distmeta.compute.episodes import to_device
-from distmeta.compute.shard import Execution, shard_gradient
-from distmeta.job import Job
+from distmeta.compute.gradient import Execution, shard_gradient
+from distmeta.config.job import Job
 from distmeta.runtime.problem import build, numerics_of
 from distmeta.seeding import task_ids
 

@@ -35,11 +35,11 @@ import torch.nn.functional as F
 from training import Progress, nearest_neighbour, said, scores, trained
 
 from distmeta.compute.episodes import episodes_of
+from distmeta.compute.gradient import shard_gradient
 from distmeta.compute.numerics import numerics
-from distmeta.compute.shard import shard_gradient
-from distmeta.job import Job
+from distmeta.config.job import Job
 from distmeta.runtime.problem import Problem, build
-from distmeta.runtime.resolution import resolve
+from distmeta.runtime.resolve import resolve
 from distmeta.seeding import task_ids, torch_seed
 
 JOBS = report.ROOT / "jobs"

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from distmeta.core import Episode, Theta
+from distmeta.protocols import Episode, Theta
 from distmeta.runtime.problem import Problem
 
 PREFIX = "model."

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from peers import Inner
 
-from distmeta.core import Episode, Theta
+from distmeta.protocols import Episode, Theta
 
 
 def meta_gradient(theta: Theta, episodes: Episode, inner: Inner) -> tuple[Callable[[], Any], Theta]:

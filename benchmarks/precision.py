@@ -20,8 +20,8 @@ import report
 import torch
 from training import Progress, distance, overlap, said, scores, trained
 
-from distmeta.core import Theta
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.protocols import Theta
 
 JOBS = report.ROOT / "jobs"
 

@@ -22,7 +22,7 @@ from systems import NEAR, System, Way, Workload, first_episodes, in_process_step
 from torch import Tensor, nn
 from torch.distributed import rpc
 
-from distmeta.core import Episode, Theta
+from distmeta.protocols import Episode, Theta
 from distmeta.runtime.problem import build
 from distmeta.seeding import task_ids
 

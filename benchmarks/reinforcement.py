@@ -23,11 +23,11 @@ import torch
 from training import said, scores, trained
 
 import distmeta
-from distmeta.core import Theta
-from distmeta.job import Job
-from distmeta.policies import Trajectories
+from distmeta.config.job import Job
+from distmeta.protocols import Theta
 from distmeta.runtime.problem import Problem, build
 from distmeta.seeding import task_ids
+from distmeta.trajectories import Trajectories
 
 JOBS = report.ROOT / "jobs"
 UPDATES = 3

@@ -29,10 +29,10 @@ from typing import Any
 
 import report
 
-from distmeta.job import Job
-from distmeta.runtime import driver
-from distmeta.runtime.cluster import connect
+from distmeta.config.job import Job
+from distmeta.runtime import training as driver
 from distmeta.runtime.problem import Problem
+from distmeta.runtime.ray_cluster import connect
 from distmeta.simulation.calibrate import Probes, calibrate, problem_of
 from distmeta.simulation.cluster import Cluster, Link
 from distmeta.simulation.costs import Costs, JobCosts

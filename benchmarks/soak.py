@@ -28,7 +28,7 @@ from typing import Any
 import report
 import yaml
 
-from distmeta.core import Episode
+from distmeta.protocols import Episode
 from distmeta.tasks.regression import Sinusoid
 
 EVERY = 10.0
@@ -93,7 +93,7 @@ def soak(minutes: float, pause: float, folder: Path) -> tuple[list[dict[str, Any
     """The looks, and the run's metrics."""
     (folder / "job.yaml").write_text(yaml.safe_dump(job(pause)))
     paths = [str(Path(__file__).parent), str(report.ROOT), os.environ.get("PYTHONPATH", "")]
-    line = [sys.executable, "-m", "distmeta.cli", "train", "job.yaml", "--json"]
+    line = [sys.executable, "-m", "distmeta.cli.main", "train", "job.yaml", "--json"]
     process = subprocess.Popen(
         line, cwd=folder, stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     )

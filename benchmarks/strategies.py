@@ -45,10 +45,10 @@ LINKS = [
 
 def opened(named: str, size: int) -> tuple[Any, Any]:
     """The problem that computes nothing, and its strategy, ready to advance."""
-    from distmeta.job import Job
+    from distmeta.config.job import Job
     from distmeta.runtime.problem import build
-    from distmeta.runtime.resolution import resolve
-    from distmeta.runtime.strategies import open_strategy
+    from distmeta.runtime.resolve import resolve
+    from distmeta.strategies import open_strategy
 
     strategy, _, compress = named.partition(" ")
     own = {"local": {"local_steps": LENGTH}, "sharded": {"servers": 2}}.get(strategy, {})

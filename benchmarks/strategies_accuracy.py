@@ -59,8 +59,8 @@ def trained(name: str, case: str, seed: int, quick: bool) -> dict[str, Any]:
     from scripted import ScriptedPool
 
     import distmeta
-    from distmeta.job import Job
-    from distmeta.runtime.strategies import asynchronous
+    from distmeta.config.job import Job
+    from distmeta.strategies import asynchronous
 
     setattr(asynchronous, "RayPool", partial(ScriptedPool, TICKS))  # noqa: B010 - a pool by a script
     study = STUDIES[name]

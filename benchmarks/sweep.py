@@ -21,7 +21,7 @@ from pathlib import Path
 import report
 
 import distmeta
-from distmeta.job import Job
+from distmeta.config.job import Job
 
 JOB = Path(__file__).parents[1] / "jobs" / "sweep-sinusoid-maml.yaml"
 TRIALS, STEPS, ROUNDS = 16, 400, 2
@@ -75,7 +75,7 @@ def _plain() -> float:
             [
                 sys.executable,
                 "-m",
-                "distmeta.cli",
+                "distmeta.cli.main",
                 "train",
                 str(JOB),
                 *_overrides(folder),
@@ -90,7 +90,7 @@ def _plain() -> float:
 def _sweep() -> float:
     with tempfile.TemporaryDirectory() as folder:
         return _timed(
-            folder, [[sys.executable, "-m", "distmeta.cli", "sweep", str(JOB), *_overrides(folder)]]
+            folder, [[sys.executable, "-m", "distmeta.cli.main", "sweep", str(JOB), *_overrides(folder)]]
         )
 
 

@@ -16,17 +16,17 @@ import torch
 from torch.utils._pytree import tree_map
 
 from distmeta.compute.compiler import Compiler
-from distmeta.compute.compressed import decode
+from distmeta.compute.compression import decode
 from distmeta.compute.episodes import to_device
-from distmeta.compute.flat import mean_of
-from distmeta.compute.shard import shard_gradient
-from distmeta.core import Theta
-from distmeta.job import Job
+from distmeta.compute.gradient import shard_gradient
+from distmeta.compute.vectors import mean_of
+from distmeta.config.job import Job
+from distmeta.protocols import Theta
+from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.pool import Pool, open_pool
 from distmeta.runtime.problem import Problem, build, numerics_of
-from distmeta.runtime.resolution import resolve
+from distmeta.runtime.resolve import resolve
 from distmeta.runtime.scores import mean_metrics
-from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.worker import shards_of
 from distmeta.seeding import task_ids, torch_generator
 

@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from systems import System, Workload, systems_of
 
-from distmeta.core import Theta
-from distmeta.tasks.images import Preparation
+from distmeta.protocols import Theta
+from distmeta.tasks.image_preparation import Preparation
 from distmeta.tasks.store import write_store
 
 REFERENCE = "TorchOpt, gradient"

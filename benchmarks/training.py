@@ -13,13 +13,13 @@ import numpy as np
 import torch
 
 import distmeta
-from distmeta.compute.flat import Layout
-from distmeta.core import Theta
-from distmeta.job import Job
-from distmeta.runtime.driver import Silent
+from distmeta.compute.vectors import Layout
+from distmeta.config.job import Job
+from distmeta.protocols import Theta
 from distmeta.runtime.pool import LocalPool
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.scores import evaluate_tasks
+from distmeta.runtime.training import Silent
 from distmeta.seeding import task_ids
 
 

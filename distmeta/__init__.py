@@ -12,22 +12,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distmeta.evaluation import evaluate as evaluate
-    from distmeta.job import Job as Job
-    from distmeta.learner import load as load
-    from distmeta.runtime.driver import train as train
-    from distmeta.submission import submit as submit
+    from distmeta.cluster.submit import submit as submit
+    from distmeta.config.job import Job as Job
+    from distmeta.evaluation.evaluate import evaluate as evaluate
+    from distmeta.evaluation.learner import load as load
+    from distmeta.runtime.training import train as train
     from distmeta.sweeps.run import sweep as sweep
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Job": "distmeta.job",
-    "train": "distmeta.runtime.driver",
+    "Job": "distmeta.config.job",
+    "train": "distmeta.runtime.training",
     "sweep": "distmeta.sweeps.run",
-    "evaluate": "distmeta.evaluation",
-    "load": "distmeta.learner",
-    "submit": "distmeta.submission",
+    "evaluate": "distmeta.evaluation.evaluate",
+    "load": "distmeta.evaluation.learner",
+    "submit": "distmeta.cluster.submit",
 }
 
 

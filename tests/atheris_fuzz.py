@@ -24,11 +24,11 @@ with atheris.instrument_imports(include=["distmeta", "yaml", "pydantic"]):
     from test_fuzz import small_episodes, small_store
 
     import distmeta
-    from distmeta.core import InputError
-    from distmeta.job import Job
-    from distmeta.jobfile import parse_yaml
+    from distmeta.config.job import Job
+    from distmeta.config.yaml_text import parse_yaml
+    from distmeta.errors import InputError
     from distmeta.runtime import checkpoint as checkpoints
-    from distmeta.tasks.episodes import read_episodes
+    from distmeta.tasks.fixed_episodes import read_episodes
     from distmeta.tasks.store import Store
 
 Target = Callable[[bytes], object]

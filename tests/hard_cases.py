@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distmeta.core import Batch, Episode, InputError, Metrics, Model, Score, Theta, Unroll
+from distmeta.errors import InputError
+from distmeta.protocols import Batch, Episode, Metrics, Model, Score, Theta, Unroll
 from distmeta.seeding import task_generator
 
 

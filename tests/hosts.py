@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from distmeta.compute.flat import Layout
+from distmeta.compute.vectors import Layout
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.worker import Shard, ShardResult, Worker, WorkerSpec
 

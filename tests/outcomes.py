@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import distmeta
-from distmeta.job import Job
+from distmeta.config.job import Job
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.driver import Silent
+from distmeta.runtime.training import Silent
 
 
 class Watching(Silent):

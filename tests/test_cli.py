@@ -15,8 +15,8 @@ import yaml
 from conftest import tree
 from PIL import Image
 
-from distmeta import cli
-from distmeta.runtime import driver
+from distmeta.cli import main as cli
+from distmeta.runtime import training as driver
 
 
 class Outcome(NamedTuple):
@@ -263,7 +263,7 @@ def test_no_command_shows_the_help_alone(distmeta: Any) -> None:
 
 def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
     program = (
-        "import sys; from distmeta import cli; sys.argv = ['distmeta', *sys.argv[1:]]\n"
+        "import sys; from distmeta.cli import main as cli; sys.argv = ['distmeta', *sys.argv[1:]]\n"
         "try: cli.main()\n"
         "except SystemExit as stop: print(stop.code, {'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules))"
     )
@@ -281,7 +281,7 @@ def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
 
 def test_the_installed_module_runs(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "distmeta.cli", "check", "nowhere.yaml", "--json"],
+        [sys.executable, "-m", "distmeta.cli.main", "check", "nowhere.yaml", "--json"],
         capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ), check=False,
     )  # fmt: skip
     assert done.returncode == 2

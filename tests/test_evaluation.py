@@ -17,12 +17,12 @@ from conftest import tree
 from PIL import Image
 
 import distmeta
-from distmeta.core import InputError
-from distmeta.job import Job
-from distmeta.learner import Learner, _evaluation_job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
+from distmeta.evaluation.learner import Learner, _evaluation_job
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.seeding import task_ids
-from distmeta.tasks.images import Preparation, prepare, unit
+from distmeta.tasks.image_preparation import Preparation, prepare, unit
 
 DIGITS = {"type": "digits", "ways": 5, "shots": 1, "queries": 5}
 MAML = {"type": "maml", "inner_lr": 0.4, "inner_steps": 2}
@@ -465,7 +465,7 @@ def test_the_evaluation_is_plain_data(run: Path) -> None:
 
 def test_a_checkpoint_works_without_its_tasks_data(workplace: Path) -> None:
     """A learner trained from a store adapts where the store is not; only drawing its tasks needs it."""
-    from distmeta.tasks.images import Preparation
+    from distmeta.tasks.image_preparation import Preparation
     from distmeta.tasks.store import write_store
 
     images = np.random.default_rng(0).integers(0, 255, (60, 1, 8, 8), dtype=np.uint8)

@@ -23,12 +23,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import distmeta
-from distmeta.core import InputError
-from distmeta.job import Job
-from distmeta.jobfile import parse_yaml
+from distmeta.config.job import Job
+from distmeta.config.yaml_text import parse_yaml
+from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.tasks.episodes import read_episodes
-from distmeta.tasks.images import Preparation
+from distmeta.tasks.fixed_episodes import read_episodes
+from distmeta.tasks.image_preparation import Preparation
 from distmeta.tasks.store import Store, write_store
 
 EXAMPLES = pytest.mark.parametrize("examples", [200, pytest.param(10_000, marks=pytest.mark.slow)])

@@ -12,14 +12,15 @@ from conftest import tree
 from torch import nn
 
 import distmeta
-from distmeta.compute.shard import Execution, shard_gradient
-from distmeta.core import PADDING, InputError
-from distmeta.job import Job
+from distmeta.compute.gradient import Execution, shard_gradient
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.models.functional import Functional
 from distmeta.models.mlp import MLP
+from distmeta.protocols import PADDING
 from distmeta.runtime.problem import build
 from distmeta.seeding import task_ids
-from distmeta.tasks.fewshot import ClassificationScore
+from distmeta.tasks.few_shot import ClassificationScore
 
 LOOP, VMAP = Execution("loop", 1), Execution("vmap", 2**31)
 

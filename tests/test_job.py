@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from distmeta.core import SPLITS, InputError
-from distmeta.job import Job
-from distmeta.jobfile import parse_yaml
+from distmeta.config.job import Job
+from distmeta.config.yaml_text import parse_yaml
+from distmeta.errors import InputError
+from distmeta.protocols import SPLITS
 from distmeta.runtime.problem import build
 
 JOBS = sorted((REPOSITORY / "jobs").glob("*.yaml"))

@@ -9,7 +9,7 @@ import pytest
 from conftest import REPOSITORY
 
 import distmeta
-from distmeta.job import Job
+from distmeta.config.job import Job
 
 JOBS = sorted((REPOSITORY / "jobs").glob("*.yaml"))
 OMNIGLOT = Path(os.environ.get("DISTMETA_OMNIGLOT", REPOSITORY.parent / "shared" / "data" / "omniglot"))
@@ -20,7 +20,7 @@ def omniglot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The task store of the real data, built once."""
     if not OMNIGLOT.is_dir():
         pytest.skip(f"no Omniglot data in {OMNIGLOT} (set DISTMETA_OMNIGLOT)")
-    from distmeta.tasks.build import build_omniglot
+    from distmeta.data.build import build_omniglot
 
     path = tmp_path_factory.mktemp("data") / "omniglot.arrow"
     built = build_omniglot(str(OMNIGLOT), str(path))

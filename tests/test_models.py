@@ -13,15 +13,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import distmeta
-from distmeta.core import Batch, Episode, InputError
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.models.conv4 import Conv4
 from distmeta.models.functional import Functional
 from distmeta.models.mlp import MLP
 from distmeta.models.resnet12 import ResNet12
+from distmeta.protocols import Batch, Episode
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.problem import build
-from distmeta.runtime.resolution import resolve
+from distmeta.runtime.resolve import resolve
 
 
 class Branching(nn.Linear):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from distmeta import packing
-from distmeta.core import InputError
-from distmeta.packing import pack
+from distmeta.cluster import packaging as packing
+from distmeta.cluster.packaging import pack
+from distmeta.errors import InputError
 
 SECRETS = (
     ".env", ".env.local", "prod.env", "server.pem", "deep/er/TLS.KEY", ".aws/credentials", ".ssh/config", ".netrc",

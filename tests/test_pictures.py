@@ -14,11 +14,12 @@ from conftest import tree
 from PIL import Image
 
 import distmeta
-from distmeta import mlflow_store, pictures
-from distmeta.core import InputError
-from distmeta.job import Job
-from distmeta.learner import load
+from distmeta.config.job import Job
+from distmeta.errors import InputError
+from distmeta.evaluation import figures as pictures
+from distmeta.evaluation.learner import load
 from distmeta.seeding import task_ids
+from distmeta.tracking import mlflow_store
 
 LAMP = '''
 import gymnasium, numpy as np

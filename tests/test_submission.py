@@ -20,11 +20,11 @@ from conftest import HOME, tree
 from heads import free_ports, head_with_dashboard
 
 import distmeta
-from distmeta.core import InputError
-from distmeta.job import Job
-from distmeta.jobs_api import Submission, Tail, connect, follow
+from distmeta.cluster.jobs_client import Submission, Tail, connect, follow
+from distmeta.cluster.submit import entrypoint, submit
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.submission import entrypoint, submit
 
 NET = """
 from torch import nn
@@ -47,7 +47,7 @@ def small(**changes: Any) -> dict[str, Any]:
 
 
 def words(*more: str) -> list[str]:
-    return [sys.executable, "-m", "distmeta.cli", "submit", *more]
+    return [sys.executable, "-m", "distmeta.cli.main", "submit", *more]
 
 
 def theta_of(run: str | Path) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def test_the_drivers_command_line(workplace: Path) -> None:
 
 
 def test_mlflows_variables_go_along_and_its_secrets_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    from distmeta.submission import _variables
+    from distmeta.cluster.submit import _variables
 
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")

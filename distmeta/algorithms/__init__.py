@@ -1,6 +1,6 @@
 """The algorithms that come with distmeta: one literal table, short name -> "module:Class".
 
-An algorithm is a class with the functions of `distmeta.core.Algorithm`. Its constructor gets the job's
+An algorithm is a class with the functions of `distmeta.protocols.Algorithm`. Its constructor gets the job's
 `algorithm:` keys, and `model` and `score` where it accepts them.
 """
 
@@ -20,7 +20,7 @@ ALGORITHMS = {
     "relation": "distmeta.algorithms.relation:RelationNet",
     "imp": "distmeta.algorithms.imp:IMP",
     "lstm": "distmeta.algorithms.lstm:LSTMLearner",
-    "mann": "distmeta.algorithms.mann:MANN",
+    "mann": "distmeta.algorithms.memory.mann:MANN",
     "maml-rl": "distmeta.algorithms.maml_rl:PolicyMAML",
     "rl2": "distmeta.algorithms.rl2:RL2",
     "snail": "distmeta.algorithms.snail:SNAIL",

@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distmeta.algorithms.inner import NORMS, begin_phi
-from distmeta.core import InputError, Model, Score, Theta, nearest
+from distmeta.algorithms.adaptation import NORMS, begin_phi
+from distmeta.errors import InputError, nearest
+from distmeta.protocols import Model, Score, Theta
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 THIRD = 2

@@ -9,8 +9,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from distmeta.algorithms.inner import adapted_names, begin_phi, support_gradient
-from distmeta.core import Episode, Metrics, Model, Score, Theta, Unroll
+from distmeta.algorithms.adaptation import adapted_names, begin_phi, support_gradient
+from distmeta.protocols import Episode, Metrics, Model, Score, Theta, Unroll
 
 
 class Contrastive:

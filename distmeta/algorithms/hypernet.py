@@ -13,9 +13,9 @@ import torch.nn.functional as functional
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.classes import class_means, head_shape, without_absent
-from distmeta.algorithms.inner import adapted_names
-from distmeta.core import Batch, Model, Score, Theta, select, ways_of
+from distmeta.algorithms.adaptation import adapted_names
+from distmeta.algorithms.class_features import class_means, head_shape, without_absent
+from distmeta.protocols import Batch, Model, Score, Theta, select, ways_of
 
 
 class Emitted(NamedTuple):

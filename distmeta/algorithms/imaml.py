@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.inner import begin_phi, support_gradient
-from distmeta.core import Episode, Metrics, Model, Score, Theta, Unroll, query_loss, support_at
+from distmeta.algorithms.adaptation import begin_phi, support_gradient
+from distmeta.protocols import Episode, Metrics, Model, Score, Theta, Unroll, query_loss, support_at
 
 
 class IMAML:

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.classes import (
+from distmeta.algorithms.class_features import (
     class_means,
     features_of_both,
     only,
@@ -20,7 +20,7 @@ from distmeta.algorithms.classes import (
     squared_distances,
     without_absent,
 )
-from distmeta.core import PADDING, Batch, Model, Score, Theta
+from distmeta.protocols import PADDING, Batch, Model, Score, Theta
 
 LOG_SIGMA = "cluster.log_sigma"
 EMPTY = 1e-3

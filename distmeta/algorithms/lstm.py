@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.inner import begin_phi, check_batches, minibatch
-from distmeta.core import Model, Score, Theta
+from distmeta.algorithms.adaptation import begin_phi, check_batches, minibatch
+from distmeta.protocols import Model, Score, Theta
 
 P = 10
 """Of `preprocess`."""

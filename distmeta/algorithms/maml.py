@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.inner import (
+from distmeta.algorithms.adaptation import (
     BETAS,
     Adapting,
     Betas,
@@ -19,7 +19,7 @@ from distmeta.algorithms.inner import (
     optimizer,
     support_gradient,
 )
-from distmeta.core import Model, Score, Theta
+from distmeta.protocols import Model, Score, Theta
 
 
 class MAML:

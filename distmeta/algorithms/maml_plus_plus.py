@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.inner import NORMS, adapted_names, begin_phi, rate_of, support_gradient
-from distmeta.core import Episode, InputError, Metrics, Model, Score, Theta, Unroll
+from distmeta.algorithms.adaptation import NORMS, adapted_names, begin_phi, rate_of, support_gradient
+from distmeta.errors import InputError
+from distmeta.protocols import Episode, Metrics, Model, Score, Theta, Unroll
 
 SMALLEST_WEIGHT = 0.03
 """Of a step's loss before the last while the weights are annealed, times 1/K: the authors' code."""

@@ -8,9 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.inner import adapted_names, begin_phi, support_gradient
-from distmeta.core import Episode, InputError, Metrics, Model, Score, Theta, Unroll, support_at, widened
-from distmeta.policies import Trajectories, divergence, log_prob, mean, surrogate
+from distmeta.algorithms.adaptation import adapted_names, begin_phi, support_gradient
+from distmeta.errors import InputError
+from distmeta.protocols import Episode, Metrics, Model, Score, Theta, Unroll, support_at, widened
+from distmeta.trajectories import Trajectories, divergence, log_prob, mean, surrogate
 
 NonNegative = Annotated[float, Field(ge=0)]
 

@@ -11,9 +11,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.classes import cosines, feature_size, features_of_both, only, without_absent
+from distmeta.algorithms.class_features import cosines, feature_size, features_of_both, only, without_absent
 from distmeta.algorithms.protonet import initial_scale, scale_in
-from distmeta.core import PADDING, Batch, Model, Score, Theta, one_hot, select, ways_of
+from distmeta.protocols import PADDING, Batch, Model, Score, Theta, one_hot, select, ways_of
 
 
 class MatchingNet:

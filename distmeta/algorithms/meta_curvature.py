@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.inner import (
+from distmeta.algorithms.adaptation import (
     adapted_names,
     begin_phi,
     rate_of,
@@ -17,7 +17,7 @@ from distmeta.algorithms.inner import (
     support_gradient,
     whole_shape,
 )
-from distmeta.core import Model, Score, Theta, select
+from distmeta.protocols import Model, Score, Theta, select
 
 
 class MetaCurvature:

@@ -8,8 +8,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.inner import adapted_names, begin_phi, rate_of, shapes_for_any_ways, support_gradient
-from distmeta.core import Model, Score, Theta
+from distmeta.algorithms.adaptation import (
+    adapted_names,
+    begin_phi,
+    rate_of,
+    shapes_for_any_ways,
+    support_gradient,
+)
+from distmeta.protocols import Model, Score, Theta
 
 SMALLEST, LARGEST = 0.005, 0.1
 

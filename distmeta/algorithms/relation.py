@@ -12,14 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.classes import (
+from distmeta.algorithms.class_features import (
     class_means,
     feature_size,
     features_of_both,
     required_ways,
     without_absent,
 )
-from distmeta.core import PADDING, Batch, Episode, Metrics, Model, Score, Theta, Unroll, one_hot
+from distmeta.protocols import PADDING, Batch, Episode, Metrics, Model, Score, Theta, Unroll, one_hot
 
 
 class RelationNet:

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.inner import (
+from distmeta.algorithms.adaptation import (
     Adapting,
     Betas,
     OptimizerName,
@@ -19,7 +19,7 @@ from distmeta.algorithms.inner import (
     optimizer,
     support_gradient,
 )
-from distmeta.core import Episode, Metrics, Model, Score, Theta, Unroll, query_loss, support_at
+from distmeta.protocols import Episode, Metrics, Model, Score, Theta, Unroll, query_loss, support_at
 
 NO_FIRST_MOMENT = [0.0, 0.999]
 

@@ -8,8 +8,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.classes import head_shape
-from distmeta.core import InputError, Model, Score, Theta
+from distmeta.algorithms.class_features import head_shape
+from distmeta.errors import InputError
+from distmeta.protocols import Model, Score, Theta
 
 
 class RL2:

@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.classes import check_ways, features_of_both, head_shape
-from distmeta.core import PADDING, Batch, Model, Score, Theta, one_hot, ways_of
+from distmeta.algorithms.class_features import check_ways, features_of_both, head_shape
+from distmeta.protocols import PADDING, Batch, Model, Score, Theta, one_hot, ways_of
 
 Size = Annotated[int, Field(ge=1)]
 Attention = Annotated[list[Annotated[list[Size], Field(min_length=2, max_length=2)]], Field(min_length=1)]

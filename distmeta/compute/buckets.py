@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
-from distmeta.core import Episode, Episodes, InputError, TaskFamily
+from distmeta.errors import InputError
+from distmeta.protocols import Episode, Episodes, TaskFamily
 
 
 class Bucket(NamedTuple):

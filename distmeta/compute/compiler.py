@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distmeta.compute.numerics import full_precision
-from distmeta.core import InputError
+from distmeta.errors import InputError
 
 TOLERANCE = 1e-4
 """Largest relative distance of a compiled result from the eager one in float32. Fused operations round otherwise."""

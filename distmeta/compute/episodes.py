@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from distmeta.compute.buckets import drawn
 from distmeta.compute.unroll import detached
-from distmeta.core import Algorithm, Episode, Episodes, PerStep, TaskFamily, Theta, widened
+from distmeta.protocols import Algorithm, Episode, Episodes, PerStep, TaskFamily, Theta, widened
 
 
 def episodes_of(

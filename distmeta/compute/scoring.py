@@ -12,9 +12,19 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distmeta.compute.buckets import buckets
-from distmeta.compute.shard import Execution, chunks, columns_of, seeded_draws
+from distmeta.compute.gradient import Execution, chunks, columns_of, seeded_draws
 from distmeta.compute.unroll import detached
-from distmeta.core import Algorithm, Episode, Episodes, Metrics, PerStep, Score, Theta, support_at, widened
+from distmeta.protocols import (
+    Algorithm,
+    Episode,
+    Episodes,
+    Metrics,
+    PerStep,
+    Score,
+    Theta,
+    support_at,
+    widened,
+)
 
 
 class Scores(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from distmeta.core import Algorithm, Theta, support_at
+from distmeta.protocols import Algorithm, Theta, support_at
 
 
 def unroll(

@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
-from distmeta.core import InputError, widened
+from distmeta.errors import InputError
+from distmeta.protocols import widened
 
 Norm = Literal["batch", "group", "layer", "none"]
 Width = Annotated[int, Field(ge=1)]

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distmeta.core import InputError, Theta, nearest, one_hot, select, widened
+from distmeta.errors import InputError, nearest
+from distmeta.protocols import Theta, one_hot, select, widened
 
 PREFIX = "model."
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from distmeta.core import InputError
+from distmeta.errors import InputError
 from distmeta.models.mlp import ACTIVATIONS
 
 

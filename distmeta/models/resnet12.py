@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor, nn
 
-from distmeta.core import InputError
+from distmeta.errors import InputError
 from distmeta.models.conv4 import Norm, Width, norm_of
 
 

@@ -21,8 +21,10 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from distmeta.core import InputError, Theta
-from distmeta.runtime.mirror import fetch_checkpoint, is_uri
+from distmeta.errors import InputError
+from distmeta.files import sync, write_whole
+from distmeta.protocols import Theta
+from distmeta.runtime.remote_copy import fetch_checkpoint, is_uri
 
 FORMAT = 3
 
@@ -111,7 +113,7 @@ def _save(run: Path, folder: Path, part: Path, checkpoint: Checkpoint, keep: int
         shutil.rmtree(old, ignore_errors=True)
         os.rename(final, old)
     os.rename(part, final)
-    _sync(folder)
+    sync(folder)
     shutil.rmtree(old, ignore_errors=True)
     point(run, "latest", final.name)
     if checkpoint.progress.best_step == checkpoint.progress.step:
@@ -123,17 +125,6 @@ def _save(run: Path, folder: Path, part: Path, checkpoint: Checkpoint, keep: int
 def point(run: Path, name: str, target: str) -> None:
     """Makes RUN/checkpoints/NAME, a text file, say `target`; at once or not at all."""
     write_whole(run / "checkpoints" / name, target + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A text file that is there as a whole or not at all, also where the machine dies."""
-    part = path.with_name(f".writing-{path.name}")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    _sync(path.parent)
 
 
 def clear(run: Path) -> None:
@@ -177,7 +168,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        _sync(path)
+        sync(path)
     state = {
         "format": FORMAT,
         "progress": asdict(checkpoint.progress),
@@ -191,7 +182,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         json.dump(state, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _sync(folder)
+    sync(folder)
 
 
 def find(path: str | Path) -> Path:
@@ -294,12 +285,3 @@ def _prune(folder: Path, keep: int) -> None:
     for name in steps[:-keep]:
         if name not in kept:
             shutil.rmtree(folder / name)
-
-
-def _sync(path: Path) -> None:
-    """Makes a file or a folder's entries durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from distmeta.compute.flat import Buffer, Layout
-from distmeta.runtime.cluster import connect, import_ray
-from distmeta.runtime.failure import LostShardError, another_may_fare_better, backoff, gives_up, hung
-from distmeta.runtime.fleet import GET_SECONDS, Fleet, describe, lost_by, reraise
-from distmeta.runtime.outstanding import Outstanding
+from distmeta.compute.vectors import Buffer, Layout
+from distmeta.runtime.failure_policy import LostShardError, another_may_fare_better, backoff, gives_up, hung
+from distmeta.runtime.pending_shards import Outstanding
 from distmeta.runtime.problem import Problem
+from distmeta.runtime.ray_cluster import connect, import_ray
+from distmeta.runtime.ray_workers import GET_SECONDS, Fleet, describe, lost_by, reraise
 from distmeta.runtime.worker import Shard, ShardResult, Worker, WorkerSpec
 
 TIMED = 64

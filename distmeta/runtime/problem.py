@@ -15,15 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from distmeta.components import construct
 from distmeta.compute.buckets import buckets, drawn
+from distmeta.compute.gradient import WHOLE_SHARD, Execution
 from distmeta.compute.numerics import numerics
-from distmeta.compute.shard import WHOLE_SHARD, Execution
-from distmeta.core import Algorithm, Episode, InputError, Score, TaskFamily, Theta
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.config.parts import construct
+from distmeta.errors import InputError
 from distmeta.models.functional import Functional
+from distmeta.protocols import Algorithm, Episode, Score, TaskFamily, Theta
 from distmeta.seeding import task_ids, torch_generator
-from distmeta.tasks.fewshot import ClassificationScore
+from distmeta.tasks.few_shot import ClassificationScore
 
 
 @dataclass(frozen=True)

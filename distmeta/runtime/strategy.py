@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from distmeta.config.sections import Outer
 from distmeta.runtime.checkpoint import State
+from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.pool import Pool
 from distmeta.runtime.problem import Problem
-from distmeta.runtime.server import ParameterServer
-from distmeta.sections import Outer
 
 Record = dict[str, Any]
 """A line of metrics.jsonl."""

@@ -14,15 +14,16 @@ import numpy as np
 import torch
 
 from distmeta.compute.compiler import Compiler, MissingCompilerError, missing
-from distmeta.compute.compressed import Vector, encode
+from distmeta.compute.compression import Vector, encode
 from distmeta.compute.episodes import episodes_of
-from distmeta.compute.flat import Buffer, Flat, Layout, shared, whole
+from distmeta.compute.gradient import shard_gradient
 from distmeta.compute.memory import keep_freed
 from distmeta.compute.scoring import score_tasks
-from distmeta.compute.shard import shard_gradient
-from distmeta.core import InputError, Theta
-from distmeta.job import Job
-from distmeta.runtime.ahead import Ahead
+from distmeta.compute.vectors import Buffer, Flat, Layout, shared, whole
+from distmeta.config.job import Job
+from distmeta.errors import InputError
+from distmeta.protocols import Theta
+from distmeta.runtime.prefetch import Ahead
 from distmeta.runtime.problem import (
     Problem,
     build,

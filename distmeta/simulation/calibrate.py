@@ -15,15 +15,15 @@ from statistics import median
 
 import numpy as np
 
-from distmeta.combining import in_process
-from distmeta.compute.flat import Layout
-from distmeta.job import Job
-from distmeta.runtime.cluster import connect, import_ray
+from distmeta.compute.vectors import Layout
+from distmeta.config.combining import in_process
+from distmeta.config.job import Job
+from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.pool import LocalPool, Pool, open_pool
-from distmeta.runtime.preparation import settled
 from distmeta.runtime.problem import Problem
+from distmeta.runtime.ray_cluster import connect, import_ray
 from distmeta.runtime.scores import mean_metrics
-from distmeta.runtime.server import ParameterServer
+from distmeta.runtime.startup import settled
 from distmeta.runtime.worker import Shard, ShardResult, shards_of
 from distmeta.simulation import transfers
 from distmeta.simulation.costs import Costs, JobCosts, Machine

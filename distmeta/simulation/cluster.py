@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from random import Random
 
-from distmeta.components import shown
-from distmeta.core import InputError
+from distmeta.config.parts import shown
+from distmeta.errors import InputError
 
 NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
 BITS = {"bit": 1.0, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9, "Tbit": 1e12}

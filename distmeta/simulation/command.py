@@ -45,8 +45,8 @@ def simulate(
     ] = False,
 ) -> None:
     """Simulate a job's steps on clusters of other sizes, under each strategy; recommends one."""
-    from distmeta.combining import KEYS
-    from distmeta.job import Job
+    from distmeta.config.combining import KEYS
+    from distmeta.config.job import Job
     from distmeta.simulation import cluster as clusters
     from distmeta.simulation import report
     from distmeta.simulation.study import costs_of, study

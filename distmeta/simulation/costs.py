@@ -13,8 +13,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from distmeta.components import describe
-from distmeta.core import InputError
+from distmeta.config.parts import describe
+from distmeta.errors import InputError
 
 VERSION = 1
 Cost = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -11,9 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from distmeta.components import shown
-from distmeta.compute.flat import BLOCK
-from distmeta.core import InputError
+from distmeta.compute.vectors import BLOCK
+from distmeta.config.parts import shown
+from distmeta.errors import InputError
 from distmeta.simulation.cluster import LOCAL
 from distmeta.simulation.model import WORTH, Outcome
 from distmeta.simulation.study import Study

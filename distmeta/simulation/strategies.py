@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import simpy
 
-from distmeta.compute.flat import edges_of
+from distmeta.compute.vectors import edges_of
 from distmeta.simulation.actors import Copies, Events, Node, Site
 from distmeta.simulation.cluster import STRATEGIES
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distmeta.job import Job
+from distmeta.config.job import Job
 from distmeta.simulation.cluster import Cluster
 from distmeta.simulation.costs import Costs, JobCosts, load, save
 from distmeta.simulation.model import SAME_STEPS, Outcome, recommended, simulate, work_of

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distmeta.compute.flat import tree_sum
+from distmeta.compute.vectors import tree_sum
 from distmeta.simulation.costs import Curve
 
 SIZES = (4_000, 64_000, 256_000, 1_000_000, 4_000_000, 16_000_000, 64_000_000)

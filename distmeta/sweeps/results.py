@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from distmeta.job import Job
-from distmeta.jobfile import parse_yaml
+from distmeta.config.job import Job
+from distmeta.config.yaml_text import parse_yaml
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.sweeps.trial import RUN, STEP, evaluations_of, failure_file, figure_of, name_of
 

@@ -20,17 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from distmeta.core import InputError
-from distmeta.job import Job
-from distmeta.mlflow_store import flatten
-from distmeta.runtime.checkpoint import write_whole
-from distmeta.runtime.interrupt import InterruptedRun
-from distmeta.runtime.preparation import settled
-from distmeta.space import Sweep
+from distmeta.config.job import Job
+from distmeta.config.search_space import Sweep
+from distmeta.errors import InputError
+from distmeta.files import write_whole
+from distmeta.runtime.interruption import InterruptedRun
+from distmeta.runtime.startup import settled
 from distmeta.sweeps import NothingFoundError
 from distmeta.sweeps.results import Trial, best_job, best_of, draw, trials_of, write_table
 from distmeta.sweeps.tracked import experiment_of, open_parent, remember_parent, tell_mlflow
-from distmeta.tracking import Status, Tracker
+from distmeta.tracking.mlflow import Status, Tracker
+from distmeta.tracking.mlflow_store import flatten
 
 TUNE = "tune"
 """Tune's folder within the sweep's."""
@@ -191,7 +191,7 @@ def _join_ray(job: Job, stack: ExitStack) -> int:
     Raises:
         InputError: the cluster has no room for one, ever.
     """
-    from distmeta.runtime.cluster import autoscales, connect, import_ray
+    from distmeta.runtime.ray_cluster import autoscales, connect, import_ray
 
     os.environ |= {key: os.environ.get(key, value) for key, value in SETTINGS.items()}
     ray = import_ray(job.run.address)

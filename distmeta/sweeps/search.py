@@ -16,9 +16,9 @@ from ray.tune.schedulers import (
 from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import Domain as TuneDomain
 
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.config.search_space import Domain, Sweep
 from distmeta.seeding import stream_generator
-from distmeta.space import Domain, Sweep
 from distmeta.sweeps.trial import RUN, SCORE, STEP, evaluations_of, figure_of
 
 

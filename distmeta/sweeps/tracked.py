@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distmeta.job import Job
-from distmeta.runtime.checkpoint import write_whole
+from distmeta.config.job import Job
+from distmeta.files import write_whole
 from distmeta.sweeps.results import Trial
-from distmeta.tracking import Status, Tracker, left_running, open_tracker, tag_runs
+from distmeta.tracking.mlflow import Status, Tracker, left_running, open_tracker, tag_runs
 
 STATE = "sweep/mlflow.json"
 

@@ -20,16 +20,16 @@ from typing import Any, NamedTuple
 
 from ray import tune
 
-from distmeta.core import InputError, NumericsError
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError, NumericsError
+from distmeta.files import FolderInUseError
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import SaveError
-from distmeta.runtime.driver import Silent, train
-from distmeta.runtime.failure import LostShardError
-from distmeta.runtime.folder import adopt
-from distmeta.runtime.interrupt import InterruptedRun, StopRequested
-from distmeta.runtime.lock import FolderInUseError
+from distmeta.runtime.failure_policy import LostShardError
+from distmeta.runtime.interruption import InterruptedRun, StopRequested
+from distmeta.runtime.run_folder import adopt
 from distmeta.runtime.scores import primary
+from distmeta.runtime.training import Silent, train
 
 POINTER = "run.json"
 SCORE, STEP, RUN = "score", "step", "run"

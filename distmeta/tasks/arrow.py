@@ -7,9 +7,10 @@ from typing import Literal
 
 import numpy as np
 
-from distmeta.core import SPLITS, InputError, nearest
+from distmeta.errors import InputError, nearest
+from distmeta.protocols import SPLITS
 from distmeta.tasks.domains import facing
-from distmeta.tasks.fewshot import Count, FewShot, Order, Ways
+from distmeta.tasks.few_shot import Count, FewShot, Order, Ways
 from distmeta.tasks.jitter import Jitter, JitterOptions
 from distmeta.tasks.sampling import ClassEntry
 from distmeta.tasks.store import Store

@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.core import Metrics
-from distmeta.policies import Trajectories
+from distmeta.protocols import Metrics
 from distmeta.seeding import task_generator
 from distmeta.tasks.rollout import Actions, Collection, Environment, score
+from distmeta.trajectories import Trajectories
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

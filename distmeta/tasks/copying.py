@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.core import PADDING, Batch, Episode, InputError, Metrics
+from distmeta.errors import InputError
+from distmeta.protocols import PADDING, Batch, Episode, Metrics
 from distmeta.seeding import uniforms
 
 Count = Annotated[int, Field(ge=1)]

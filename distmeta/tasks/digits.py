@@ -7,10 +7,10 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from distmeta.core import InputError
+from distmeta.errors import InputError
 from distmeta.tasks.domains import Domain, shifted
-from distmeta.tasks.fewshot import Count, FewShot, Order, Ways
-from distmeta.tasks.images import Preparation
+from distmeta.tasks.few_shot import Count, FewShot, Order, Ways
+from distmeta.tasks.image_preparation import Preparation
 from distmeta.tasks.sampling import ClassEntry
 
 Digit = Annotated[int, Field(ge=0, le=9)]

@@ -15,11 +15,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.components import locate
-from distmeta.core import InputError, Metrics
-from distmeta.policies import Trajectories
+from distmeta.config.parts import locate
+from distmeta.errors import InputError
+from distmeta.protocols import Metrics
 from distmeta.seeding import task_generator
 from distmeta.tasks.rollout import Actions, Collection, Environment, Film, score
+from distmeta.trajectories import Trajectories
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from distmeta.core import InputError
+from distmeta.errors import InputError
 
 try:
     import gymnasium

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.core import Episode, Metrics, PerStep
-from distmeta.policies import Trajectories
+from distmeta.protocols import Episode, Metrics, PerStep
 from distmeta.seeding import uniforms
 from distmeta.tasks.rollout import Actions, Collection, Environment, score
+from distmeta.trajectories import Trajectories
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

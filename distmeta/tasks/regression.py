@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.core import SPLITS, Batch, Episode, InputError, Metrics
+from distmeta.errors import InputError
+from distmeta.protocols import SPLITS, Batch, Episode, Metrics
 from distmeta.seeding import uniforms
 
 Count = Annotated[int, Field(ge=1)]

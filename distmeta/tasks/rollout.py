@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distmeta.core import InputError, Metrics
-from distmeta.policies import Trajectories, advantages, sample, surrogate
+from distmeta.errors import InputError
+from distmeta.protocols import Metrics
 from distmeta.seeding import task_generator
+from distmeta.trajectories import Trajectories, advantages, sample, surrogate
 
 
 class Environment(NamedTuple):

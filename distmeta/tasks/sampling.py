@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from distmeta.core import PADDING, InputError
+from distmeta.errors import InputError
+from distmeta.protocols import PADDING
 from distmeta.seeding import uniforms
 
 SIZES, ORDER = 1, 2

@@ -27,8 +27,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 
-from distmeta.core import InputError
-from distmeta.tasks.images import Preparation
+from distmeta.errors import InputError
+from distmeta.tasks.image_preparation import Preparation
 
 VERSION = 2
 _KEY = b"distmeta"

@@ -11,10 +11,10 @@ from conftest import tree
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from distmeta.compute.shard import Execution, shard_gradient
+from distmeta.compute.gradient import Execution, shard_gradient
 from distmeta.compute.unroll import unroll
-from distmeta.core import Episode, Theta
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.protocols import Episode, Theta
 from distmeta.runtime.problem import Problem, build
 from distmeta.seeding import task_ids
 

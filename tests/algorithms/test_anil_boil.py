@@ -10,7 +10,7 @@ from oracles import distance, gradient, loss, maml, setting, tasks
 from torch import nn
 
 from distmeta.compute.unroll import unroll
-from distmeta.core import Batch
+from distmeta.protocols import Batch
 
 STEPS, RATE = 3, 0.1
 OPTIONS = {"type": "maml", "inner_lr": RATE, "inner_steps": STEPS}

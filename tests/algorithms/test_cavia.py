@@ -11,8 +11,9 @@ from oracles import TASKS, VMAP, distance, gradient, loss, setting, tasks
 from torch import nn
 
 from distmeta.compute.unroll import unroll
-from distmeta.core import Batch, InputError
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
+from distmeta.protocols import Batch
 from distmeta.runtime.problem import build
 
 RATE, STEPS, SIZE = 0.5, 2, 4

@@ -9,9 +9,9 @@ import torch
 from oracles import LOOP, VMAP, distance, gradient, loss, maml, setting, slope_and_gradient, tasks
 
 from distmeta.algorithms.contrastive import Contrastive
-from distmeta.compute.shard import shard_gradient
+from distmeta.compute.gradient import shard_gradient
 from distmeta.compute.unroll import unroll
-from distmeta.core import Batch, Episode
+from distmeta.protocols import Batch, Episode
 
 RATE, MARGIN = 0.1, 0.5
 CONTRAST = {"type": "contrastive", "inner_lr": 0.1, "inner_steps": 2, "margin": 0.6, "weight": 3.0}

@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from distmeta.algorithms.hypernet import Hypernet
+from distmeta.compute.gradient import Execution
 from distmeta.compute.scoring import score_tasks
-from distmeta.compute.shard import Execution
 from distmeta.compute.unroll import unroll
-from distmeta.core import Algorithm, Batch, Episode, InputError, Theta
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
+from distmeta.protocols import Algorithm, Batch, Episode, Theta
 from distmeta.runtime.problem import Problem, build, with_score
 from distmeta.seeding import task_ids
-from distmeta.tasks.fewshot import ClassificationScore
+from distmeta.tasks.few_shot import ClassificationScore
 
 WEIGHT, BIAS = "model.3.weight", "model.3.bias"
 

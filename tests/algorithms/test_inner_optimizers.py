@@ -7,10 +7,11 @@ import torch
 from conftest import tree
 from torch import nn
 
-from distmeta.compute.shard import Execution, shard_gradient
+from distmeta.compute.gradient import Execution, shard_gradient
 from distmeta.compute.unroll import unroll
-from distmeta.core import Batch, InputError
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
+from distmeta.protocols import Batch
 from distmeta.runtime.problem import build
 from distmeta.seeding import task_ids
 

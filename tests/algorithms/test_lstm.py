@@ -11,13 +11,13 @@ from conftest import CLASSES, tree
 from torch.utils._pytree import tree_map
 
 from distmeta.algorithms.lstm import LSTMLearner, flatten, preprocess, unflatten, update
-from distmeta.compute.shard import Execution, shard_gradient
+from distmeta.compute.gradient import Execution, shard_gradient
 from distmeta.compute.unroll import unroll
-from distmeta.core import Batch, Episode, Theta
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.protocols import Batch, Episode, Theta
 from distmeta.runtime.problem import Problem, build, with_score
 from distmeta.seeding import task_ids
-from distmeta.tasks.fewshot import ClassificationScore
+from distmeta.tasks.few_shot import ClassificationScore
 
 LOOP = Execution("loop", 1)
 

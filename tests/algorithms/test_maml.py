@@ -9,8 +9,8 @@ import torch
 from conftest import tree
 from torch import nn
 
-from distmeta.compute.shard import Execution, shard_gradient
-from distmeta.job import Job
+from distmeta.compute.gradient import Execution, shard_gradient
+from distmeta.config.job import Job
 from distmeta.runtime.problem import build
 from distmeta.seeding import task_ids
 

@@ -13,17 +13,18 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import distmeta
-from distmeta.algorithms.mann import MANN, by_instance
+from distmeta.algorithms.memory.mann import MANN, by_instance
+from distmeta.compute.gradient import Execution, shard_gradient
 from distmeta.compute.scoring import score_tasks
-from distmeta.compute.shard import Execution, shard_gradient
 from distmeta.compute.unroll import unroll
-from distmeta.core import PADDING, Batch, Episode, InputError
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.models.functional import Functional
+from distmeta.protocols import PADDING, Batch, Episode
+from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.problem import build
-from distmeta.runtime.server import ParameterServer
 from distmeta.seeding import task_ids
-from distmeta.tasks.fewshot import ClassificationScore
+from distmeta.tasks.few_shot import ClassificationScore
 
 KINDS = ("lrua", "ntm", "dnc")
 DOUBLE = torch.float64

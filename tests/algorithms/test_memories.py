@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from distmeta.algorithms import memory_dnc, memory_lrua, memory_ntm
-from distmeta.algorithms.mann import memory_of
-from distmeta.algorithms.memories import content, cosine
+from distmeta.algorithms.memory import dnc as memory_dnc
+from distmeta.algorithms.memory import lrua as memory_lrua
+from distmeta.algorithms.memory import ntm as memory_ntm
+from distmeta.algorithms.memory.addressing import content, cosine
+from distmeta.algorithms.memory.mann import memory_of
 
 DOUBLE = torch.float64
 

@@ -10,9 +10,9 @@ from conftest import tree
 from oracles import VMAP, distance, gradient, loss, maml, noisy, setting, tasks
 
 import distmeta
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.problem import build
-from distmeta.runtime.server import ParameterServer
 from distmeta.seeding import torch_generator
 
 

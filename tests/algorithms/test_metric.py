@@ -16,9 +16,10 @@ from distmeta.algorithms.matching import MatchingNet
 from distmeta.algorithms.protonet import ProtoNet
 from distmeta.algorithms.relation import RelationNet
 from distmeta.compute.unroll import unroll
-from distmeta.core import PADDING, Batch, Episode, InputError, Theta, query_loss
+from distmeta.errors import InputError
 from distmeta.models.functional import Functional
-from distmeta.tasks.fewshot import ClassificationScore
+from distmeta.protocols import PADDING, Batch, Episode, Theta, query_loss
+from distmeta.tasks.few_shot import ClassificationScore
 from distmeta.tasks.regression import Sinusoid
 
 WAYS, WIDTH = 3, 4

@@ -11,15 +11,16 @@ from conftest import ALGORITHMS, tree
 from torch import Tensor
 
 import distmeta
+from distmeta.compute.gradient import Execution, shard_gradient
 from distmeta.compute.scoring import score_tasks
-from distmeta.compute.shard import Execution, shard_gradient
 from distmeta.compute.unroll import unroll
-from distmeta.core import PADDING, Batch, Episode, InputError, Theta, query_loss
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
+from distmeta.protocols import PADDING, Batch, Episode, Theta, query_loss
+from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.problem import build, with_score
-from distmeta.runtime.server import ParameterServer
 from distmeta.seeding import task_ids
-from distmeta.tasks.fewshot import ClassificationScore
+from distmeta.tasks.few_shot import ClassificationScore
 
 LOOP, VMAP = Execution("loop", 1), Execution("vmap", 2**31)
 METHODS: dict[str, dict[str, Any]] = {

@@ -13,10 +13,11 @@ from torch.func import grad
 
 from distmeta.algorithms.maml_rl import PolicyMAML
 from distmeta.compute.unroll import unroll
-from distmeta.core import Episode, InputError, PerStep, Theta
-from distmeta.job import Job
-from distmeta.policies import Trajectories, divergence, log_prob, sample, surrogate
+from distmeta.config.job import Job
+from distmeta.errors import InputError
+from distmeta.protocols import Episode, PerStep, Theta
 from distmeta.runtime.problem import build
+from distmeta.trajectories import Trajectories, divergence, log_prob, sample, surrogate
 
 PAYS = torch.tensor([0.1, 0.7, 0.4], dtype=torch.float64)
 RATE = 0.8

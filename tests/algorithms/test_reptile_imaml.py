@@ -7,12 +7,12 @@ import torch
 from conftest import tree
 from torch import nn
 
+from distmeta.algorithms.adaptation import minibatch
 from distmeta.algorithms.imaml import IMAML, conjugate_gradients
-from distmeta.algorithms.inner import minibatch
-from distmeta.compute.shard import Execution, shard_gradient
+from distmeta.compute.gradient import Execution, shard_gradient
 from distmeta.compute.unroll import unroll
-from distmeta.core import Batch, Episode
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.protocols import Batch, Episode
 from distmeta.runtime.problem import build
 from distmeta.seeding import task_ids
 

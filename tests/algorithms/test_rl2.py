@@ -8,8 +8,9 @@ from conftest import tree
 from torch import nn
 
 from distmeta.algorithms.rl2 import RL2
-from distmeta.core import InputError, Theta
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
+from distmeta.protocols import Theta
 from distmeta.runtime.problem import build
 
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from distmeta.algorithms.snail import SNAIL, dense
-from distmeta.core import Algorithm, Batch, Episode, InputError, Theta
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
+from distmeta.protocols import Algorithm, Batch, Episode, Theta
 from distmeta.runtime.problem import Problem, build, with_score
 from distmeta.seeding import task_ids
-from distmeta.tasks.fewshot import ClassificationScore
+from distmeta.tasks.few_shot import ClassificationScore
 
 SMALL = {"length": 8, "filters": 5, "attention": [[6, 4], [7, 3], [5, 2]], "embedding": 6}
 REGRESSION = {

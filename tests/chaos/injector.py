@@ -203,7 +203,7 @@ class Injector:
 
     def _drive(self) -> subprocess.Popen[bytes]:
         self.run.parent.mkdir(exist_ok=True)
-        line = [sys.executable, "-m", "distmeta.cli", "train", "job.yaml", "--resume", "auto", "--json"]
+        line = [sys.executable, "-m", "distmeta.cli.main", "train", "job.yaml", "--resume", "auto", "--json"]
         with (self.run.parent / "said").open("a") as said:
             return subprocess.Popen(line, stdout=said, stderr=said, start_new_session=True, env=ENVIRONMENT)
 

@@ -6,9 +6,9 @@ import sys
 import time
 from typing import Any
 
-from distmeta.policies import Trajectories
 from distmeta.tasks.bandit import Bandit
 from distmeta.tasks.navigation import Navigation
+from distmeta.trajectories import Trajectories
 
 
 class _Paced:

@@ -18,9 +18,9 @@ from conftest import HOME, tree
 from injector import Injector, Nodes, clockless
 
 import distmeta
-from distmeta.job import Job
-from distmeta.mlflow_store import import_mlflow
+from distmeta.config.job import Job
 from distmeta.runtime import checkpoint as checkpoints
+from distmeta.tracking.mlflow_store import import_mlflow
 
 PACE = 0.15
 """Seconds that a draw takes: the run has to outlast the faults."""

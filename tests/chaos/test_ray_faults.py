@@ -14,7 +14,7 @@ from conftest import HOME, tree
 from injector import ENVIRONMENT, Nodes, clockless, end
 
 import distmeta
-from distmeta.job import Job
+from distmeta.config.job import Job
 from distmeta.runtime import checkpoint as checkpoints
 
 UNSURE = {
@@ -43,7 +43,7 @@ def test_calls_inside_ray_fail(workplace: Path) -> None:
         placed = run | {"workers": 2, "address": nodes.address, "name": "shaken", "max_shard_failures": 20}
         (workplace / "job.yaml").write_text(yaml.safe_dump(tree("maml", run=placed)))
         done = subprocess.run(
-            [sys.executable, "-m", "distmeta.cli", "train", "job.yaml"],
+            [sys.executable, "-m", "distmeta.cli.main", "train", "job.yaml"],
             capture_output=True, text=True, timeout=280, env=ENVIRONMENT | failing,
         )  # fmt: skip
     finally:
@@ -93,7 +93,7 @@ def test_a_full_object_store_is_waited_for(workplace: Path) -> None:
         placed = run | {"workers": 1, "address": nodes.address, "name": "shaken"}
         (workplace / "job.yaml").write_text(yaml.safe_dump(tree("maml", model=model, run=placed)))
         with said.open("w") as file:
-            line = [sys.executable, "-m", "distmeta.cli", "train", "job.yaml"]
+            line = [sys.executable, "-m", "distmeta.cli.main", "train", "job.yaml"]
             driver = subprocess.Popen(line, stdout=file, stderr=file, env=ENVIRONMENT | no_disk)
         deadline = time.monotonic() + 200
         while "Ray's object store is full: waiting for room" not in said.read_text():

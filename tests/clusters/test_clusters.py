@@ -170,7 +170,7 @@ def test_kuberay_clusters_are_guarded_and_scale() -> None:
 
 
 def test_the_jobs_command_is_one_that_distmeta_takes() -> None:
-    from distmeta.job import Job
+    from distmeta.config.job import Job
 
     spec = documents("rayjob.yaml")[0]["spec"]
     words = spec["entrypoint"].split()

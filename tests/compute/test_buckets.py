@@ -16,13 +16,14 @@ import distmeta
 from distmeta.compute.buckets import buckets, drawn
 from distmeta.compute.compiler import Compiler
 from distmeta.compute.episodes import episodes_of
+from distmeta.compute.gradient import Execution, shard_gradient
 from distmeta.compute.scoring import score_tasks
-from distmeta.compute.shard import Execution, shard_gradient
-from distmeta.core import Episode, InputError
-from distmeta.job import Job
-from distmeta.onetask import run_one_task
+from distmeta.config.job import Job
+from distmeta.errors import InputError
+from distmeta.evaluation.one_task import run_one_task
+from distmeta.protocols import Episode
 from distmeta.runtime.problem import build
-from distmeta.runtime.resolution import resolve
+from distmeta.runtime.resolve import resolve
 
 UNEQUAL = {"type": "hard_cases:Unequal"}
 IDS = np.array([4, 0, 1, 6, 2, 10, 3, 5], np.uint64)

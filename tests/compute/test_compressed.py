@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distmeta.compute.compressed import GROUP, LEVELS, Coded, cut, decode, encode
-from distmeta.compute.flat import BLOCK
+from distmeta.compute.compression import GROUP, LEVELS, Coded, cut, decode, encode
+from distmeta.compute.vectors import BLOCK
 
 
 def vector(seed: int, size: int) -> np.ndarray:

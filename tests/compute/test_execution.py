@@ -17,16 +17,18 @@ from conftest import ALGORITHMS, REPOSITORY, tree
 
 import distmeta
 from distmeta.algorithms.maml import MAML
-from distmeta.compute import compiler, probe
+from distmeta.compute import choose_execution as probe
+from distmeta.compute import compiler
 from distmeta.compute.compiler import Compiler
 from distmeta.compute.episodes import episodes_of
+from distmeta.compute.gradient import WHOLE_SHARD, Execution, shard_gradient
 from distmeta.compute.numerics import numerics
-from distmeta.compute.shard import WHOLE_SHARD, Execution, shard_gradient
-from distmeta.core import InputError, Theta, query_loss
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
+from distmeta.protocols import Theta, query_loss
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.problem import build
-from distmeta.runtime.resolution import resolve
+from distmeta.runtime.resolve import resolve
 from distmeta.runtime.worker import Worker, WorkerSpec
 from distmeta.seeding import task_ids
 
@@ -296,7 +298,7 @@ def test_without_a_compiler_the_whole_run_goes_without(monkeypatch: pytest.Monke
 
 def test_a_worker_without_a_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job.parse(tree(compute={"compile": True}))
-    layout = distmeta.compute.flat.Layout.of(build(job).init())
+    layout = distmeta.compute.vectors.Layout.of(build(job).init())
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(InputError, match=r"compute.compile: got true, but there is no C\+\+ compiler"):
         Worker(WorkerSpec(job.tree(), layout, {}, "."))

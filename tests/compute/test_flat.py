@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distmeta.compute.flat import ALIGN, BLOCK, Buffer, Layout, edges_of, shared, tree_sum
+from distmeta.compute.vectors import ALIGN, BLOCK, Buffer, Layout, edges_of, shared, tree_sum
 
 shapes = st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=1, max_size=6)
 

@@ -19,10 +19,10 @@ import distmeta
 import distmeta.compute.compiler
 from distmeta.algorithms.maml import MAML
 from distmeta.compute.compiler import MOST_PROGRAMS, Compiler
-from distmeta.compute.scheduled import structure_of, with_scheduled
-from distmeta.compute.shard import Execution, shard_gradient
-from distmeta.core import InputError
-from distmeta.job import Job
+from distmeta.compute.gradient import Execution, shard_gradient
+from distmeta.compute.schedules import structure_of, with_scheduled
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.runtime.problem import build
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}

@@ -16,12 +16,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from distmeta.algorithms import ALGORITHMS as REGISTERED
 from distmeta.compute.episodes import episodes_of
+from distmeta.compute.gradient import Execution, _chunk_sum, shard_gradient
 from distmeta.compute.scoring import score_tasks
-from distmeta.compute.shard import Execution, _chunk_sum, shard_gradient
-from distmeta.core import Episode, Theta
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.protocols import Episode, Theta
+from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.problem import Problem, build
-from distmeta.runtime.server import ParameterServer
 from distmeta.seeding import task_ids
 
 HARD = {
@@ -185,7 +185,7 @@ def test_gradient_equals_finite_differences(name: str) -> None:
 
 def replayed_loss(problem: Problem, theta: Theta, episodes: Episode) -> float:
     """Σ over tasks of the query loss after the inner loop, by the protocol's four functions alone."""
-    from distmeta.core import support_at
+    from distmeta.protocols import support_at
 
     algorithm, score, total = problem.algorithm, problem.score("train"), 0.0
     for t in range(4):

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from torch import distributed
 
-from distmeta.core import NumericsError
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import NumericsError
 from distmeta.runtime.problem import build
-from distmeta.runtime.resolution import resolve
-from distmeta.runtime.strategies.group import Abandoned
-from distmeta.runtime.strategies.rank import Agreed, Replicated
+from distmeta.runtime.resolve import resolve
+from distmeta.strategies.all_reduce.group import Abandoned
+from distmeta.strategies.all_reduce.rank import Agreed, Replicated
 
 
 def run(name: str, tree: dict[str, Any], rank: int, folder: Path) -> dict[str, Any]:

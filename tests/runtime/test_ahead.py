@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from conftest import tree
 
-from distmeta.core import Episode
-from distmeta.job import Job
-from distmeta.runtime.ahead import Ahead
+from distmeta.config.job import Job
+from distmeta.protocols import Episode
+from distmeta.runtime.parameter_server import ParameterServer
+from distmeta.runtime.prefetch import Ahead
 from distmeta.runtime.problem import build
-from distmeta.runtime.resolution import resolve
-from distmeta.runtime.server import ParameterServer
+from distmeta.runtime.resolve import resolve
 from distmeta.runtime.worker import Shard, Worker, WorkerSpec, shards_of
 
 

@@ -24,15 +24,15 @@ from outcomes import Watching, trained
 from processes import descendants, gone, send, state, words
 
 import distmeta
-from distmeta.core import InputError
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.cluster import free_orphans
 from distmeta.runtime.problem import build
-from distmeta.runtime.resolution import resolve
-from distmeta.runtime.strategies.all_reduce import AllReduce, boundary
-from distmeta.runtime.strategies.group import Answer, Failure, Halt, Host, Lost, Stop
+from distmeta.runtime.ray_cluster import free_orphans
+from distmeta.runtime.resolve import resolve
 from distmeta.runtime.strategy import LostStateError
+from distmeta.strategies.all_reduce.driver_side import AllReduce, boundary
+from distmeta.strategies.all_reduce.group import Answer, Failure, Halt, Host, Lost, Stop
 
 SGD = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "clip_norm": 1.0}
 POISONED = {"type": "hard_cases:Poisoned"}
@@ -166,7 +166,7 @@ def test_ctrl_c_saves_and_a_resume_goes_on(workplace: Path, cluster: None) -> No
 def started(job: dict[str, Any], lines: int) -> tuple[subprocess.Popen[str], Path]:
     """`distmeta train` of the job, once it has taken so many steps; its run."""
     Path("job.yaml").write_text(yaml.safe_dump(job))
-    words = [sys.executable, "-m", "distmeta.cli", "train", "job.yaml", "--json"]
+    words = [sys.executable, "-m", "distmeta.cli.main", "train", "job.yaml", "--json"]
     pipe = subprocess.PIPE
     process = subprocess.Popen(
         words, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT, start_new_session=True
@@ -331,7 +331,7 @@ async def _host_scenes() -> None:
 
 
 def test_a_lost_group_is_said_by_who_died() -> None:
-    from distmeta.runtime.strategies.trainer import interface_of, reason_of
+    from distmeta.strategies.all_reduce.ray_train import interface_of, reason_of
 
     class HealthError(Exception):
         health_check_failure = MemoryError("gone")
@@ -346,7 +346,7 @@ def test_a_rank_computes_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     """Ray Train shows it those of all ranks on its node."""
     import ray.train.torch
 
-    from distmeta.runtime.strategies import rank
+    from distmeta.strategies import rank
 
     def build(spec: Any) -> None:
         raise InputError("tasks: not here")

@@ -11,10 +11,10 @@ from conftest import tree
 from outcomes import Watching
 
 import distmeta
-from distmeta.core import InputError
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.server import ParameterServer
+from distmeta.runtime.parameter_server import ParameterServer
 
 
 def trained(job: dict[str, Any], resume: Path | None = None, **run: Any) -> Path:

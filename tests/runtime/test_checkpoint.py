@@ -13,10 +13,10 @@ from conftest import tree
 from mlflow import MlflowClient
 
 import distmeta
-from distmeta.core import InputError
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime import driver
+from distmeta.runtime import training as driver
 from distmeta.runtime.checkpoint import Checkpoint, Progress
 
 

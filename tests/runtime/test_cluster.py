@@ -18,7 +18,7 @@ import yaml
 from conftest import HOME, tree
 
 import distmeta
-from distmeta.job import Job
+from distmeta.config.job import Job
 from distmeta.runtime import checkpoint as checkpoints
 
 WITHOUT_A_COMPILER = {"CXX": "no-such-compiler"}
@@ -49,7 +49,7 @@ def head() -> Iterator[str]:
 
 def train(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "distmeta.cli", "train", "job.yaml", "--json", *words],
+        [sys.executable, "-m", "distmeta.cli.main", "train", "job.yaml", "--json", *words],
         capture_output=True, text=True, timeout=120, env=os.environ | environment,
     )  # fmt: skip
 

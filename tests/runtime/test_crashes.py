@@ -18,7 +18,7 @@ from conftest import REPOSITORY, tree
 from processes import descendants, environment, gone, listening, send, shared_files, words, worker_pids
 
 import distmeta
-from distmeta.job import Job
+from distmeta.config.job import Job
 from distmeta.runtime import checkpoint as checkpoints
 
 HERE = Path(__file__).parent
@@ -53,11 +53,11 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_is_whole(workplace: Pat
     mount = f"mount -t tmpfs -o size=1m none {workplace}/small"
     script = f"""
         {mount} || exit 77
-        {sys.executable} -m distmeta.cli train job.yaml run.name=full output=small --json
+        {sys.executable} -m distmeta.cli.main train job.yaml run.name=full output=small --json
         code=$?
         cp -r small/full copied
         rm -rf small/full/checkpoints/step-0000000[1-9]
-        {sys.executable} -m distmeta.cli train --resume small/full run.steps=9 >/dev/null 2>&1; echo resumed $?
+        {sys.executable} -m distmeta.cli.main train --resume small/full run.steps=9 >/dev/null 2>&1; echo resumed $?
         exit $code
     """
     done = subprocess.run(
@@ -83,7 +83,7 @@ def test_a_killed_driver_leaves_nothing_behind_and_is_resumed(workplace: Path) -
     """
     job = tree("maml", run={"steps": 100_000, "workers": 2, "name": "killed", "checkpoint_every": 3})
     (workplace / "job.yaml").write_text(yaml.safe_dump(job))
-    line = [sys.executable, "-m", "distmeta.cli", "train", "job.yaml"]
+    line = [sys.executable, "-m", "distmeta.cli.main", "train", "job.yaml"]
     nothing_set = {key: value for key, value in ENVIRONMENT.items() if not key.startswith("RAY_AUTH_")}
     with (workplace / "said").open("w") as said:
         process = subprocess.Popen(line, stdout=said, stderr=said, env=nothing_set, start_new_session=True)

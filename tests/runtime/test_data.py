@@ -11,14 +11,14 @@ from conftest import tree
 from outcomes import outcome, trained
 
 import distmeta
-from distmeta.core import InputError
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime import driver
+from distmeta.runtime import training as driver
+from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.problem import build
-from distmeta.runtime.server import ParameterServer
 from distmeta.runtime.worker import Worker, WorkerSpec
-from distmeta.tasks.images import Preparation
+from distmeta.tasks.image_preparation import Preparation
 from distmeta.tasks.store import write_store
 
 TASKS = {"type": "arrow", "path": "store.arrow", "ways": 3, "shots": 1, "queries": 2, "test": 3, "val": 3}

@@ -17,17 +17,17 @@ from conftest import ALGORITHMS, POLICIES, tree
 from hosts import Host, HostPool
 
 import distmeta
-import distmeta.core
-from distmeta.compute.flat import Buffer
-from distmeta.core import NumericsError
-from distmeta.job import Job
+import distmeta.protocols
+from distmeta.compute.vectors import Buffer
+from distmeta.config.job import Job
+from distmeta.errors import NumericsError
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.driver import Silent
+from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.problem import build
-from distmeta.runtime.resolution import resolve
-from distmeta.runtime.server import ParameterServer
-from distmeta.runtime.strategies import driver
+from distmeta.runtime.resolve import resolve
+from distmeta.runtime.training import Silent
 from distmeta.runtime.worker import Shard, ShardResult, Worker, shards_of
+from distmeta.strategies import driver
 
 EPOCHS = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}
 RUN = {"steps": 4, "eval_every": 2, "eval_tasks": 10}
@@ -194,7 +194,7 @@ def test_a_killed_workers_shard_is_computed_again(workplace: Path, cluster: None
 def test_a_shard_that_kills_every_worker_stops_the_run_with_a_checkpoint(
     workplace: Path, cluster: None
 ) -> None:
-    from distmeta.runtime.failure import LostShardError
+    from distmeta.runtime.failure_policy import LostShardError
 
     tasks = {"type": "hard_cases:Lethal", "flag": str(workplace / "kill"), "always": True}
     job = Job.parse(tree("maml", tasks=tasks, run={"workers": 2, "name": "doomed", "max_shard_failures": 2}))
@@ -206,13 +206,13 @@ def test_a_shard_that_kills_every_worker_stops_the_run_with_a_checkpoint(
 def test_what_the_computation_raises_is_raised_here(workplace: Path, cluster: None) -> None:
     tasks = {"type": "hard_cases:Vanishing", "flag": str(workplace / "gone")}
     job = Job.parse(tree("maml", tasks=tasks, run={"workers": 1, "name": "gone"}))
-    with pytest.raises(distmeta.core.InputError, match=r"^tasks.path: the store is gone$"):
+    with pytest.raises(distmeta.errors.InputError, match=r"^tasks.path: the store is gone$"):
         distmeta.train(job, reporter=Flag(workplace / "gone"))
     assert checkpoints.load(workplace / "runs" / "gone").progress.step == 0
 
 
 def test_too_few_resources_say_so(workplace: Path, cluster: None) -> None:
-    with pytest.raises(distmeta.core.InputError, match=r"run.workers: got 9 .* the cluster has 4 CPU"):
+    with pytest.raises(distmeta.errors.InputError, match=r"run.workers: got 9 .* the cluster has 4 CPU"):
         trained(tree("maml"), workers=9, start_timeout=3)
     assert not (workplace / "runs").exists()
 
@@ -249,14 +249,14 @@ def test_finite_gradients_whose_sum_is_not_never_reach_theta(workplace: Path) ->
 
 def test_a_mistake_that_shows_on_workers_alone_is_one_line(workplace: Path, cluster: None) -> None:
     tasks = {"type": "hard_cases:OnlyHere", "pid": os.getpid()}
-    with pytest.raises(distmeta.core.InputError, match=r"^tasks.path: not on this node$"):
+    with pytest.raises(distmeta.errors.InputError, match=r"^tasks.path: not on this node$"):
         trained(tree("maml", tasks=tasks), workers=1)
     assert not (workplace / "runs").exists()
 
 
 def test_stop_at_a_non_finite_gradient(workplace: Path) -> None:
     job = tree("maml", tasks={"type": "hard_cases:AllBad"}, run={"on_nonfinite": "stop", "name": "bad"})
-    with pytest.raises(distmeta.core.NumericsError, match=r"step 1: .* tasks \[0, 1"):
+    with pytest.raises(distmeta.errors.NumericsError, match=r"step 1: .* tasks \[0, 1"):
         distmeta.train(Job.parse(job))
     assert checkpoints.load(workplace / "runs" / "bad").progress.step == 0
 

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distmeta.compute.compiler import MissingCompilerError
-from distmeta.core import InputError
-from distmeta.job import Job
-from distmeta.runtime import fleet
-from distmeta.runtime.failure import another_may_fare_better, backoff, gives_up, hung, straggles
-from distmeta.runtime.outstanding import Outstanding
+from distmeta.config.job import Job
+from distmeta.errors import InputError
+from distmeta.runtime import ray_workers as fleet
+from distmeta.runtime.failure_policy import another_may_fare_better, backoff, gives_up, hung, straggles
+from distmeta.runtime.pending_shards import Outstanding
 from distmeta.runtime.scores import spikes
 
 

@@ -17,11 +17,11 @@ from conftest import POLICIES, REPOSITORY, tree
 from processes import gone, send, worker_pids
 
 import distmeta
-from distmeta.core import InputError
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.driver import Silent
-from distmeta.runtime.failure import LostShardError
+from distmeta.runtime.failure_policy import LostShardError
+from distmeta.runtime.training import Silent
 
 RUN = {"steps": 8, "eval_every": 4, "eval_tasks": 60, "start_timeout": 120.0}
 
@@ -168,7 +168,7 @@ def test_at_the_command_line_a_lost_shard_is_one_line_and_json_stays_json(workpl
     job["run"] |= {"workers": 1, "max_shard_failures": 2, "name": "lost"}
     (workplace / "job.yaml").write_text(yaml.safe_dump(job))
     done = subprocess.run(
-        [sys.executable, "-m", "distmeta.cli", "train", "job.yaml", "--json"],
+        [sys.executable, "-m", "distmeta.cli.main", "train", "job.yaml", "--json"],
         capture_output=True, text=True, timeout=240,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])},
     )  # fmt: skip

@@ -17,7 +17,7 @@ from conftest import HOME, REPOSITORY, tree
 from network import Network, network, refused
 
 import distmeta
-from distmeta.job import Job
+from distmeta.config.job import Job
 from distmeta.runtime import checkpoint as checkpoints
 
 REFUSED = refused()
@@ -36,7 +36,15 @@ def hosts() -> Iterator[Network]:
 
 
 def start(hosts: Network, *words: str) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "distmeta.cli", "train", "job.yaml", f"run.address={hosts.address}", *words]
+    line = [
+        sys.executable,
+        "-m",
+        "distmeta.cli.main",
+        "train",
+        "job.yaml",
+        f"run.address={hosts.address}",
+        *words,
+    ]
     with Path("said").open("w") as said:
         return subprocess.Popen(
             hosts.run("head", line), stdout=said, stderr=said, text=True, env=dict(os.environ)
@@ -67,7 +75,7 @@ def test_submitted_from_outside_across_two_hosts(hosts: Network, workplace: Path
     line = [
         sys.executable,
         "-m",
-        "distmeta.cli",
+        "distmeta.cli.main",
         "submit",
         "job.yaml",
         "--address",

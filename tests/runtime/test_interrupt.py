@@ -16,7 +16,7 @@ import yaml
 from conftest import REPOSITORY, tree
 
 import distmeta
-from distmeta.job import Job
+from distmeta.config.job import Job
 from distmeta.runtime import checkpoint as checkpoints
 
 
@@ -24,7 +24,7 @@ def start(job: dict[str, Any], *words: str) -> subprocess.Popen[str]:
     """`distmeta train` in a process group of its own, as a shell starts it."""
     Path("job.yaml").write_text(yaml.safe_dump(job))
     return subprocess.Popen(
-        [sys.executable, "-m", "distmeta.cli", "train", "job.yaml", *words],
+        [sys.executable, "-m", "distmeta.cli.main", "train", "job.yaml", *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

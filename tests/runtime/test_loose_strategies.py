@@ -17,16 +17,16 @@ from outcomes import Watching, outcome, trained
 from processes import send, worker_pids
 from scripted import ScriptedPool
 
-from distmeta.compute.flat import Layout, tree_sum
-from distmeta.core import InputError
-from distmeta.job import Job
+from distmeta.compute.vectors import Layout, tree_sum
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
+from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.problem import build
-from distmeta.runtime.server import ParameterServer
-from distmeta.runtime.strategies import asynchronous
-from distmeta.runtime.strategies.replica import Round, run_round
-from distmeta.runtime.strategies.stepping import plan_of
 from distmeta.runtime.worker import Shard, Worker
+from distmeta.strategies import asynchronous
+from distmeta.strategies.gradient_step import plan_of
+from distmeta.strategies.replica import Round, run_round
 
 RUN = {"steps": 4, "tasks_per_step": 4, "eval_every": 2, "eval_tasks": 4, "workers": 2, "checkpoint_every": 2}
 OUTERS = {

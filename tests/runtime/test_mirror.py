@@ -20,11 +20,11 @@ from conftest import HOME, tree
 from heads import free_ports
 
 import distmeta
-from distmeta.core import InputError
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.driver import Silent, Summary, train
-from distmeta.runtime.mirror import below_run, join, local_folder, run_of
+from distmeta.runtime.remote_copy import below_run, join, local_folder, run_of
+from distmeta.runtime.training import Silent, Summary, train
 
 
 @pytest.fixture(scope="module")

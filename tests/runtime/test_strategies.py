@@ -17,21 +17,21 @@ from outcomes import Watching, outcome, trained
 from processes import actor_pids, gone, send, worker_pids
 
 import distmeta
-from distmeta.compute.flat import edges_of, tree_sum
-from distmeta.core import InputError
-from distmeta.job import Job
+from distmeta.compute.vectors import edges_of, tree_sum
+from distmeta.config.job import Job
+from distmeta.config.sections import Outer
+from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime import driver
+from distmeta.runtime import training as driver
 from distmeta.runtime.checkpoint import State
-from distmeta.runtime.failure import LostShardError
+from distmeta.runtime.failure_policy import LostShardError
+from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.problem import build
-from distmeta.runtime.server import ParameterServer
-from distmeta.runtime.slices import Slice, SliceSpec, joined, moments_in, places_of
-from distmeta.runtime.strategies import STRATEGIES
-from distmeta.runtime.strategies.driver import Driver
 from distmeta.runtime.strategy import LostStateError
-from distmeta.sections import Outer
-from distmeta.tracking import NoTracker
+from distmeta.strategies import STRATEGIES
+from distmeta.strategies.driver import Driver
+from distmeta.strategies.slices import Slice, SliceSpec, joined, moments_in, places_of
+from distmeta.tracking.mlflow import NoTracker
 
 WIDE = {"type": "mlp", "hidden": [400, 400], "activation": "tanh"}
 """162,001 parameters: three of the norm's blocks, and tensors that lie across their edges."""
@@ -241,8 +241,8 @@ def test_every_strategy_of_a_job_has_a_class_and_its_keys() -> None:
     from importlib import import_module
     from typing import get_args
 
-    from distmeta.combining import KEYS, OWN, Strategy
-    from distmeta.sections import Run
+    from distmeta.config.combining import KEYS, OWN, Strategy
+    from distmeta.config.sections import Run
 
     assert list(get_args(Strategy)) == list(KEYS) == list(STRATEGIES)
     assert set(OWN) <= set(Run.model_fields)

@@ -9,9 +9,9 @@ import pytest
 from conftest import tree
 
 import distmeta
-import distmeta.core
-from distmeta.core import NumericsError
-from distmeta.job import Job
+import distmeta.protocols
+from distmeta.config.job import Job
+from distmeta.errors import NumericsError
 from distmeta.runtime import checkpoint as checkpoints
 
 TRACKED = {"type": "mlflow"}
@@ -56,7 +56,7 @@ def test_a_failed_run_is_marked_so(client: Any, workplace: Path) -> None:
 
 def test_a_wrong_address_writes_nothing(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://there")
-    with pytest.raises(distmeta.core.InputError, match="MLFLOW_TRACKING_URI"):
+    with pytest.raises(distmeta.errors.InputError, match="MLFLOW_TRACKING_URI"):
         distmeta.train(Job.parse(tree("maml", tracking=TRACKED)))
     assert not (workplace / "runs").exists()
 

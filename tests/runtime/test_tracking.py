@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from distmeta import tracking
-from distmeta.core import InputError
-from distmeta.mlflow_store import flatten, import_mlflow, redact
-from distmeta.tracking import Step, first_batch, open_tracker, points
+from distmeta.errors import InputError, redact
+from distmeta.tracking import mlflow as tracking
+from distmeta.tracking.mlflow import Step, first_batch, open_tracker, points
+from distmeta.tracking.mlflow_store import flatten, import_mlflow
 
 
 @pytest.fixture
@@ -97,7 +97,9 @@ def test_a_batch_holds_whole_steps_within_the_limit():
 
 
 def test_the_module_imports_without_mlflow_and_torch():
-    code = "import sys, distmeta.tracking; sys.exit(any(m in sys.modules for m in ('mlflow', 'torch')))"
+    code = (
+        "import sys, distmeta.tracking.mlflow; sys.exit(any(m in sys.modules for m in ('mlflow', 'torch')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
@@ -177,7 +179,7 @@ def test_resume_continues_the_run_and_sends_no_step_twice(said):
 def test_a_process_that_died_is_continued_without_duplicates(said):
     code = """
 import os, time
-from distmeta.tracking import open_tracker
+from distmeta.tracking.mlflow import open_tracker
 t = open_tracker("mlflow", run_name="a", experiment="e", params={}, tags={}, run_id=None, say=print)
 for step in range(8): t.log_step({"step": step, "loss_after": 1.0})
 time.sleep(2.5)
@@ -267,7 +269,7 @@ def refuse_slowly(uri):
 
 def test_two_processes_share_a_new_store_and_experiment(said):
     code = """
-from distmeta.tracking import open_tracker
+from distmeta.tracking.mlflow import open_tracker
 t = open_tracker("mlflow", run_name="a", experiment="e", params={}, tags={}, run_id=None, say=print)
 for step in range(50): t.log_step({"step": step, "loss_after": 1.0})
 t.close("FINISHED")

@@ -18,9 +18,9 @@ from costs_by_hand import JOB, MACHINE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distmeta import cli
-from distmeta.core import InputError
-from distmeta.job import Job
+from distmeta.cli import main as cli
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.simulation import calibrate, transfers
 from distmeta.simulation.cluster import STRATEGIES, Link, Stragglers, parse_latency, parse_workers
 from distmeta.simulation.costs import Costs, Curve, load, save
@@ -158,7 +158,7 @@ def test_damaged_costs_are_refused(simulate: Any, key: str, value: Any) -> None:
 def test_help_and_simulation_import_nothing_heavy(tmp_path: Path) -> None:
     """The model itself needs no torch but what reading a job does."""
     program = (
-        "import sys; from distmeta import cli; sys.argv = ['distmeta', 'simulate', '--help']\n"
+        "import sys; from distmeta.cli import main as cli; sys.argv = ['distmeta', 'simulate', '--help']\n"
         "try: cli.main()\n"
         "except SystemExit as stop: print(stop.code, {'torch', 'ray', 'simpy', 'numpy'} & set(sys.modules))"
     )

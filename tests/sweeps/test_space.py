@@ -10,8 +10,8 @@ from conftest import REPOSITORY, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distmeta.core import InputError
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.sweeps.search import points
 
 

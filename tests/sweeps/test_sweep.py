@@ -10,8 +10,8 @@ import pytest
 from sweeping import RATES, bits, evaluations, runs_of, swept
 
 import distmeta
-from distmeta.core import InputError
-from distmeta.job import Job
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.sweeps import NothingFoundError
 from distmeta.sweeps.run import _settled
 

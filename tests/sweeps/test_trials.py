@@ -16,8 +16,8 @@ from conftest import tree
 from sweeping import RATES, bits, evaluations, runs_of, swept
 
 import distmeta
-from distmeta.job import Job
-from distmeta.jobfile import parse_yaml
+from distmeta.config.job import Job
+from distmeta.config.yaml_text import parse_yaml
 from distmeta.sweeps.run import NoView
 from distmeta.sweeps.trial import folder_of
 
@@ -120,7 +120,7 @@ def test_the_driver_is_killed_and_the_sweep_goes_on(
     job = Job.parse(swept(run={"steps": 150, "eval_every": 10}, tracked=True, trials=3, concurrent=1))
     (workplace / "job.yaml").write_text(job.dump())
     folder = workplace / "runs" / "swept"
-    command = [sys.executable, "-m", "distmeta.cli", "sweep"]
+    command = [sys.executable, "-m", "distmeta.cli.main", "sweep"]
     process = subprocess.Popen([*command, "job.yaml"], stderr=subprocess.PIPE, text=True, cwd=workplace)
     second = folder / "trials" / "trial-00001" / "metrics.jsonl"
     deadline = time.monotonic() + 180

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 import distmeta
 from distmeta.compute.episodes import episodes_of
-from distmeta.core import InputError
-from distmeta.job import Job
-from distmeta.policies import Trajectories, advantages, baseline, surrogate
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.runtime.problem import build
 from distmeta.seeding import task_generator, task_ids
 from distmeta.tasks.bandit import Bandit
 from distmeta.tasks.navigation import NEAR, STEP, Navigation, way
+from distmeta.trajectories import Trajectories, advantages, baseline, surrogate
 
 ids_of = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3).map(lambda ids: np.array(ids, np.uint64))
 

@@ -6,10 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distmeta.core import InputError
+from distmeta.errors import InputError
 from distmeta.seeding import task_ids
 from distmeta.tasks.arrow import arrow, evenly_spaced
-from distmeta.tasks.images import Preparation
+from distmeta.tasks.image_preparation import Preparation
 from distmeta.tasks.store import write_store
 
 PREPARATION = Preparation(size=3)

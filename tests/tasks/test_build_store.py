@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distmeta.core import InputError
-from distmeta.tasks import build
-from distmeta.tasks.build import build_images, build_omniglot
-from distmeta.tasks.images import Preparation, prepare
+from distmeta.data import build
+from distmeta.data.build import build_images, build_omniglot
+from distmeta.errors import InputError
+from distmeta.tasks.image_preparation import Preparation, prepare
 from distmeta.tasks.store import Store
 
 OMNIGLOT = Path(os.environ.get("DISTMETA_OMNIGLOT") or Path(__file__).parents[3] / "shared/data/omniglot")

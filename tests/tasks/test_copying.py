@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from distmeta.core import PADDING, Batch, InputError, TaskFamily
+from distmeta.errors import InputError
+from distmeta.protocols import PADDING, Batch, TaskFamily
 from distmeta.seeding import task_ids
 from distmeta.tasks.copying import Copy
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from distmeta.core import InputError
+from distmeta.errors import InputError
 from distmeta.seeding import task_ids
 from distmeta.tasks.digits import appearance, class_turns, digits
-from distmeta.tasks.images import Preparation
+from distmeta.tasks.image_preparation import Preparation
 
 
 def test_appearance():

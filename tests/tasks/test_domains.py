@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from distmeta import cli
-from distmeta.core import InputError
+from distmeta.cli import main as cli
+from distmeta.data.build import build_images
+from distmeta.errors import InputError
 from distmeta.seeding import task_ids
 from distmeta.tasks.arrow import arrow
-from distmeta.tasks.build import build_images
 from distmeta.tasks.digits import INK, digits
 from distmeta.tasks.domains import DOMAINS, NOISE, facing, shifted
-from distmeta.tasks.fewshot import FewShot
-from distmeta.tasks.images import Preparation
+from distmeta.tasks.few_shot import FewShot
+from distmeta.tasks.image_preparation import Preparation
 from distmeta.tasks.sampling import ClassEntry
 from distmeta.tasks.store import Domains, Store, write_store
 

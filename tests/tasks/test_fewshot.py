@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distmeta.core import Batch, InputError, TaskFamily
+from distmeta.errors import InputError
+from distmeta.protocols import Batch, TaskFamily
 from distmeta.seeding import task_ids
-from distmeta.tasks.fewshot import ClassificationScore, FewShot
+from distmeta.tasks.few_shot import ClassificationScore, FewShot
 from distmeta.tasks.sampling import ClassEntry, distinct
 
 CLASSES, DRAWINGS = 12, 6

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from distmeta.core import InputError
-from distmeta.tasks.episodes import read_episodes
-from distmeta.tasks.images import Preparation, prepare, unit
+from distmeta.errors import InputError
+from distmeta.tasks.fixed_episodes import read_episodes
+from distmeta.tasks.image_preparation import Preparation, prepare, unit
 
 GOOD = {
     "episode": [7, 7, 3, 7, 3, 7, 3],

@@ -11,10 +11,10 @@ import torch
 from conftest import tree
 
 import distmeta
-from distmeta.core import InputError
-from distmeta.job import Job
-from distmeta.policies import Trajectories
+from distmeta.config.job import Job
+from distmeta.errors import InputError
 from distmeta.seeding import task_ids
+from distmeta.trajectories import Trajectories
 
 gymnasium = pytest.importorskip("gymnasium", reason="needs the extra rl")
 from distmeta.tasks.gym import Gym  # noqa: E402

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distmeta.core import InputError
-from distmeta.tasks.images import Preparation, prepare, unit
+from distmeta.errors import InputError
+from distmeta.tasks.image_preparation import Preparation, prepare, unit
 
 
 def png(image, kind="PNG"):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from distmeta.components import check_options
-from distmeta.core import InputError
+from distmeta.config.parts import check_options
+from distmeta.errors import InputError
 from distmeta.seeding import task_ids
 from distmeta.tasks.arrow import arrow
-from distmeta.tasks.fewshot import FewShot
-from distmeta.tasks.images import Preparation
+from distmeta.tasks.few_shot import FewShot
+from distmeta.tasks.image_preparation import Preparation
 from distmeta.tasks.jitter import NUMBERS, Jitter, drawn, warped
 from distmeta.tasks.sampling import ClassEntry
 from distmeta.tasks.store import write_store

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distmeta.core import Batch, InputError, TaskFamily
+from distmeta.errors import InputError
+from distmeta.protocols import Batch, TaskFamily
 from distmeta.seeding import task_ids
 from distmeta.tasks.regression import Linear, Sinusoid
 

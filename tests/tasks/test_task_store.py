@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from distmeta.core import InputError
-from distmeta.tasks.images import Preparation
+from distmeta.errors import InputError
+from distmeta.tasks.image_preparation import Preparation
 from distmeta.tasks.store import Domains, Store, local_copy, write_store
 
 PREPARATION = Preparation(size=4)

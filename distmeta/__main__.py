@@ -1,0 +1,6 @@
+"""`python -m distmeta` runs the command line."""
+
+from distmeta.cli.main import main
+
+if __name__ == "__main__":
+    main()

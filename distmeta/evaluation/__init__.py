@@ -1,0 +1,1 @@
+"""Using a trained learner: evaluate, adapt, figures."""

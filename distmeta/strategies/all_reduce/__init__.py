@@ -1,0 +1,1 @@
+"""Workers form a group and all-reduce the meta-gradient."""

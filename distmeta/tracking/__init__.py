@@ -1,0 +1,1 @@
+"""Where a run's history goes besides its folder."""
