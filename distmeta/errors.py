@@ -19,7 +19,7 @@ class NumericsError(ArithmeticError):
     """A job that asked to stop at a non-finite meta-gradient (`run.on_nonfinite: stop`) met one."""
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def did_you_mean(name: str, known: Sequence[str]) -> str:
     """ " — did you mean 'x'?", or the known names when none is near."""
     close = difflib.get_close_matches(name, list(known), n=1)
     if close:

@@ -11,7 +11,7 @@ from typing import IO, Any
 from distmeta.errors import InputError
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """A text file that is there as a whole or not at all, also where the machine dies."""
     part = path.with_name(f".writing-{path.name}")
     with part.open("w", encoding="utf-8") as file:
@@ -19,10 +19,10 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
-    sync(path.parent)
+    flush_to_disk(path.parent)
 
 
-def sync(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Makes a file or a folder's entries durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -35,7 +35,7 @@ class FolderInUseError(InputError):
     """Another process writes there."""
 
 
-def locked(folder: Path, place: Path) -> IO[str]:
+def lock_folder(folder: Path, place: Path) -> IO[str]:
     """A lock on a run folder for as long as the file is open; the kernel gives it back however a process ends.
 
     Args:
@@ -55,10 +55,10 @@ def locked(folder: Path, place: Path) -> IO[str]:
     return file
 
 
-def plain(value: Any) -> Any:
+def to_json_value(value: Any) -> Any:
     """The value with null for numbers that JSON has not: NaN, infinities."""
     if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: to_json_value(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [plain(item) for item in value]
+        return [to_json_value(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,8 +1,12 @@
-"""The vocabulary: what an algorithm, a task family and an episode are. Imports torch alone.
+"""What users write against: episodes, algorithms, task families and models, with their optional capabilities.
 
-An algorithm is a few pure functions of `theta` and the data of **one** task; the gradient of its
-`meta_loss` in `theta` is the meta-gradient. Who unrolls, differentiates, vectorises and distributes it
-is decided elsewhere (`compute/`, `runtime/`).
+An algorithm is a few pure functions of `theta` and the data of **one** task. The gradient of its meta-loss with respect
+to `theta` is the meta-gradient. Other code decides how that is unrolled, differentiated, vectorised and distributed
+(`compute/`, `runtime/`).
+
+There is no base class and nothing to register. A class that has the methods of a protocol provides it. Code tests for
+an optional capability with `isinstance(part, Capability)`. `distmeta check --run-one-task` lists the capabilities that
+a job's parts provide. This module imports only torch.
 """
 
 from __future__ import annotations
@@ -15,10 +19,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 Theta = dict[str, Tensor]
-"""Everything the outer optimizer moves, by dotted name: `model.<parameter>`, `inner_lr.<parameter>`, …"""
+"""Everything that the outer optimizer updates, by dotted name: `model.<parameter>`, `inner_lr.<parameter>`, …"""
 
 State = Any
-"""What an algorithm carries through a task: phi, phi and optimizer state, prototypes, a memory. A pytree."""
+"""What an algorithm carries through a task: phi, phi with optimizer state, prototypes, a memory. A pytree."""
 
 Metrics = dict[str, Tensor]
 """Named scalars of one task."""
@@ -26,24 +30,27 @@ Metrics = dict[str, Tensor]
 SPLITS = ("train", "val", "test")
 
 PADDING = -1
-"""The class index of a row that only fills a batch up."""
+"""The class index of a row that only fills a batch."""
+
+
+# --- Data ---------------------------------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
-    """Examples of one task: `x` [N, ...], `y` [N] class indices or [N, D] targets.
+    """Examples of one task: `x` [N, ...] and `y`, class indices [N] or targets [N, D].
 
-    Where tasks differ in size, class indices of `PADDING` mark rows that fill a smaller task up; they
-    count nowhere but in the statistics of a batch norm.
+    If tasks differ in size, rows with the class index `PADDING` fill the smaller ones. They count nowhere except in the
+    statistics of a batch norm.
     """
 
-    x: Tensor
-    y: Tensor
+    x: Any
+    y: Any
 
 
 class Episode(NamedTuple):
-    """The data drawn for one task. For several (`Episodes`), every leaf is stacked over tasks, [T, ...].
+    """The data drawn for one task. In `Episodes` of several tasks every tensor has a leading task axis, [T, ...].
 
-    `support` is a pytree, usually a `Batch`, that every inner step sees whole; or `PerStep`.
+    `support` is a pytree, usually a `Batch`, that every inner step sees as a whole; or `PerStep`.
     """
 
     support: Any
@@ -51,167 +58,351 @@ class Episode(NamedTuple):
 
 
 Episodes = Episode | list[Episode]
-"""Of several tasks: stacked over them, [T, ...]; where they differ in shape a list, one a task, without that axis."""
+"""Several tasks: one `Episode` stacked over tasks if all have the same shapes, else a list with one per task."""
 
 
 class PerStep(NamedTuple):
-    """A support set whose data differ from one inner step to the next (collected trajectories)."""
+    """A support set with different data for each inner step (collected trajectories)."""
 
     batches: tuple[Any, ...]
 
 
 def support_at(support: Any, k: int) -> Any:
-    """The support data that inner step `k` sees; past the last collected step, the last."""
+    """Return the support data that inner step `k` sees. Steps after the last collected one see the last batch."""
     if isinstance(support, PerStep):
         return support.batches[min(k, len(support.batches) - 1)]
     return support
 
 
 Score = Callable[[Any, Any], tuple[Tensor, Metrics]]
-"""(outputs, batch) -> (loss, metrics), both of one task. That of a classification has an attribute `ways`: the classes
-of the task at hand, which may be others in evaluation than in training (`ways_of`)."""
+"""(outputs, batch) -> (loss, metrics) of one task. The score of a classification also provides `HasWays`."""
 
 Unroll = Callable[..., Any]
-"""unroll(algorithm, theta, support, steps=None, detach=False, every=False) -> the state after the inner loop; with
-`every`, the list of those after each step; with `detach`, as constants. A `meta_loss` runs its inner loops by this
-alone, from the theta it was given, and always the same ones: how they are differentiated is not its business."""
+"""unroll(algorithm, theta, support, steps=None, detach=False, every=False) -> the state after the inner loop.
+
+With `every` it returns the list of states after each step; with `detach` the states are constants. A `meta_loss` runs
+its inner loops only through this function, from the theta that it was given, and always the same loops. How they are
+differentiated is not its concern.
+"""
+
+
+@runtime_checkable
+class HasWays(Protocol):
+    """A score of classes (`tasks.few_shot.ClassificationScore`). Metric methods and flexible heads read it."""
+
+    ways: int
+    """Number of classes of the task that is scored. Evaluation may have another number than training."""
+
+
+@runtime_checkable
+class MayLackClasses(Protocol):
+    """A score of tasks that may have fewer classes than `ways`. Algorithms ask before they split a support set."""
+
+    absent: bool
+
+
+def ways_of(score: Score) -> int | None:
+    """Return the number of classes of the scored task, or None if its targets are not classes."""
+    return score.ways if isinstance(score, HasWays) else None
+
+
+# --- Models -------------------------------------------------------------------------------------------------------
 
 
 class Model(Protocol):
-    """A network as a pure function of its parameters (see `models.functional.Functional`)."""
+    """A network as a pure function of its parameters (`models.functional.Functional` wraps a `torch.nn.Module`)."""
 
     head: tuple[str, ...]
-    """Keys of the last linear layer in theta; empty where there is none."""
+    """Keys of the last linear layer in theta; empty if there is none."""
     head_init: str
     """How a task's head starts: `linear`, `shared` or `prototype`."""
     adaptable: tuple[str, ...]
-    """The keys of phi: what an inner loop may move."""
+    """The keys of phi: what an inner loop may change."""
     module: torch.nn.Module
 
     def init(self, generator: torch.Generator) -> Theta:
-        """The trainable parameters at the start, keys `model.<parameter>`."""
+        """Return the trainable parameters at step 0, with keys `model.<parameter>`."""
         ...
 
     def init_body(self) -> Theta:
-        """Those without the head's."""
+        """Return the trainable parameters at step 0 without those of the head."""
         ...
 
     def begin(self, theta: Mapping[str, Tensor], support: Any = None, ways: int | None = None) -> Theta:
-        """phi before the first inner step, with a head for `ways` classes."""
+        """Return phi before the first inner step, with a head for `ways` classes."""
         ...
 
     def features(self, phi: Mapping[str, Tensor], x: Any) -> Tensor:
-        """What enters the head, [N, F]; phi need not have the head."""
+        """Return the inputs of the head, [N, F]. `phi` does not need the head's parameters."""
         ...
 
     def __call__(self, phi: Mapping[str, Tensor], x: Any) -> Any:
-        """Outputs for inputs `x` under the parameters `phi`."""
+        """Return the outputs for inputs `x` under the parameters `phi`."""
         ...
+
+
+# --- Algorithms ---------------------------------------------------------------------------------------------------
 
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """What a meta-learner is. Pure functions; one task; pytrees of tensors.
+    """A meta-learner, as pure functions of theta and the data of one task.
 
-    The constructor gets the job's `algorithm:` keys, and `model` (a callable `model(phi, x)`, with
-    `model.init(generator)`) and `score` (the task family's) where it accepts them.
-
-    An optional fifth method replaces `query_loss`:
-
-        def meta_loss(self, theta, episode, unroll, score) -> tuple[Tensor, Metrics]
-
-    It returns a scalar whose gradient in `theta` is the meta-gradient, and metrics of which `loss` is the
-    true query loss. With `group_size` 2 it is given the episodes of two tasks, stacked on the first axis, and
-    its metrics hold one number a task, [2].
-
-    An optional sixth, `at(step) -> Algorithm`, gives the algorithm as it trains in outer step `step` (from 0), for
-    what changes on a schedule. Evaluation uses the algorithm itself. Numbers that change are best held as tensors in
-    one attribute, `scheduled` (a pytree): compiled code takes them as arguments, and one program serves all steps.
-    Where another attribute differs (first order or not, terms left out) there is another program.
-
-    An optional attribute `outer_epochs` is the number of steps that the outer optimizer takes on the episodes of one
-    step of the run: those of the theta that the step began with.
-
-    An optional seventh, `act(theta, state, x) -> (outputs, state)`, is for policies with a memory: it predicts one time
-    step while data are collected and gives the state to act from next; `predict` has the same outputs for all time
-    steps at once.
+    The constructor receives the job's `algorithm:` keys. If it has parameters named `model` and `score`, it also
+    receives the model (a `Model`) and the task family's score. What else it can do is in the capabilities below.
     """
 
     group_size: int
-    """Tasks that one loss needs at once: 1, or 2 for pairwise losses."""
+    """Tasks that one loss needs together: 1, or 2 for pairwise losses."""
     inner_steps: int
-    """Steps of the inner loop while training; 0 for methods that do not iterate (ProtoNet, memories)."""
+    """Inner steps during training; 0 for methods without an inner loop (ProtoNet, memory networks)."""
 
     def init(self, generator: torch.Generator) -> Theta:
-        """The meta-parameters at the start."""
+        """Return the meta-parameters at step 0."""
         ...
 
     def begin(self, theta: Theta, support: Any) -> State:
-        """The state before the first inner step: phi (+ inner optimizer state) | prototypes | memory."""
+        """Return the state before the first inner step."""
         ...
 
     def step(self, theta: Theta, state: State, support: Any, k: int, /) -> State:
-        """Inner step `k`. Past the trained steps, a learned rate per step stays at its last."""
+        """Return the state after inner step `k`. After the trained steps a learned rate per step keeps its last value."""
         ...
 
     def predict(self, theta: Theta, state: State, x: Any, /) -> Any:
-        """The outputs for query inputs `x`."""
+        """Return the outputs for query inputs `x`."""
         ...
 
 
 @runtime_checkable
-class TaskFamily(Protocol):
-    """A distribution over tasks. `theta` never enters, but through `collect`.
+class HasMetaLoss(Protocol):
+    """An algorithm with a meta-loss of its own. `compute.gradient` calls it instead of the query loss after adaptation.
 
-    What `distmeta evaluate` can show of its tasks, two optional methods: `pictures`. An optional attribute
-    `fingerprint`, a text that is another one where the data are: workers and resumes with other data are refused.
+    If the meta-gradient is not the derivative of a loss (Reptile, iMAML), the meta-loss is a surrogate whose gradient
+    is right. Its metrics then hold the true query loss as `loss`.
     """
+
+    def meta_loss(
+        self, theta: Theta, episode: Episode, unroll: Unroll, score: Score
+    ) -> tuple[Tensor, Metrics]:
+        """Return a scalar whose gradient in theta is the meta-gradient, and metrics with the query loss as `loss`.
+
+        With `group_size` 2 the episode holds two tasks, stacked on the first axis, and each metric has shape [2].
+        """
+        ...
+
+
+@runtime_checkable
+class FirstOrder(Protocol):
+    """An algorithm that may treat inner gradients as constants. `runtime.resolve` asks before it chooses how to
+    differentiate: without second-order graphs there is nothing to save."""
+
+    first_order: bool
+
+
+@runtime_checkable
+class ChangesOverTraining(Protocol):
+    """An algorithm that changes with the outer step. The worker calls `at` before each training step.
+
+    Evaluation uses the algorithm itself. If another attribute than `ScheduledValues.scheduled` differs between steps,
+    compiled code is compiled again.
+    """
+
+    def at(self, step: int) -> Algorithm:
+        """Return the algorithm as it trains in outer step `step`, counted from 0."""
+        ...
+
+
+@runtime_checkable
+class ScheduledValues(Protocol):
+    """Numbers that `ChangesOverTraining.at` changes. Compiled code takes them as arguments, so one program serves all
+    steps."""
+
+    scheduled: Any
+    """A pytree of tensors."""
+
+
+@runtime_checkable
+class RepeatsOuterStep(Protocol):
+    """An algorithm that takes several outer steps on the same episodes (as PPO does). The strategy reads it."""
+
+    outer_epochs: int
+
+
+@runtime_checkable
+class ActsWithMemory(Protocol):
+    """A policy with a memory (RL², SNAIL). `compute.episodes` calls `act` once per time step while it collects data.
+
+    `predict` returns the same outputs for all time steps at once.
+    """
+
+    def act(self, theta: Theta, state: State, x: Any) -> tuple[Any, State]:
+        """Return the outputs for one time step, and the state from which to act next."""
+        ...
+
+
+@runtime_checkable
+class ScoresSupport(Protocol):
+    """An algorithm that keeps the support loss as an attribute. Evaluation replaces it if the split has other ways."""
+
+    score: Score
+
+
+# --- Task families ------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class TaskFamily(Protocol):
+    """A distribution over tasks. Theta never enters, except through `CollectsData`."""
 
     in_shape: tuple[int, ...]
     """Shape of one example, without a batch axis."""
     out_features: int
-    """Outputs a model must have: targets of a regression, ways of a classification."""
+    """Number of outputs that a model needs: targets of a regression, ways of a classification."""
 
     def draw(self, split: str, ids: Any) -> Episodes:
-        """Episodes of the tasks `ids` (uint64, [T]), stacked over tasks; a pure function of its arguments.
+        """Return the episodes of the tasks `ids` (uint64 [T]); a pure function of its arguments.
 
-        Where tasks differ in size: a list of their episodes, which are computed shape by shape (`compute.buckets`).
-        `split` is "train", "val" or "test"; the last two use the evaluation's ways and shots.
+        Derive every random number from the ids. Then a task is the same on every worker. If all tasks have the same
+        shapes, return one `Episode` with a leading task axis; else a list with one `Episode` per task. `split` is
+        "train", "val" or "test".
         """
         ...
 
     def score(self, outputs: Any, batch: Any) -> tuple[Tensor, Metrics]:
-        """Loss and metrics of one task's outputs. The first of accuracy, return, loss is what `best` means."""
+        """Return the loss and the metrics of one task. `best` is decided by the first of accuracy, return and loss."""
         ...
+
+
+@runtime_checkable
+class ScoresPerSplit(Protocol):
+    """A family whose evaluation tasks are scored differently (other ways). Workers call it once per split."""
+
+    def scorer(self, split: str) -> Score:
+        """Return the score for tasks of a split."""
+        ...
+
+
+@runtime_checkable
+class CollectsData(Protocol):
+    """A family whose data depend on a policy (reinforcement learning). `compute.episodes` calls it before any gradient.
+
+    Once per inner step, and once more for the query data, it collects with the policy adapted so far. The result is
+    then replayed as constants.
+    """
+
+    def collect(self, split: str, ids: Any, k: int, policy: Callable[[Any], Any]) -> Any:
+        """Return the batch of inner step `k`, stacked over tasks; `policy(x)` returns outputs for all tasks."""
+        ...
+
+
+@runtime_checkable
+class HasFingerprint(Protocol):
+    """A family that identifies the content of its files. A worker or a resume with other data is refused."""
+
+    fingerprint: str | None
+
+
+@runtime_checkable
+class HasEvaluationWays(Protocol):
+    """A classification family that says how many of the model's outputs an evaluation task uses (`--predictions`)."""
+
+    eval_ways: int
+
+
+@runtime_checkable
+class HasPreparation(Protocol):
+    """A family of images. Its preparation is stored in checkpoints, so that a learner can treat new images alike."""
+
+    preparation: Any
+    """A `tasks.image_preparation.Preparation`, or None."""
+
+
+@runtime_checkable
+class DrawsFigures(Protocol):
+    """A family that can show its tasks. `distmeta evaluate --figures` calls it after the evaluation."""
+
+    def figures(self, ids: Any, episodes: Episodes) -> Mapping[str, Any]:
+        """Return named matplotlib figures of a few tasks, stacked as `draw` stacks them."""
+        ...
+
+
+@runtime_checkable
+class Films(Protocol):
+    """A family whose collected data can be watched. `distmeta evaluate --video` calls it."""
+
+    def film(self) -> Any:
+        """Return a `tasks.rollout.Film`: the family with a camera."""
+        ...
+
+
+# --- Any part of a job --------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class ChecksJob(Protocol):
+    """A part that has conditions on the rest of the job. Called once when a job is read, before anything is built."""
+
+    @staticmethod
+    def check_job(job: Any, options: Mapping[str, Any]) -> None:
+        """Raise `InputError` if the part, with these options, does not go with the rest of the job."""
+        ...
+
+
+CAPABILITIES: dict[str, tuple[type, ...]] = {
+    "algorithm": (
+        HasMetaLoss,
+        FirstOrder,
+        ChangesOverTraining,
+        ScheduledValues,
+        RepeatsOuterStep,
+        ActsWithMemory,
+        ScoresSupport,
+    ),
+    "tasks": (
+        ScoresPerSplit,
+        CollectsData,
+        HasFingerprint,
+        HasEvaluationWays,
+        HasPreparation,
+        DrawsFigures,
+        Films,
+    ),
+}
+"""The optional capabilities by the section of the job whose part may provide them."""
+
+
+def provided_capabilities(section: str, part: Any) -> list[str]:
+    """Return the names of the capabilities that a part of this section provides."""
+    return [capability.__name__ for capability in CAPABILITIES[section] if isinstance(part, capability)]
+
+
+# --- Small helpers on these types ---------------------------------------------------------------------------------
 
 
 def query_loss(
     algorithm: Algorithm, theta: Theta, episode: Episode, unroll: Unroll, score: Score
 ) -> tuple[Tensor, Metrics]:
-    """The default `meta_loss`: L_query(φ_K), with φ_K the state after the inner loop on the support set."""
+    """Return the default meta-loss, L_query(φ_K), where φ_K is the state after the inner loop on the support set."""
     state = unroll(algorithm, theta, episode.support)
-    loss, metrics = score(widened(algorithm.predict(theta, state, episode.query.x)), episode.query)
+    outputs = to_float32(algorithm.predict(theta, state, episode.query.x))
+    loss, metrics = score(outputs, episode.query)
     return loss, {"loss": loss, **metrics}
 
 
-def widened(outputs: Any) -> Any:
-    """Outputs as float32 where autocast made them bfloat16: losses and distances are not for eight bits."""
+def to_float32(outputs: Any) -> Any:
+    """Return the outputs with bfloat16 tensors as float32. Losses and distances need more than eight bits."""
     if not isinstance(outputs, Tensor):
-        return tree_map(lambda leaf: widened(leaf) if isinstance(leaf, Tensor) else leaf, outputs)
+        return tree_map(lambda leaf: to_float32(leaf) if isinstance(leaf, Tensor) else leaf, outputs)
     return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
 
 
-def ways_of(score: Score) -> int | None:
-    """Classes of the task at hand; None for tasks without classes."""
-    return getattr(score, "ways", None)
-
-
 def one_hot(y: Tensor, ways: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Class indices [N] -> [N, ways], zero in the rows of padding; float unless told. Runs under vmap."""
+    """Return class indices [N] as rows [N, ways]. Rows of padding are zero. Works under vmap."""
     classes = torch.arange(ways, device=y.device)
     return (y[..., None] == classes).to(dtype or torch.get_default_dtype())
 
 
-def select(theta: Mapping[str, Tensor], prefix: str) -> Theta:
-    """The entries of `theta` whose names start with `prefix`."""
+def select_prefix(theta: Mapping[str, Tensor], prefix: str) -> Theta:
+    """Return the entries of `theta` whose names start with `prefix`."""
     return {name: value for name, value in theta.items() if name.startswith(prefix)}

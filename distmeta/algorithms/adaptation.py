@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from distmeta.errors import InputError, nearest
+from distmeta.errors import InputError
 from distmeta.protocols import PADDING, Model, Score, Theta, ways_of
 
 OptimizerName = Literal["sgd", "momentum", "adam"]

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from distmeta.algorithms.adaptation import NORMS, begin_phi
-from distmeta.errors import InputError, nearest
+from distmeta.errors import InputError
 from distmeta.protocols import Model, Score, Theta
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

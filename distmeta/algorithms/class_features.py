@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distmeta.errors import InputError
-from distmeta.protocols import Batch, Model, Score, Theta, one_hot, ways_of, widened
+from distmeta.protocols import Batch, Model, Score, Theta, one_hot, to_float32, ways_of
 
 
 def required_ways(score: Score, method: str) -> int:
@@ -105,7 +105,7 @@ def squared_distances(a_NF: Tensor, b_MF: Tensor) -> Tensor:
 
 def cosines(a_NF: Tensor, b_MF: Tensor) -> Tensor:
     """Cosine of the angle between every pair of rows, [N, M]; 0 for a row of zeros."""
-    return widened(_unit(a_NF) @ _unit(b_MF).T)
+    return to_float32(_unit(a_NF) @ _unit(b_MF).T)
 
 
 def _unit(rows_NF: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distmeta.algorithms.adaptation import adapted_names
 from distmeta.algorithms.class_features import class_means, head_shape, without_absent
-from distmeta.protocols import Batch, Model, Score, Theta, select, ways_of
+from distmeta.protocols import Batch, Model, Score, Theta, select_prefix, ways_of
 
 
 class Emitted(NamedTuple):
@@ -96,7 +96,7 @@ class Hypernet:
             rows = emit_classifier(theta, means_WF, counts_W)
         weight, bias = rows[:, : features_SF.shape[1]], rows[:, features_SF.shape[1] :].flatten()
         head = dict(zip(self.model.head, (weight, bias), strict=False))
-        return Emitted(select(theta, "model.") | head, counts_W)
+        return Emitted(select_prefix(theta, "model.") | head, counts_W)
 
     def step(self, theta: Theta, state: Emitted, support: Any, k: int) -> Emitted:
         def loss(moving: Theta) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distmeta.algorithms.adaptation import adapted_names, begin_phi, support_gradient
 from distmeta.errors import InputError
-from distmeta.protocols import Episode, Metrics, Model, Score, Theta, Unroll, support_at, widened
+from distmeta.protocols import Episode, Metrics, Model, Score, Theta, Unroll, support_at, to_float32
 from distmeta.trajectories import Trajectories, divergence, log_prob, mean, surrogate
 
 NonNegative = Annotated[float, Field(ge=0)]
@@ -93,7 +93,7 @@ class PolicyMAML:
     ) -> tuple[Tensor, Metrics]:
         query: Trajectories = episode.query
         after = unroll(self, theta, episode.support, every=True)
-        outputs = widened(self.predict(theta, after[-1], query.x))
+        outputs = to_float32(self.predict(theta, after[-1], query.x))
         loss = surrogate(outputs, query, self.clip)
         metrics = {"loss": loss, **score(outputs, query)[1]}
         if self.kl == 0 and not self.e_maml:
@@ -101,7 +101,7 @@ class PolicyMAML:
         before = [self.begin(theta, support_at(episode.support, 0)), *after[:-1]]
         for k, phi in enumerate(before):
             support: Trajectories = support_at(episode.support, k)
-            old = widened(self.predict(theta, phi, support.x))
+            old = to_float32(self.predict(theta, phi, support.x))
             penalty = mean(divergence(support.behaviour, old, support.action), support)
             loss = loss + self.kl / self.inner_steps * penalty
             if self.e_maml:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distmeta.algorithms.class_features import cosines, feature_size, features_of_both, only, without_absent
 from distmeta.algorithms.protonet import initial_scale, scale_in
-from distmeta.protocols import PADDING, Batch, Model, Score, Theta, one_hot, select, ways_of
+from distmeta.protocols import PADDING, Batch, Model, Score, Theta, one_hot, select_prefix, ways_of
 
 
 class MatchingNet:
@@ -128,7 +128,7 @@ def context_of_query(
 
 def _lstm(theta: Theta, name: str, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """One step of an LSTM: (output, cell)."""
-    own = select(theta, f"context.{name}.")
+    own = select_prefix(theta, f"context.{name}.")
     gates = torch.cat([x, h], -1) @ own[f"context.{name}.weight"] + own[f"context.{name}.bias"]
     write, keep, value, show = gates.chunk(4, -1)
     c = keep.sigmoid() * c + write.sigmoid() * value.tanh()

@@ -17,7 +17,7 @@ from distmeta.algorithms.adaptation import (
     support_gradient,
     whole_shape,
 )
-from distmeta.protocols import Model, Score, Theta, select
+from distmeta.protocols import Model, Score, Theta, select_prefix
 
 
 class MetaCurvature:
@@ -108,4 +108,4 @@ def _prefix(name: str) -> str:
 
 def _modes(theta: Theta, name: str) -> Theta:
     prefix = _prefix(name)
-    return {key.removeprefix(prefix): value for key, value in select(theta, prefix).items()}
+    return {key.removeprefix(prefix): value for key, value in select_prefix(theta, prefix).items()}

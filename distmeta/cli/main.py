@@ -319,9 +319,9 @@ def _print_store(built: dict[str, Any], as_json: bool) -> None:
 
 
 def _print_json(value: dict[str, Any]) -> None:
-    from distmeta.files import plain
+    from distmeta.files import to_json_value
 
-    print(json.dumps(plain(value), default=str), flush=True)
+    print(json.dumps(to_json_value(value), default=str), flush=True)
 
 
 def _note(text: str) -> None:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 
 from distmeta.compute.buckets import drawn
 from distmeta.compute.unroll import detached
-from distmeta.protocols import Algorithm, Episode, Episodes, PerStep, TaskFamily, Theta, widened
+from distmeta.protocols import Algorithm, Episode, Episodes, PerStep, TaskFamily, Theta, to_float32
 
 
 def episodes_of(
@@ -47,7 +47,7 @@ def episodes_of(
 
         def policy(x: Any, acting: Callable[[Any], Any] = acting) -> Any:
             with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=reduced, cache_enabled=False):
-                return to_device(widened(acting(to_device(x, device))), "cpu")  # environments are there
+                return to_device(to_float32(acting(to_device(x, device))), "cpu")  # environments are there
 
         with exact:
             batch = to_device(collect(split, ids, k, policy), device)

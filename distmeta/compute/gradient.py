@@ -32,7 +32,7 @@ from distmeta.protocols import (
     Unroll,
     query_loss,
     support_at,
-    widened,
+    to_float32,
 )
 from distmeta.seeding import torch_seed
 
@@ -263,7 +263,7 @@ def _group_before(algorithm: Algorithm, score: Score, theta: Theta, group: Episo
         support = support_at(episode.support, 0)
         target = support if isinstance(episode.support, PerStep) else episode.query
         state = algorithm.begin(theta, support)
-        loss, metrics = score(widened(algorithm.predict(theta, state, target.x)), target)
+        loss, metrics = score(to_float32(algorithm.predict(theta, state, target.x)), target)
         rows.append({"loss": loss, **metrics})
     return {f"{name}_before": torch.stack([row[name] for row in rows]) for name in rows[0]}
 

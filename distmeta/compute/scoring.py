@@ -23,7 +23,7 @@ from distmeta.protocols import (
     Score,
     Theta,
     support_at,
-    widened,
+    to_float32,
 )
 
 
@@ -54,7 +54,7 @@ def score_tasks(
         for k in range(length + 1):
             collected = isinstance(episode.support, PerStep) and k < len(episode.support.batches)
             target = support_at(episode.support, k) if collected else episode.query
-            predicted = widened(algorithm.predict(theta, state, target.x))
+            predicted = to_float32(algorithm.predict(theta, state, target.x))
             loss, metrics = score(predicted, target)
             rows.append({"loss": loss, **metrics})
             if k < length:

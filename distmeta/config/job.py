@@ -25,7 +25,7 @@ from distmeta.config.sections import (
     plain_name,
 )
 from distmeta.config.yaml_text import dump_yaml, line_of, override, parse_yaml, put, value_at
-from distmeta.errors import InputError, nearest
+from distmeta.errors import InputError
 
 CHANGING = ("outer.lr", "outer.momentum", "outer.weight_decay", "outer.clip_norm")
 """Keys whose values may take over during a run, besides the algorithm's floats."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from distmeta.errors import InputError, nearest
+from distmeta.errors import InputError
 
 
 def locate(field: str, kind: str, table: Mapping[str, str]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
 from distmeta.config.parts import describe, shown
-from distmeta.errors import InputError, nearest
+from distmeta.errors import InputError
 
 MOST = 100_000
 """Workers of one run: more is a slip of the finger."""

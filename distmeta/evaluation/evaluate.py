@@ -20,7 +20,7 @@ from distmeta.errors import InputError
 from distmeta.evaluation.figures import check_video, draw_curve, draw_tasks, film, send
 from distmeta.evaluation.learner import Learner, load
 from distmeta.evaluation.predictions import write_predictions
-from distmeta.files import plain
+from distmeta.files import to_json_value
 from distmeta.protocols import Batch, Episode
 from distmeta.runtime.pool import open_pool
 from distmeta.runtime.problem import with_score
@@ -101,7 +101,9 @@ def _draw(
     """evaluation.json, curve.png where there is a curve, and the family's figures where its own tasks were scored."""
     record = {"step": learner.checkpoint.progress.step, "overrides": list(overrides), **asdict(found)}
     paths = [folder / "evaluation.json"]
-    paths[0].write_text(json.dumps(plain(record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    paths[0].write_text(
+        json.dumps(to_json_value(record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     metric = found.main.removesuffix("_after")
     if len(found.curve[metric]) > 1:
         paths.append(folder / "curve.png")

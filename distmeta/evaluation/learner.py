@@ -18,7 +18,7 @@ from distmeta.config.job import Job
 from distmeta.config.yaml_text import override
 from distmeta.errors import InputError
 from distmeta.evaluation.trusted_parts import stored_job
-from distmeta.protocols import Algorithm, Batch, State, Theta, widened
+from distmeta.protocols import Algorithm, Batch, State, Theta, to_float32
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint
 from distmeta.runtime.parameter_server import check_theta
@@ -123,7 +123,7 @@ class Adapted:
         """Outputs for x [Q, *in_shape]: logits [Q, classes], or targets [Q, D]."""
         problem = self.learner.problem
         with self.learner.ready(), torch.no_grad():
-            outputs = widened(self.algorithm.predict(self.learner.theta, self.state, _inputs(x, problem)))
+            outputs = to_float32(self.algorithm.predict(self.learner.theta, self.state, _inputs(x, problem)))
         return outputs if self.classes is None else outputs[..., : len(self.classes)]
 
     def predict(self, x: Any) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
 from distmeta.errors import InputError
-from distmeta.protocols import widened
+from distmeta.protocols import to_float32
 
 Norm = Literal["batch", "group", "layer", "none"]
 Width = Annotated[int, Field(ge=1)]
@@ -88,7 +88,7 @@ class BatchNorm(nn.BatchNorm2d):
     issue 184890)."""
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return super().forward(widened(x_NCHW) if _vmapped(x_NCHW) else x_NCHW)
+        return super().forward(to_float32(x_NCHW) if _vmapped(x_NCHW) else x_NCHW)
 
 
 def _vmapped(x: Tensor) -> bool:

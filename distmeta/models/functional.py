@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distmeta.errors import InputError, nearest
-from distmeta.protocols import Theta, one_hot, select, widened
+from distmeta.errors import InputError
+from distmeta.protocols import Theta, one_hot, select_prefix, to_float32
 
 PREFIX = "model."
 
@@ -106,7 +106,7 @@ class Functional:
         Raises:
             InputError: a `shared` or `prototype` head for tasks without classes.
         """
-        phi = select(theta, PREFIX)
+        phi = select_prefix(theta, PREFIX)
         if self.head_init == "linear":
             return phi
         if ways is None:
@@ -121,10 +121,10 @@ class Functional:
 
     def __call__(self, phi: Mapping[str, Tensor], x: Tensor) -> Tensor:
         values = dict(self.constants)
-        for name, value in select(phi, PREFIX).items():
+        for name, value in select_prefix(phi, PREFIX).items():
             values[name.removeprefix(PREFIX)] = value
         with no_cudnn() if self._recurrent else nullcontext():
-            return widened(torch.func.functional_call(self.module, values, (x,), tie_weights=self._tied))
+            return to_float32(torch.func.functional_call(self.module, values, (x,), tie_weights=self._tied))
 
     def features(self, phi: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """What enters the head, [N, F]; phi need not have the head's entries."""
@@ -137,7 +137,7 @@ class Functional:
             self(phi, x)
         finally:
             hook.remove()
-        return widened(entered[-1])
+        return to_float32(entered[-1])
 
     def _body(self, theta: Theta) -> Theta:
         return {name: value for name, value in theta.items() if name not in self.head}

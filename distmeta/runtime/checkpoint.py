@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from distmeta.errors import InputError
-from distmeta.files import sync, write_whole
+from distmeta.files import flush_to_disk, write_atomically
 from distmeta.protocols import Theta
 from distmeta.runtime.remote_copy import fetch_checkpoint, is_uri
 
@@ -113,7 +113,7 @@ def _save(run: Path, folder: Path, part: Path, checkpoint: Checkpoint, keep: int
         shutil.rmtree(old, ignore_errors=True)
         os.rename(final, old)
     os.rename(part, final)
-    sync(folder)
+    flush_to_disk(folder)
     shutil.rmtree(old, ignore_errors=True)
     point(run, "latest", final.name)
     if checkpoint.progress.best_step == checkpoint.progress.step:
@@ -124,7 +124,7 @@ def _save(run: Path, folder: Path, part: Path, checkpoint: Checkpoint, keep: int
 
 def point(run: Path, name: str, target: str) -> None:
     """Makes RUN/checkpoints/NAME, a text file, say `target`; at once or not at all."""
-    write_whole(run / "checkpoints" / name, target + "\n")
+    write_atomically(run / "checkpoints" / name, target + "\n")
 
 
 def clear(run: Path) -> None:
@@ -158,7 +158,7 @@ def untrack(checkpoint: Path) -> None:
     path = checkpoint / "state.json"
     state = json.loads(path.read_text())
     state["progress"]["tracking_id"] = None
-    write_whole(path, json.dumps(state, indent=1))
+    write_atomically(path, json.dumps(state, indent=1))
 
 
 def _write(folder: Path, checkpoint: Checkpoint) -> None:
@@ -168,7 +168,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     files = {}
     for path in sorted(folder.iterdir()):
         files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-        sync(path)
+        flush_to_disk(path)
     state = {
         "format": FORMAT,
         "progress": asdict(checkpoint.progress),
@@ -182,7 +182,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         json.dump(state, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    sync(folder)
+    flush_to_disk(folder)
 
 
 def find(path: str | Path) -> Path:

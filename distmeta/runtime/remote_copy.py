@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distmeta.errors import InputError, redact
-from distmeta.files import locked
+from distmeta.files import lock_folder
 
 
 def is_uri(path: str | Path) -> bool:
@@ -80,7 +80,7 @@ def fetch_run(uri: str) -> Path:
     if latest is None:
         raise InputError(f"{redact(uri)}: got no checkpoint, expected a run folder or RUN/checkpoints/step-…")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with locked(folder, lock_place(folder, run)):
+    with lock_folder(folder, lock_place(folder, run)):
         here = folder / "checkpoints" / "latest"
         if here.is_file() and here.read_text().strip() > latest:
             return folder  # a copy that failed: what is here is newer

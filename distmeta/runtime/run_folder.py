@@ -17,7 +17,7 @@ from typing import IO, Any
 from distmeta.config.combining import SAME_BITS
 from distmeta.config.job import Job
 from distmeta.errors import InputError, redact
-from distmeta.files import locked, plain, write_whole
+from distmeta.files import lock_folder, to_json_value, write_atomically
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint, Progress, SaveError
 from distmeta.runtime.remote_copy import (
@@ -98,7 +98,7 @@ def starting_point(job: Job, resume: str | Path | None, say: Callable[[str], Non
     if resume is not None:
         uri = run_of(str(resume)) if is_uri(resume) else None
         folder = run_folder(resume)
-        lock = locked(folder, lock_place(folder, uri))
+        lock = lock_folder(folder, lock_place(folder, uri))
         try:
             named = folder / below_run(str(resume)) if is_uri(resume) else Path(resume)
             _, checkpoint = checkpoints.load_whole(named, say)
@@ -218,10 +218,10 @@ class RunFolder:
         self.path, self.uri = path, uri
         self._mirror = None if uri is None else Mirror(uri, path)
         (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        self._lock = start.lock or locked(path, lock_place(path, uri))
+        self._lock = start.lock or lock_folder(path, lock_place(path, uri))
         if checkpoint is None and (path / "checkpoints" / "latest").exists():
             raise InputError(f"run.name: the run folder {path} was started by another process meanwhile")
-        write_whole(path / "job.yaml", job.dump())
+        write_atomically(path / "job.yaml", job.dump())
         checkpoints.clear(path)
         self._metrics = _taken_up(path, checkpoint and checkpoint.progress)
         if failure := self.publish():
@@ -249,7 +249,7 @@ class RunFolder:
             SaveError: it cannot be written. A part of it may be: a resume cuts it off.
         """
         with self._saving():
-            self._metrics.write(json.dumps(plain(dict(record))) + "\n")
+            self._metrics.write(json.dumps(to_json_value(dict(record))) + "\n")
             self._metrics.flush()
 
     def sync(self) -> None:
@@ -311,4 +311,4 @@ def _cut_back(metrics: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue  # the half-written last line of a killed run
-    write_whole(metrics, "".join(kept))
+    write_atomically(metrics, "".join(kept))

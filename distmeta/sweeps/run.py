@@ -23,7 +23,7 @@ from typing import Any, Protocol
 from distmeta.config.job import Job
 from distmeta.config.search_space import Sweep
 from distmeta.errors import InputError
-from distmeta.files import write_whole
+from distmeta.files import write_atomically
 from distmeta.runtime.interruption import InterruptedRun
 from distmeta.runtime.startup import settled
 from distmeta.sweeps import NothingFoundError
@@ -182,7 +182,7 @@ def _with_settled(job: Job, found: Job) -> Job:
 def _write_job(folder: Path, job: Job) -> None:
     for part in ("trials", "sweep", TUNE):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "job.yaml", job.dump())
+    write_atomically(folder / "job.yaml", job.dump())
 
 
 def _join_ray(job: Job, stack: ExitStack) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distmeta.config.job import Job
-from distmeta.files import write_whole
+from distmeta.files import write_atomically
 from distmeta.sweeps.results import Trial
 from distmeta.tracking.mlflow import Status, Tracker, left_running, open_tracker, tag_runs
 
@@ -48,7 +48,7 @@ def open_parent(
 
 def remember_parent(folder: Path, tracker: Tracker) -> None:
     """Keeps the id, which a slow store may give late."""
-    write_whole(folder / STATE, json.dumps({"run_id": tracker.run_id}))
+    write_atomically(folder / STATE, json.dumps({"run_id": tracker.run_id}))
 
 
 def tell_mlflow(

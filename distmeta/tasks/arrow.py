@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from distmeta.errors import InputError, nearest
+from distmeta.errors import InputError, did_you_mean
 from distmeta.protocols import SPLITS
 from distmeta.tasks.domains import facing
 from distmeta.tasks.few_shot import Count, FewShot, Order, Ways
@@ -202,5 +202,5 @@ def evenly_spaced(count: int, total: int) -> list[int]:
 
 def _near(name: str, names: Sequence[str]) -> str:
     """`core.nearest`, but a store's thousand names are not listed."""
-    hint = nearest(name, names)
+    hint = did_you_mean(name, names)
     return hint if len(hint) < 120 else f"it has {len(names)}, such as {names[0]!r}"

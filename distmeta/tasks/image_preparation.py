@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from distmeta.errors import InputError, nearest
+from distmeta.errors import InputError
 
 Filter = Literal["lanczos", "bilinear", "box", "nearest"]
 Ink = Literal["dark", "light"]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import AfterValidator
 from torch import Tensor
 
-from distmeta.errors import InputError, nearest
+from distmeta.errors import InputError
 from distmeta.seeding import uniforms
 
 
