@@ -166,7 +166,7 @@ class Algorithm(Protocol):
         ...
 
     def step(self, theta: Theta, state: State, support: Any, k: int, /) -> State:
-        """Return the state after inner step `k`. After the trained steps a learned rate per step keeps its last value."""
+        """Return the state after inner step `k`. A learned rate per step keeps its last value later."""
         ...
 
     def predict(self, theta: Theta, state: State, x: Any, /) -> Any:

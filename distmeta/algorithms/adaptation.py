@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from distmeta.errors import InputError
+from distmeta.errors import InputError, did_you_mean
 from distmeta.protocols import PADDING, Model, Score, Theta, ways_of
 
 OptimizerName = Literal["sgd", "momentum", "adam"]
@@ -104,7 +104,7 @@ def adapted_names(model: Model, adapt: str) -> tuple[str, ...]:
         known = [name.removeprefix("model.") for name in names]
         raise InputError(
             f"algorithm.adapt: got {adapt!r}, which matches no parameter, expected all, head, body or a glob; "
-            f"{nearest(adapt, known)}"
+            f"{did_you_mean(adapt, known)}"
         )
     if model.head_init == "shared" and not set(model.head) & set(chosen):
         raise InputError(

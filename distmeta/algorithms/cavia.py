@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from distmeta.algorithms.adaptation import NORMS, begin_phi
-from distmeta.errors import InputError
+from distmeta.errors import InputError, did_you_mean
 from distmeta.protocols import Model, Score, Theta
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -141,7 +141,7 @@ def _named(model: Model, own: Theta, layer: str) -> str:
     if layer not in fitting:
         raise InputError(
             f"algorithm.layer: got {layer!r}, expected a trainable linear layer, convolution or norm with a bias; "
-            f"{nearest(layer, fitting)}"
+            f"{did_you_mean(layer, fitting)}"
         )
     return layer
 

@@ -25,7 +25,7 @@ from distmeta.config.sections import (
     plain_name,
 )
 from distmeta.config.yaml_text import dump_yaml, line_of, override, parse_yaml, put, value_at
-from distmeta.errors import InputError
+from distmeta.errors import InputError, did_you_mean
 
 CHANGING = ("outer.lr", "outer.momentum", "outer.weight_decay", "outer.clip_norm")
 """Keys whose values may take over during a run, besides the algorithm's floats."""
@@ -211,7 +211,9 @@ def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: s
     for key, value in tree.items():
         field = section.model_fields.get(key) if isinstance(key, str) else None
         if field is None:
-            raise InputError(f"{prefix}{key}: unknown key; {nearest(str(key), list(section.model_fields))}")
+            raise InputError(
+                f"{prefix}{key}: unknown key; {did_you_mean(str(key), list(section.model_fields))}"
+            )
         kind = field.annotation
         if kind == Sweep | None and value is not None:
             kind = Sweep

@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from distmeta.errors import InputError
+from distmeta.errors import InputError, did_you_mean
 
 
 def locate(field: str, kind: str, table: Mapping[str, str]) -> Callable[..., Any]:
@@ -26,7 +26,7 @@ def locate(field: str, kind: str, table: Mapping[str, str]) -> Callable[..., Any
     if ":" not in target:
         raise InputError(
             f"{field}: got {kind!r}, expected one of {', '.join(table)} or package.module:Name; "
-            f"{nearest(kind, list(table))}"
+            f"{did_you_mean(kind, list(table))}"
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -45,7 +45,7 @@ def locate(field: str, kind: str, table: Mapping[str, str]) -> Callable[..., Any
     if not callable(part):
         names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
         raise InputError(
-            f"{field}: {module_name!r} has no class or function {name!r}; {nearest(name, names)}"
+            f"{field}: {module_name!r} has no class or function {name!r}; {did_you_mean(name, names)}"
         )
     return part
 
@@ -63,7 +63,8 @@ def check_options(
         if key not in fields and not open_ended:
             known = [name for name in fields if name not in filled]
             raise InputError(
-                f"{section}.{key}: unknown key of {section} type {_name(part)}; {nearest(str(key), known or ['type'])}"
+                f"{section}.{key}: unknown key of {section} type {_name(part)}; "
+                f"{did_you_mean(str(key), known or ['type'])}"
             )
     try:
         checked = schema.model_validate({f"field_{name}": value for name, value in options.items()})

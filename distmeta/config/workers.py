@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
 from distmeta.config.parts import describe, shown
-from distmeta.errors import InputError
+from distmeta.errors import InputError, did_you_mean
 
 MOST = 100_000
 """Workers of one run: more is a slip of the finger."""
@@ -41,7 +41,7 @@ def _elastic(value: Mapping[Any, Any]) -> Elastic:
     for key in value:
         if key not in Elastic.model_fields:
             raise InputError(
-                f"run.workers.{key}: unknown key; {nearest(str(key), list(Elastic.model_fields))}"
+                f"run.workers.{key}: unknown key; {did_you_mean(str(key), list(Elastic.model_fields))}"
             )
     try:
         bounds = Elastic.model_validate(dict(value))

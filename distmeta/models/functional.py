@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from distmeta.errors import InputError
+from distmeta.errors import InputError, did_you_mean
 from distmeta.protocols import Theta, one_hot, select_prefix, to_float32
 
 PREFIX = "model."
@@ -65,7 +65,7 @@ class Functional:
         frozen |= {name for name, value in parameters.items() if not value.requires_grad}
         if freeze is not None and not frozen:
             raise InputError(
-                f"model.freeze: got {freeze!r}, which matches no parameter; {nearest(freeze, list(parameters))}"
+                f"model.freeze: got {freeze!r}, which matches no parameter; {did_you_mean(freeze, list(parameters))}"
             )
         self.head_init: HeadInit = head
         self.head = _find_head(self.module, out_features)
@@ -198,7 +198,7 @@ def _load(module: nn.Module, path: str) -> None:
     for name, value in tensors.items():
         if name not in own:
             raise InputError(
-                f"model.init_from: tensor {name!r} is not in the model; {nearest(name, list(own))}"
+                f"model.init_from: tensor {name!r} is not in the model; {did_you_mean(name, list(own))}"
             )
         if value.shape != own[name].shape:
             raise InputError(

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from distmeta.errors import InputError
+from distmeta.errors import InputError, did_you_mean
 
 Filter = Literal["lanczos", "bilinear", "box", "nearest"]
 Ink = Literal["dark", "light"]
@@ -66,7 +66,7 @@ class Preparation:
         known = [field.name for field in dataclasses.fields(Preparation)]
         for name in fields:
             if name not in known:
-                raise InputError(f"preparation.{name}: got an unknown key, {nearest(name, known)}")
+                raise InputError(f"preparation.{name}: got an unknown key, {did_you_mean(name, known)}")
         return Preparation(**fields)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from pydantic import AfterValidator
 from torch import Tensor
 
-from distmeta.errors import InputError
+from distmeta.errors import InputError, did_you_mean
 from distmeta.seeding import uniforms
 
 
@@ -47,7 +47,7 @@ def checked(options: dict[str, float]) -> dict[str, float]:
     """
     for name, limit in options.items():
         if name not in Jitter._fields:
-            raise InputError(f"tasks.jitter.{name}: got an unknown key, {nearest(name, Jitter._fields)}")
+            raise InputError(f"tasks.jitter.{name}: got an unknown key, {did_you_mean(name, Jitter._fields)}")
         most = getattr(_BELOW, name)
         if not 0 <= limit <= most or limit == math.inf:
             whole = f"a number from 0 to {most:g}" if most < math.inf else "a number of pixels, 0 or more"
