@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from distmeta.compute.vectors import Layout
-from distmeta.runtime.pool import Answer, Work
+from distmeta.runtime.pool import ShardAnswer, WorkOrder
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.worker import Shard, ShardResult, Worker
 
@@ -19,7 +19,7 @@ class ScriptedPool:
     def __init__(self, ticks: Sequence[int], problem: Problem, layout: Layout, say: Callable[[str], None]):
         self.ticks, self.size, self.now = ticks, len(ticks), 0
         self.workers = [Worker.of(problem, layout) for _ in ticks]
-        self.busy: dict[int, tuple[int, Any, int, Answer]] = {}
+        self.busy: dict[int, tuple[int, Any, int, ShardAnswer]] = {}
 
     def put(self, flat: np.ndarray, check: Callable[[], None]) -> np.ndarray:
         return flat.copy()
@@ -27,7 +27,7 @@ class ScriptedPool:
     def begin(self) -> None:
         pass
 
-    def turn(self, works: Sequence[Work]) -> None:
+    def turn(self, works: Sequence[WorkOrder]) -> None:
         for i in set(range(self.size)) - set(self.busy):
             work = next((work for work in works if work.left.next() is not None), None)
             if work is not None:
@@ -36,7 +36,7 @@ class ScriptedPool:
                 work.left.given(position, self.now)
                 shard = work.shards[position]
                 result = self.workers[i].compute(tuple(work.theta), shard)
-                self.busy[i] = self.now + self.ticks[i], work.left, position, Answer(shard, result, [])
+                self.busy[i] = self.now + self.ticks[i], work.left, position, ShardAnswer(shard, result, [])
         self._end_one()
 
     def _end_one(self) -> None:

@@ -46,7 +46,7 @@ class Progress:
     tracking_id: str | None = None
 
 
-class State(NamedTuple):
+class TrainingState(NamedTuple):
     """theta and the outer optimizer: one format, whoever held which part of them."""
 
     theta: Theta
@@ -72,8 +72,8 @@ class Checkpoint:
     """The fingerprint of the data that the tasks are drawn from."""
 
     @property
-    def state(self) -> State:
-        return State(self.theta, self.optimizer, self.outer)
+    def state(self) -> TrainingState:
+        return TrainingState(self.theta, self.optimizer, self.outer)
 
 
 class SaveError(RuntimeError):

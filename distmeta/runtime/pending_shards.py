@@ -11,7 +11,7 @@ from distmeta.runtime.failure_policy import straggles
 Result = TypeVar("Result")
 
 
-class Outstanding(Generic[Result]):
+class PendingShards(Generic[Result]):
     """Positions 0 … count−1, each waiting, with one worker or two, or answered. The first answer counts."""
 
     def __init__(self, count: int):

@@ -13,7 +13,7 @@ import numpy as np
 
 from distmeta.compute.vectors import Buffer, Layout
 from distmeta.runtime.failure_policy import LostShardError, another_may_fare_better, backoff, gives_up, hung
-from distmeta.runtime.pending_shards import Outstanding
+from distmeta.runtime.pending_shards import PendingShards
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.ray_cluster import connect, import_ray
 from distmeta.runtime.ray_workers import GET_SECONDS, Fleet, describe, lost_by, reraise
@@ -68,7 +68,7 @@ def open_pool(problem: Problem, layout: Layout, say: Callable[[str], None]) -> P
     return RayPool(problem, layout, say) if problem.job.run.max_workers else LocalPool(problem, layout)
 
 
-class Answer(NamedTuple):
+class ShardAnswer(NamedTuple):
     """What came of a shard (or of a replica's round)."""
 
     shard: Any
@@ -79,7 +79,7 @@ class Answer(NamedTuple):
 
 
 @dataclass
-class Work:
+class WorkOrder:
     """Shards to compute, and what with from here on."""
 
     shards: list[Any]
@@ -91,10 +91,10 @@ class Work:
     rounds: bool = False
     ahead: bool = False
     """Whether a worker may be given its next shard while it computes one: theta is what it will be then."""
-    left: Outstanding[Answer] = field(init=False)
+    left: PendingShards[ShardAnswer] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.left = Outstanding(len(self.shards))
+        self.left = PendingShards(len(self.shards))
 
     @property
     def call(self) -> tuple[str, Sequence[Any], int]:
@@ -111,7 +111,7 @@ class _Call:
     worker: int
     shard: Any
     position: int
-    of: Outstanding[Answer]
+    of: PendingShards[ShardAnswer]
     """What it was made for; it may outlast it, where another worker was faster."""
     pieces: list[Any]
 
@@ -148,12 +148,12 @@ class RayPool:
         return self._fleet.nodes()
 
     def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
-        work = Work(list(shards), [self.put(flat, check)], ahead=True)
+        work = WorkOrder(list(shards), [self.put(flat, check)], ahead=True)
         for _ in self.answers(work, check):
             pass
         return [answer.result for answer in work.left.in_order()]
 
-    def answers(self, work: Work, check: Callable[[], None]) -> Iterator[tuple[int, Answer]]:
+    def answers(self, work: WorkOrder, check: Callable[[], None]) -> Iterator[tuple[int, ShardAnswer]]:
         """Each position's first answer, as it comes."""
         self.begin()
         while not work.left.done:
@@ -165,7 +165,7 @@ class RayPool:
         """Before the first turn after a while."""
         self._fleet.resume()
 
-    def turn(self, works: Sequence[Work]) -> None:
+    def turn(self, works: Sequence[WorkOrder]) -> None:
         """A moment of looking after workers that compute `works`, the first ones first.
 
         Raises:
@@ -198,7 +198,7 @@ class RayPool:
                 check()
                 time.sleep(STORE_SECONDS)
 
-    def _hand_out(self, works: Sequence[Work]) -> None:
+    def _hand_out(self, works: Sequence[WorkOrder]) -> None:
         """Every idle worker gets a shard that nobody has, else one that another is slow with. Then a worker may get one
         more, so that it need not wait for this process, but the last shards wait for whoever is done first."""
         for worker in self._fleet.idle():
@@ -214,14 +214,14 @@ class RayPool:
                 if position is not None and work.ahead and work.left.waiting > self._fleet.size:
                     self._give(worker, work, position)
 
-    def _give(self, worker: int, work: Work, position: int) -> None:
+    def _give(self, worker: int, work: WorkOrder, position: int) -> None:
         shard = work.shards[position]
         work.left.given(position, time.monotonic())
         method, arguments, outputs = work.call
         call, *pieces = self._fleet.give(worker, method, shard, arguments, outputs)
         self._calls[call] = _Call(worker, shard, position, work.left, pieces)
 
-    def _next(self, works: Sequence[Work], now: float) -> tuple[Work | None, int]:
+    def _next(self, works: Sequence[WorkOrder], now: float) -> tuple[WorkOrder | None, int]:
         for work in works:
             position = work.left.next()
             if position is not None:
@@ -245,7 +245,7 @@ class RayPool:
             return self._lost(call.worker, describe(error))
         del self._calls[finished]
         self._times(call.shard.kind).append(time.monotonic() - self._fleet.since(call.worker))
-        call.of.answered(call.position, Answer(call.shard, result, call.pieces))
+        call.of.answered(call.position, ShardAnswer(call.shard, result, call.pieces))
         return self._fleet.freed(call.worker)
 
     def _lost(self, worker: int, reason: str) -> None:

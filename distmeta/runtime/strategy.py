@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from distmeta.config.sections import Outer
-from distmeta.runtime.checkpoint import State
+from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.pool import Pool
 from distmeta.runtime.problem import Problem
@@ -60,7 +60,7 @@ class Strategy(Protocol):
         """
         ...
 
-    def state(self) -> State:
+    def state(self) -> TrainingState:
         """For a checkpoint.
 
         Raises:
@@ -68,14 +68,14 @@ class Strategy(Protocol):
         """
         ...
 
-    def load(self, state: State, outer: Outer) -> None:
+    def load(self, state: TrainingState, outer: Outer) -> None:
         """Goes back to a state and the settings it was made with; starts anew what was lost."""
         ...
 
     def close(self) -> None: ...
 
 
-def server_of(problem: Problem, outer: Outer, state: State | None) -> ParameterServer:
+def server_of(problem: Problem, outer: Outer, state: TrainingState | None) -> ParameterServer:
     """theta and the optimizer in this process, at a checkpoint's state or at step 0.
 
     Raises:

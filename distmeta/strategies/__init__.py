@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 from distmeta.config.sections import Outer
-from distmeta.runtime.checkpoint import State
+from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.strategy import Strategy
 
@@ -23,7 +23,7 @@ STRATEGIES = {
 
 
 def open_strategy(
-    problem: Problem, outer: Outer, state: State | None, say: Callable[[str], None]
+    problem: Problem, outer: Outer, state: TrainingState | None, say: Callable[[str], None]
 ) -> Strategy:
     """The strategy that the job asks for, ready to advance."""
     module, _, name = STRATEGIES[problem.job.run.strategy].partition(":")

@@ -23,8 +23,8 @@ import numpy as np
 from distmeta.compute.compression import decode
 from distmeta.config.sections import Outer
 from distmeta.errors import InputError
-from distmeta.runtime.checkpoint import State
-from distmeta.runtime.pool import Answer, RayPool, Work
+from distmeta.runtime.checkpoint import TrainingState
+from distmeta.runtime.pool import ShardAnswer, RayPool, WorkOrder
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.strategy import Record, server_of
 from distmeta.runtime.worker import Shard, ShardResult
@@ -34,7 +34,7 @@ from distmeta.strategies.gradient_step import Central, plan_of
 class Async(Central):
     pool: RayPool
 
-    def __init__(self, problem: Problem, outer: Outer, state: State | None, say: Callable[[str], None]):
+    def __init__(self, problem: Problem, outer: Outer, state: TrainingState | None, say: Callable[[str], None]):
         if problem.outer_epochs > 1:
             raise InputError(
                 f"run.strategy: got 'async' for an algorithm that takes {problem.outer_epochs} outer steps on the same "
@@ -47,8 +47,8 @@ class Async(Central):
     def _forget(self, problem: Problem) -> None:
         """Nothing is under way."""
         self._problem = problem
-        self._works: list[Work] = []
-        self._arrived: list[tuple[Work, int, Answer]] = []
+        self._works: list[WorkOrder] = []
+        self._arrived: list[tuple[WorkOrder, int, ShardAnswer]] = []
         self._planned: int | None = None
         self._ages: list[int] = []
         self._stale = 0
@@ -63,7 +63,7 @@ class Async(Central):
         (record,) = super().advance(problem, step, check)
         return [record | {"staleness": sum(self._ages) / len(self._ages), "tasks_stale": self._stale}]
 
-    def load(self, state: State, outer: Outer) -> None:
+    def load(self, state: TrainingState, outer: Outer) -> None:
         super().load(state, outer)
         self._forget(self._problem)
 
@@ -96,7 +96,7 @@ class Async(Central):
             for position, answer in list(work.left.fresh()):
                 self._take(work, position, answer, step)
 
-    def _take(self, work: Work, position: int, answer: Answer, step: int) -> None:
+    def _take(self, work: WorkOrder, position: int, answer: ShardAnswer, step: int) -> None:
         """Keeps an answer for this step or the next; the tasks of one that is too old are computed again."""
         if step - answer.shard.version <= (self._problem.job.run.max_staleness or 0):
             self._arrived.append((work, position, answer))
@@ -114,7 +114,7 @@ class Async(Central):
         left = sum(work.left.remaining for work in self._works) + len(self._arrived)
         planned = step if self._planned is None else self._planned
         while left + count <= most and planned < settings.steps:
-            self._works.append(Work(plan_of(self._problem, planned), []))
+            self._works.append(WorkOrder(plan_of(self._problem, planned), []))
             left, planned = left + count, planned + 1
         self._planned = planned
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from distmeta.config.sections import Outer
-from distmeta.runtime.checkpoint import State
+from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.pool import open_pool
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.strategy import server_of
@@ -14,7 +14,7 @@ from distmeta.strategies.gradient_step import Central
 
 
 class Driver(Central):
-    def __init__(self, problem: Problem, outer: Outer, state: State | None, say: Callable[[str], None]):
+    def __init__(self, problem: Problem, outer: Outer, state: TrainingState | None, say: Callable[[str], None]):
         super().__init__(server_of(problem, outer, state))
         self.pool = open_pool(problem, self._server.layout, say)
 

@@ -13,7 +13,7 @@ from distmeta.compute.compression import decode
 from distmeta.compute.vectors import finite, mean_of
 from distmeta.config.sections import Outer
 from distmeta.errors import NumericsError
-from distmeta.runtime.checkpoint import State
+from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.pool import Pool
 from distmeta.runtime.problem import Problem
@@ -129,7 +129,7 @@ class Central(Stepping):
     def __init__(self, server: ParameterServer):
         self._server = server
         self._mean: np.ndarray | None = None
-        self._marked: tuple[np.ndarray, State] | None = None
+        self._marked: tuple[np.ndarray, TrainingState] | None = None
 
     def retune(self, outer: Outer) -> None:
         self._server.retune(outer)
@@ -137,10 +137,10 @@ class Central(Stepping):
     def flat(self) -> np.ndarray:
         return self._server.flat()
 
-    def state(self) -> State:
-        return State(self._server.theta(), *self._server.state())
+    def state(self) -> TrainingState:
+        return TrainingState(self._server.theta(), *self._server.state())
 
-    def load(self, state: State, outer: Outer) -> None:
+    def load(self, state: TrainingState, outer: Outer) -> None:
         self._server.retune(outer)
         self._server.load(*state)
 

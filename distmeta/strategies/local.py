@@ -25,10 +25,10 @@ from distmeta.compute.compression import decode
 from distmeta.compute.vectors import finite, mean_of
 from distmeta.config.sections import Outer
 from distmeta.errors import InputError
-from distmeta.runtime.checkpoint import State
+from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.failure_policy import LostShardError
 from distmeta.runtime.parameter_server import ParameterServer, check_state, clock_of
-from distmeta.runtime.pool import LocalPool, RayPool, Work, open_pool
+from distmeta.runtime.pool import LocalPool, RayPool, WorkOrder, open_pool
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.ray_workers import describe, lost_by
 from distmeta.runtime.strategy import LostStateError, Record
@@ -36,7 +36,7 @@ from distmeta.strategies.replica import Round, RoundResult, run_round, tensors_o
 
 
 class Local:
-    def __init__(self, problem: Problem, outer: Outer, state: State | None, say: Callable[[str], None]):
+    def __init__(self, problem: Problem, outer: Outer, state: TrainingState | None, say: Callable[[str], None]):
         run = problem.job.run
         self._run, self._say, self._count = run, say, run.replicas or 1
         momentum, rate = run.local_momentum or None, run.local_lr or 1.0  # given: the job fills them in
@@ -55,15 +55,15 @@ class Local:
     def flat(self) -> np.ndarray:
         return self._server.flat()
 
-    def state(self) -> State:
+    def state(self) -> TrainingState:
         tensors, averaging = self._server.state()
         for index, kept in enumerate(self._fetched(self._states)):
             for key, value in tensors_of(kept).items():
                 name, _, quantity = key.rpartition("/")
                 tensors[f"{name}/{_prefix(index)}{quantity}"] = value
-        return State(self._server.theta(), tensors, {"averaging": averaging, "replicas": self._clock})
+        return TrainingState(self._server.theta(), tensors, {"averaging": averaging, "replicas": self._clock})
 
-    def load(self, state: State, outer: Outer) -> None:
+    def load(self, state: TrainingState, outer: Outer) -> None:
         names, theta = self._server.layout.names, self._server.theta()
         if state.outer.keys() != {"averaging", "replicas"}:
             raise InputError("checkpoint: its outer state is not that of replicas")
@@ -121,7 +121,7 @@ class Local:
             return list(results), [decode(vector) for vector in coded], list(states)
         assert isinstance(self.pool, RayPool)
         theta = self.pool.put(self.flat(), check)
-        works = [Work([own], [theta, self._states[own.index]], rounds=True) for own in rounds]
+        works = [WorkOrder([own], [theta, self._states[own.index]], rounds=True) for own in rounds]
         self.pool.begin()
         try:
             while not all(work.left.done for work in works):

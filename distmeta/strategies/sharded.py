@@ -19,10 +19,10 @@ from distmeta.compute.compression import Vector
 from distmeta.compute.vectors import edges_of
 from distmeta.config.sections import Outer
 from distmeta.errors import InputError
-from distmeta.runtime.checkpoint import State
+from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.failure_policy import LostShardError
 from distmeta.runtime.parameter_server import ParameterServer, clock_of
-from distmeta.runtime.pool import RayPool, Work
+from distmeta.runtime.pool import RayPool, WorkOrder
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.ray_workers import POLL_SECONDS, describe, lost_by
 from distmeta.runtime.strategy import LostStateError, server_of
@@ -66,7 +66,7 @@ class SliceServer:
 class Sharded(Stepping):
     pool: RayPool
 
-    def __init__(self, problem: Problem, outer: Outer, state: State | None, say: Callable[[str], None]):
+    def __init__(self, problem: Problem, outer: Outer, state: TrainingState | None, say: Callable[[str], None]):
         server = server_of(problem, outer, state)
         self._problem, self._run, self._say = problem, problem.job.run, say
         self._layout = server.layout
@@ -127,12 +127,12 @@ class Sharded(Stepping):
     def flat(self) -> np.ndarray:
         return np.concatenate(self._get(self._slices, self._run.shard_timeout))
 
-    def state(self) -> State:
+    def state(self) -> TrainingState:
         theta = self._layout.unflatten(self.flat())
         tensors = joined(self._layout, self._edges, self._all("moments"))
-        return State(theta, tensors, self._clock.state()[1])
+        return TrainingState(theta, tensors, self._clock.state()[1])
 
-    def load(self, state: State, outer: Outer) -> None:
+    def load(self, state: TrainingState, outer: Outer) -> None:
         self._dismiss()
         self._marked, self._lost = None, ""
         self._start(server_of(self._problem, outer, state))
@@ -160,7 +160,7 @@ class Sharded(Stepping):
         theta = self._slices
         if self._marked is not None and shards[0].epoch:
             theta = [*theta, *self._marked[0]]
-        work, sent = Work(list(shards), theta, self._edges, ahead=True), []
+        work, sent = WorkOrder(list(shards), theta, self._edges, ahead=True), []
         try:
             for position, answer in self.pool.answers(work, check):
                 for server, piece in zip(self._servers, answer.pieces, strict=True):

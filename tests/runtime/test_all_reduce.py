@@ -32,7 +32,7 @@ from distmeta.runtime.ray_cluster import free_orphans
 from distmeta.runtime.resolve import resolve
 from distmeta.runtime.strategy import LostStateError
 from distmeta.strategies.all_reduce.driver_side import AllReduce, boundary
-from distmeta.strategies.all_reduce.group import Answer, Failure, Halt, Host, Lost, Stop
+from distmeta.strategies.all_reduce.group import RankAnswer, RankError, Halt, Host, Lost, Stop
 
 SGD = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "clip_norm": 1.0}
 POISONED = {"type": "hard_cases:Poisoned"}
@@ -306,9 +306,9 @@ async def _host_scenes() -> None:
     assert [await host.next("a", 0) for _ in range(2)] == ["steps", "steps"]
     await host.tell("a", Halt())
     assert await host.next("a", 1) == Halt()
-    await host.answer("a", 0, 1, Answer("one"))
-    await host.answer("a", 0, 0, Answer("zero"))
-    assert await asked == [Answer("zero"), Answer("one")]
+    await host.answer("a", 0, 1, RankAnswer("one"))
+    await host.answer("a", 0, 0, RankAnswer("zero"))
+    assert await asked == [RankAnswer("zero"), RankAnswer("one")]
     asked, waiting = asyncio.create_task(host.ask("a", "more")), asyncio.create_task(host.next("a", 3))
     await asyncio.sleep(0)
     await host.lost("ActorDiedError: killed")
@@ -316,7 +316,7 @@ async def _host_scenes() -> None:
     assert await waiting == Stop()
     assert await host.ask("a", "late") == Lost("ActorDiedError: killed", 1)
     ready = asyncio.create_task(host.ready(1))
-    await host.join("b", 0, 1, Failure.of(ValueError("no such model")))
+    await host.join("b", 0, 1, RankError.of(ValueError("no such model")))
     name, world, failure = await ready  # type: ignore[misc]
     assert (name, world) == ("b", 1)
     assert failure is not None
@@ -326,7 +326,7 @@ async def _host_scenes() -> None:
     await host.join("c", 0, 3, None)
     lost = await asked
     assert lost == Lost("Ray Train resized it from 1 to 3 workers", 2)
-    await host.answer("b", 0, 0, Answer("too late"))
+    await host.answer("b", 0, 0, RankAnswer("too late"))
     assert (await host.ready(1)) == lost, "said once, to who does not know"
 
 
@@ -375,7 +375,7 @@ def test_what_cannot_be_pickled_travels_as_text() -> None:
     class LocalError(Exception):
         pass
 
-    failure = Failure.of(LocalError("only here"))
+    failure = RankError.of(LocalError("only here"))
     assert isinstance(failure.error, RuntimeError)
     assert "LocalError: only here" in str(failure.error)
-    assert isinstance(Failure.of(InputError("tasks.path: missing")).error, InputError)
+    assert isinstance(RankError.of(InputError("tasks.path: missing")).error, InputError)

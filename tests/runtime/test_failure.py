@@ -17,7 +17,7 @@ from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.runtime import ray_workers as fleet
 from distmeta.runtime.failure_policy import another_may_fare_better, backoff, gives_up, hung, straggles
-from distmeta.runtime.pending_shards import Outstanding
+from distmeta.runtime.pending_shards import PendingShards
 from distmeta.runtime.scores import spikes
 
 
@@ -89,7 +89,7 @@ def test_only_a_workers_circumstances_are_tried_elsewhere() -> None:
 @given(st.integers(1, 9), st.lists(st.tuples(st.integers(0, 3), st.sampled_from("GGGAL")), max_size=200))
 def test_whatever_happens_every_shard_is_answered_once(count: int, events: list[tuple[int, str]]) -> None:
     """Workers take shards (G), also those of stragglers, answer (A) and are lost (L) in any order."""
-    work: Outstanding[int] = Outstanding(count)
+    work: PendingShards[int] = PendingShards(count)
     held: dict[int, int] = {}  # worker -> position
     answers = 0
     for now, (worker, event) in enumerate([*events, *((0, e) for e in "AGA" * 3 * count)], start=1):

@@ -23,7 +23,7 @@ from distmeta.config.sections import Outer
 from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime import training as driver
-from distmeta.runtime.checkpoint import State
+from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.failure_policy import LostShardError
 from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.problem import build
@@ -134,12 +134,12 @@ class Forgetful(Driver):
             raise LostStateError("theta is gone")
         return size
 
-    def state(self) -> State:
+    def state(self) -> TrainingState:
         if self.gone:
             raise LostStateError("theta is gone")
         return super().state()
 
-    def load(self, state: State, outer: Outer) -> None:
+    def load(self, state: TrainingState, outer: Outer) -> None:
         self.gone = False
         super().load(state, outer)
 

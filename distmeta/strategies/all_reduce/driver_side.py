@@ -17,7 +17,7 @@ import numpy as np
 
 from distmeta.config.sections import Outer
 from distmeta.errors import InputError
-from distmeta.runtime.checkpoint import State
+from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.failure_policy import LostShardError, hung
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.ray_cluster import connect, free_orphans, import_ray, resources
@@ -28,14 +28,14 @@ from distmeta.strategies.all_reduce.group import (
     ENVIRONMENT,
     GET_SECONDS,
     Abandoned,
-    Answer,
-    Failure,
+    RankAnswer,
+    RankError,
     Give,
     Halt,
     Host,
     Load,
     Lost,
-    Packed,
+    PackedState,
     Retune,
     Score,
     Steps,
@@ -51,7 +51,7 @@ ORPHAN_SECONDS = 2.0
 
 
 class AllReduce:
-    def __init__(self, problem: Problem, outer: Outer, state: State | None, say: Callable[[str], None]):
+    def __init__(self, problem: Problem, outer: Outer, state: TrainingState | None, say: Callable[[str], None]):
         self._ray = ray = import_ray(problem.job.run.address)
         self._run, self._say = problem.job.run, say
         self._compiles = problem.job.compute.compile
@@ -68,7 +68,7 @@ class AllReduce:
         self._disconnect = connect(ray, self._run.address, math.ceil(least * self._run.cpus_per_worker))
         try:
             self._spec = ray.put(WorkerSpec.of(problem, self._layout))
-            self._take_up(Packed.of(server), outer)
+            self._take_up(PackedState.of(server), outer)
         except BaseException:
             self.close()
             raise
@@ -101,11 +101,11 @@ class AllReduce:
         self._given = self._give(whole=False).flat
         return self._given
 
-    def state(self) -> State:
+    def state(self) -> TrainingState:
         return self._give(whole=True).unpacked(self._layout)
 
-    def load(self, state: State, outer: Outer) -> None:
-        self._take_up(Packed.from_state(state, self._layout), outer)
+    def load(self, state: TrainingState, outer: Outer) -> None:
+        self._take_up(PackedState.from_state(state, self._layout), outer)
 
     def close(self) -> None:
         if self._host is not None:
@@ -128,7 +128,7 @@ class AllReduce:
             self._raise(answers, stopped)
         return [answers[i % self._world].value[i // self._world] for i in range(len(shards))]
 
-    def _give(self, whole: bool) -> Packed:
+    def _give(self, whole: bool) -> PackedState:
         """Rank 0's state. The others' theta is the same to the bit, unless processors differ in how they round."""
         answers, _ = self._ask(Give(whole), "give")
         try:
@@ -140,7 +140,7 @@ class AllReduce:
             self._ask(Load([self._ray.put(packed)], self._outer), "load")
         return packed
 
-    def _take_up(self, packed: Packed, outer: Outer) -> None:
+    def _take_up(self, packed: PackedState, outer: Outer) -> None:
         """Brings a group, a new one if need be, to a state.
 
         Raises:
@@ -219,7 +219,7 @@ class AllReduce:
         each = f"{run.cpus_per_worker:g} CPU, {run.gpus_per_worker:g} GPU each"
         return f"{run.min_workers} worker{'s' * (run.min_workers > 1)} of {each}; {resources(self._ray)}"
 
-    def _ask(self, command: Any, kind: str, count: int = 1) -> tuple[list[Answer], BaseException | None]:
+    def _ask(self, command: Any, kind: str, count: int = 1) -> tuple[list[RankAnswer], BaseException | None]:
         """Every rank's answer, and what `check` raised meanwhile: the group then ends its step, or its shard, early.
 
         Raises:
@@ -285,7 +285,7 @@ class AllReduce:
         if not left:
             free_orphans(self._ray, ORPHAN_SECONDS)
 
-    def _raise(self, answers: list[Answer], stopped: BaseException | None) -> NoReturn:
+    def _raise(self, answers: list[RankAnswer], stopped: BaseException | None) -> NoReturn:
         failures = [answer.failure for answer in answers if answer.failure is not None]
         real = [failure for failure in failures if not isinstance(failure.error, Abandoned)]
         if real:
@@ -323,7 +323,7 @@ def shards_of_a_rank(shards: int, world: int) -> int:
     return -(-shards // world)
 
 
-def reraise(failure: Failure) -> NoReturn:
+def reraise(failure: RankError) -> NoReturn:
     """Raises here what was raised on a rank: a user's mistake alone, anything else with the rank's traceback."""
     if isinstance(failure.error, InputError):
         raise failure.error

@@ -18,7 +18,7 @@ import torch
 
 from distmeta.compute.vectors import Layout
 from distmeta.config.sections import Outer, Run
-from distmeta.runtime.checkpoint import State
+from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.ray_workers import describe
 from distmeta.runtime.worker import Shard
@@ -86,7 +86,7 @@ class Stop:
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedState:
     """A state as numpy, which travels without a copy."""
 
     flat: np.ndarray
@@ -94,44 +94,44 @@ class Packed:
     outer: dict[str, Any]
 
     @staticmethod
-    def of(server: ParameterServer, whole: bool = True) -> Packed:
+    def of(server: ParameterServer, whole: bool = True) -> PackedState:
         tensors, plain = server.state() if whole else ({}, {})
-        return Packed(server.flat(), {key: value.numpy() for key, value in tensors.items()}, plain)
+        return PackedState(server.flat(), {key: value.numpy() for key, value in tensors.items()}, plain)
 
     @staticmethod
-    def from_state(state: State, layout: Layout) -> Packed:
+    def from_state(state: TrainingState, layout: Layout) -> PackedState:
         tensors = {key: value.numpy() for key, value in state.optimizer.items()}
-        return Packed(layout.flatten(state.theta), tensors, state.outer)
+        return PackedState(layout.flatten(state.theta), tensors, state.outer)
 
-    def unpacked(self, layout: Layout) -> State:
+    def unpacked(self, layout: Layout) -> TrainingState:
         """The copy is on purpose: the arrays are views of shared memory."""
         tensors = {key: torch.from_numpy(np.array(value)) for key, value in self.optimizer.items()}
-        return State(layout.unflatten(self.flat), tensors, self.outer)
+        return TrainingState(layout.unflatten(self.flat), tensors, self.outer)
 
 
 @dataclass(frozen=True)
-class Failure:
+class RankError:
     """What a rank's computation raised, and its traceback there."""
 
     error: Exception
     traceback: str
 
     @staticmethod
-    def of(error: Exception) -> Failure:
+    def of(error: Exception) -> RankError:
         text = "".join(traceback.format_exception(error))
         try:
             pickle.loads(pickle.dumps(error))
         except Exception:  # whatever a user's class may raise there
             error = RuntimeError(describe(error))
-        return Failure(error, text)
+        return RankError(error, text)
 
 
 @dataclass(frozen=True)
-class Answer:
+class RankAnswer:
     """A rank's: what it has so far, and what stopped it."""
 
     value: Any = None
-    failure: Failure | None = None
+    failure: RankError | None = None
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,10 @@ class Host:
         self._changed = asyncio.Condition()
         self._attempt = ""
         """The group that is there; empty: none."""
-        self._here: dict[int, Failure | None] = {}
+        self._here: dict[int, RankError | None] = {}
         self._world = 0
         self._commands: list[Any] = []
-        self._answers: dict[int, dict[int, Answer]] = {}
+        self._answers: dict[int, dict[int, RankAnswer]] = {}
         self._lost = Lost("it did not start yet")
 
     async def fit(self, spec: list[Any], run: Run, per_rank: int) -> None:
@@ -175,7 +175,7 @@ class Host:
             reason = f"{type(error).__name__}: " + " ".join(str(error).split())[:300]
         await self._drop(f"Ray Train gave up ({reason})", ended=True)
 
-    async def join(self, attempt: str, rank: int, world: int, failure: Failure | None) -> None:
+    async def join(self, attempt: str, rank: int, world: int, failure: RankError | None) -> None:
         """A rank is there, and built unless it failed to. Its first command is number 0."""
         async with self._changed:
             if attempt != self._attempt:
@@ -194,7 +194,7 @@ class Host:
             await self._changed.wait_for(lambda: attempt != self._attempt or number < len(self._commands))
             return self._commands[number] if attempt == self._attempt else Stop()
 
-    async def answer(self, attempt: str, number: int, rank: int, answer: Answer) -> None:
+    async def answer(self, attempt: str, number: int, rank: int, answer: RankAnswer) -> None:
         async with self._changed:
             if attempt == self._attempt:
                 self._answers.setdefault(number, {})[rank] = answer
@@ -204,7 +204,7 @@ class Host:
         """Ray Train found a rank that is no more."""
         await self._drop(reason)
 
-    async def ready(self, known: int) -> tuple[str, int, Failure | None] | Lost:
+    async def ready(self, known: int) -> tuple[str, int, RankError | None] | Lost:
         """The group, once it is there: its name, its ranks, and whether one failed to build. Sooner where more groups
         were lost than are `known` of: the last one.
         """
@@ -221,7 +221,7 @@ class Host:
             failures = [failure for failure in self._here.values() if failure is not None]
             return self._attempt, self._world, failures[0] if failures else None
 
-    async def ask(self, attempt: str, command: Any) -> list[Answer] | Lost:
+    async def ask(self, attempt: str, command: Any) -> list[RankAnswer] | Lost:
         """Every rank's answer to a command, by rank."""
         async with self._changed:
             number = len(self._commands)

@@ -23,12 +23,12 @@ from distmeta.runtime.worker import Shard, ShardResult, Worker, WorkerSpec, prob
 from distmeta.strategies.all_reduce.group import (
     GET_SECONDS,
     Abandoned,
-    Answer,
-    Failure,
+    RankAnswer,
+    RankError,
     Give,
     Halt,
     Load,
-    Packed,
+    PackedState,
     Retune,
     Score,
     Steps,
@@ -40,7 +40,7 @@ from distmeta.strategies.gradient_step import Central
 class Agreed(Exception):  # noqa: N818 - control flow within a rank
     """What one rank's computation raised, on every rank: none of them takes the step."""
 
-    def __init__(self, failure: Failure):
+    def __init__(self, failure: RankError):
         super().__init__(failure)
         self.failure = failure
 
@@ -64,16 +64,16 @@ class Ranks:
     def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
         """Raises Agreed, on every rank, what any of them raised."""
         try:
-            results: list[ShardResult] | Failure = self.own(flat, shards, check)
+            results: list[ShardResult] | RankError = self.own(flat, shards, check)
         except Exception as error:
             if another_may_fare_better(error):
                 raise  # this rank leaves, and Ray Train makes the group anew
-            results = Failure.of(error)
+            results = RankError.of(error)
         if isinstance(results, list):
             self.gradients = [decode(r.gradient) for r in results if r.gradient is not None]
             results = [replace(result, gradient=None) for result in results]
         gathered = self._gathered(results)
-        failures = [part for part in gathered if isinstance(part, Failure)]
+        failures = [part for part in gathered if isinstance(part, RankError)]
         if failures:  # a mistake rather than the interruption that it came with
             raise Agreed(min(failures, key=lambda failure: isinstance(failure.error, Abandoned)))
         return [gathered[i % self.size][i // self.size] for i in range(len(shards))]
@@ -127,8 +127,8 @@ class Replicated(Central):
     def layout(self) -> Layout:
         return self._server.layout
 
-    def packed(self, whole: bool) -> Packed:
-        return Packed.of(self._server, whole)
+    def packed(self, whole: bool) -> PackedState:
+        return PackedState.of(self._server, whole)
 
 
 def _nccl() -> bool:
@@ -179,7 +179,7 @@ class _Rank:
             answer = self._obey(command)
             self._get(self._host.answer.remote(self._attempt, number, self._rank, answer))
 
-    def _build(self, spec: Any) -> Failure | None:
+    def _build(self, spec: Any) -> RankError | None:
         try:
             wanted: WorkerSpec = self._get(spec)
             if wanted.job["run"]["gpus_per_worker"] and torch.cuda.is_available():
@@ -189,10 +189,10 @@ class _Rank:
         except Exception as error:
             if another_may_fare_better(error):
                 raise
-            return Failure.of(error)
+            return RankError.of(error)
         return None
 
-    def _obey(self, command: Any) -> Answer:
+    def _obey(self, command: Any) -> RankAnswer:
         """What a circumstance raises (a lost rank, memory) is raised: this rank leaves."""
         self._kept = None
         if isinstance(command, Steps):
@@ -202,16 +202,16 @@ class _Rank:
         if isinstance(command, Give):
             packed = self._replica.packed(command.whole)
             self._kept = self._ray.put(packed) if self._rank == 0 else None
-            return Answer((zlib.crc32(packed.flat.data) if command.whole else 0, [self._kept]))
+            return RankAnswer((zlib.crc32(packed.flat.data) if command.whole else 0, [self._kept]))
         if isinstance(command, Load):
             packed = self._get(command.state[0])
             self._replica.load(packed.unpacked(self._replica.layout), command.outer)
-            return Answer()
+            return RankAnswer()
         assert isinstance(command, Retune), command
         self._replica.retune(command.outer)
-        return Answer()
+        return RankAnswer()
 
-    def _steps(self, command: Steps) -> Answer:
+    def _steps(self, command: Steps) -> RankAnswer:
         """The records of the steps that were taken: rank 0's."""
         self._problem = self._problem.at(command.phase)
         records = []
@@ -219,19 +219,19 @@ class _Rank:
             try:
                 records += self._replica.advance(self._problem, step, self._check)
             except Agreed as agreed:
-                return Answer(records, agreed.failure)
+                return RankAnswer(records, agreed.failure)
             except NumericsError as error:  # from the sum, which all ranks see
-                return Answer(records, Failure.of(error))
-        return Answer(records if self._rank == 0 else len(records))
+                return RankAnswer(records, RankError.of(error))
+        return RankAnswer(records if self._rank == 0 else len(records))
 
-    def _score(self, command: Score) -> Answer:
+    def _score(self, command: Score) -> RankAnswer:
         flat = self._replica.flat() if command.flat is None else self._get(command.flat[0])
         try:
-            return Answer(self._replica.ranks.own(flat, command.shards, self._check))
+            return RankAnswer(self._replica.ranks.own(flat, command.shards, self._check))
         except Exception as error:
             if another_may_fare_better(error):
                 raise
-            return Answer(None, Failure.of(error))
+            return RankAnswer(None, RankError.of(error))
 
     def _check(self) -> None:
         if self._ray.wait([self._upcoming], timeout=0)[0]:

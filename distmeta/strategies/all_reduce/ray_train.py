@@ -22,7 +22,7 @@ SIOCGIFADDR = 0x8915
 """Linux: the address of a network interface."""
 
 
-class Watch(train.UserCallback):
+class GroupFailureReporter(train.UserCallback):
     """Tells the host at once of what ended a group."""
 
     def __init__(self, host: Any):
@@ -41,7 +41,7 @@ class OnRaysNetwork(TorchConfig().backend_cls):  # type: ignore[misc]
         super().on_start(worker_group, backend_config)
 
 
-class Config(TorchConfig):
+class InterfaceTorchConfig(TorchConfig):
     @property
     def backend_cls(self) -> Any:
         return OnRaysNetwork
@@ -59,7 +59,7 @@ def fit(host: Any, spec: list[Any], run: Run, per_rank: int) -> None:
     TorchTrainer(
         serve,
         train_loop_config={"host": host, "spec": spec},
-        torch_config=Config(
+        torch_config=InterfaceTorchConfig(
             "cpu:gloo,cuda:nccl" if whole else "gloo", timeout_s=1 + int(run.shard_timeout * per_rank)
         ),
         scaling_config=train.ScalingConfig(
@@ -72,7 +72,7 @@ def fit(host: Any, spec: list[Any], run: Run, per_rank: int) -> None:
             storage_path="distmeta",
             storage_filesystem=memory,
             failure_config=train.FailureConfig(max_failures=-1),
-            callbacks=[Watch(host)],
+            callbacks=[GroupFailureReporter(host)],
             logging_config=train.LoggingConfig(log_level="ERROR"),
         ),
     ).fit()
