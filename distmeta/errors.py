@@ -1,4 +1,4 @@
-"""Errors that a user sees, and the text in them."""
+"""Errors that a user sees, and helpers for the text in them."""
 
 from __future__ import annotations
 
@@ -6,30 +6,54 @@ import difflib
 import re
 from collections.abc import Sequence
 
+LONGEST_LINE = 300
+"""Characters of another program's error message that we repeat."""
+MOST_NAMES = 12
+"""Known names that an error message lists."""
+
 
 class InputError(ValueError):
-    """A mistake of the user's: `field: got …, expected …`. The command line prints it and exits with 2."""
+    """A mistake in what the user gave us: `field: got …, expected …`. The command line prints it and exits with 2."""
 
     def __str__(self) -> str:
-        """One line, whatever the input that it quotes."""
+        """Return the message as one line, even if it quotes an input with line breaks."""
         return " ".join(super().__str__().splitlines())
 
 
 class NumericsError(ArithmeticError):
-    """A job that asked to stop at a non-finite meta-gradient (`run.on_nonfinite: stop`) met one."""
+    """A meta-gradient was not finite, and the job asks to stop then (`run.on_nonfinite: stop`)."""
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """ " — did you mean 'x'?", or the known names when none is near."""
+    """Return "did you mean 'x'?", or the list of known names if none is similar."""
     close = difflib.get_close_matches(name, list(known), n=1)
     if close:
         return f"did you mean {close[0]!r}?"
     listed = sorted(known)
-    return "known: " + ", ".join(listed[:12]) + (", …" if len(listed) > 12 else "")
+    more = ", …" if len(listed) > MOST_NAMES else ""
+    return "known: " + ", ".join(listed[:MOST_NAMES]) + more
 
 
 def redact(text: str) -> str:
-    """`text` without user:password in its addresses, and without credentials in their query strings."""
+    """Return the text without user:password in addresses and without credentials in query strings."""
     text = re.sub(r"://\S*@", "://", text)
     secret = r"(?i)([?&](?:user|password|passwd|pwd|token|secret|[\w-]*key)=)[^&\s'\")]*"
     return re.sub(secret, r"\1***", text)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, at most `LONGEST_LINE` characters and without credentials.
+
+    An error without a message is named by its type.
+    """
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return redact(lines[0].strip())[:LONGEST_LINE]
+
+
+def summarize_error(error: BaseException) -> str:
+    """Return `Type: first line of the message`, for logs and for errors that name another one as their cause."""
+    name = type(error).__name__
+    line = first_line(error)
+    return name if line == name else f"{name}: {line}"

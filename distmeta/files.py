@@ -1,4 +1,4 @@
-"""Files written whole or not at all, locks, and values as JSON has them."""
+"""Atomic writes, the lock on a run folder, and values as JSON has them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from distmeta.errors import InputError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A text file that is there as a whole or not at all, also where the machine dies."""
+    """Write a text file that appears as a whole or not at all, even if the machine loses power."""
     part = path.with_name(f".writing-{path.name}")
     with part.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -23,7 +23,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Makes a file or a folder's entries durable."""
+    """Make a file's content, or a folder's entries, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -32,19 +32,22 @@ def flush_to_disk(path: Path) -> None:
 
 
 class FolderInUseError(InputError):
-    """Another process writes there."""
+    """Another process writes to the folder."""
 
 
-def lock_folder(folder: Path, place: Path) -> IO[str]:
-    """A lock on a run folder for as long as the file is open; the kernel gives it back however a process ends.
+def lock_folder(folder: Path, lock_dir: Path) -> IO[str]:
+    """Lock a run folder until the returned file is closed. The kernel releases the lock however the process ends.
+
+    On a file system without locks nothing is locked.
 
     Args:
-        place: the folder that holds the lock's file: the run folder itself, or what lasts when it is replaced.
+        folder: the run folder; the error names it.
+        lock_dir: where the lock file is: the run folder itself, or its parent if the folder may be replaced as a whole.
 
     Raises:
-        FolderInUseError: another process has it.
+        FolderInUseError: another process holds the lock.
     """
-    file = (place / ".lock").open("a")
+    file = (lock_dir / ".lock").open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -56,9 +59,11 @@ def lock_folder(folder: Path, place: Path) -> IO[str]:
 
 
 def to_json_value(value: Any) -> Any:
-    """The value with null for numbers that JSON has not: NaN, infinities."""
+    """Return the value with null in place of numbers that JSON does not have (NaN, infinities)."""
     if isinstance(value, dict):
         return {key: to_json_value(item) for key, item in value.items()}
     if isinstance(value, list):
         return [to_json_value(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
