@@ -349,6 +349,16 @@ class ChecksJob(Protocol):
         ...
 
 
+@runtime_checkable
+class StrategyClass(Protocol):
+    """What a job reads from the class of a strategy when it is parsed (`distmeta.runtime.strategy.Strategy`)."""
+
+    requires_workers: bool
+    """Whether the strategy needs Ray workers."""
+    equals_driver: bool
+    """Whether theta and the optimizer state are those of `driver` to the bit. A resume may move between such strategies."""
+
+
 CAPABILITIES: dict[str, tuple[type, ...]] = {
     "algorithm": (
         HasMetaLoss,

@@ -1,61 +1,110 @@
-"""The job: YAML and overrides, checked once into a frozen tree (DESIGN.md section 6)."""
+"""The job: YAML and overrides, checked once into a frozen tree."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, field_validator, model_validator
 
-from distmeta.config.parts import describe
-from distmeta.config.search_space import Sweep
+from distmeta.config.parts import describe_validation_error
+from distmeta.config.search_space import SweepSection
 from distmeta.config.sections import (
     AlgorithmSection,
     Change,
-    Component,
-    Compute,
+    ComputeSection,
     Count,
     ModelSection,
-    Outer,
-    Run,
+    OuterSection,
+    PartSection,
+    RunSection,
     Section,
+    StrategySection,
     TasksSection,
+    TrackerSection,
     Tracking,
-    plain_name,
+    check_folder_name,
 )
-from distmeta.config.yaml_text import dump_yaml, line_of, override, parse_yaml, put, value_at
+from distmeta.config.yaml_text import apply_overrides, dump_yaml, find_line, get_value, parse_yaml, set_value
 from distmeta.errors import InputError, did_you_mean
+from distmeta.protocols import ChecksJob, StrategyClass
 
-CHANGING = ("outer.lr", "outer.momentum", "outer.weight_decay", "outer.clip_norm")
-"""Keys whose values may take over during a run, besides the algorithm's floats."""
-NOT_SEARCHED = (
-    "name", "output", "tracking", "sweep", "changes", "run.steps", "run.workers", "run.cpus", "run.gpus", "run.address",
-    "run.start", "run.name", "run.eval", "run.checkpoint", "run.keep", "run.patience", "run.strategy", "run.servers",
-)  # fmt: skip
-"""Beginnings of keys that say where, how long and against what a trial runs."""
+CHANGEABLE = ("outer.lr", "outer.momentum", "outer.weight_decay", "outer.clip_norm")
+"""Keys whose values may change during a run, besides the algorithm's floats."""
+NOT_SEARCHABLE = (
+    "name",
+    "output",
+    "tracking",
+    "sweep",
+    "changes",
+    "run.steps",
+    "run.workers",
+    "run.cpus",
+    "run.gpus",
+    "run.address",
+    "run.start",
+    "run.name",
+    "run.eval",
+    "run.checkpoint",
+    "run.keep",
+    "run.patience",
+    "strategy.type",
+    "strategy.servers",
+)
+"""Prefixes of keys that a sweep may not search: they say where, how long and on what a trial runs."""
+
+
+def _count_trackers(value: Any) -> str:
+    return "several" if isinstance(value, list | tuple) else "one"
+
+
+OneOrSeveralTrackers = Annotated[
+    Annotated[TrackerSection, Tag("one")] | Annotated[list[TrackerSection], Tag("several")],
+    Discriminator(_count_trackers),
+]
 
 
 class Job(Section):
-    """One description of a training; `Job.load` reads it."""
+    """The description of a training. `Job.load` reads a file, `Job.parse` takes Python data."""
 
     name: str
+    """Names the run folder and the experiment."""
     seed: Count = 0
+    """Every random number of the run derives from it."""
     model: ModelSection
+    """The network."""
     tasks: TasksSection
+    """The distribution of tasks."""
     algorithm: AlgorithmSection
-    outer: Outer = Outer()
-    run: Run = Run()
-    compute: Compute = Compute()
+    """The meta-learner."""
+    outer: OuterSection = OuterSection()
+    """The outer optimizer."""
+    strategy: StrategySection = Field(
+        default_factory=lambda: StrategySection.model_validate({"type": "driver"})
+    )
+    """How meta-gradients are combined."""
+    run: RunSection = RunSection()
+    """Length, workers, evaluation and checkpoints."""
+    compute: ComputeSection = ComputeSection()
+    """How a shard's gradient is computed."""
     tracking: Tracking = Tracking()
+    """A tracker, or a list of trackers."""
     output: str = "runs"
+    """Folder or URI (`s3://`, `gs://`, `file://`) in which the run folder is made."""
     changes: list[Change] = Field(default=[])
-    """In the order of their steps. A run of population based training is one job, with its changes."""
-    sweep: Sweep | None = None
-    """What `distmeta sweep` searches; a training does not look at it."""
+    """Values that take over during the run, in the order of their steps. Population-based training writes them."""
+    sweep: SweepSection | None = None
+    """What `distmeta sweep` searches. A training ignores it."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        return check_folder_name("name", name)
 
     @model_validator(mode="after")
     def _check(self) -> Job:
+        self._check_parts()
         self._check_changes()
         if self.sweep is not None:
             self._check_sweep(self.sweep)
@@ -65,20 +114,31 @@ class Job(Section):
             )
         return self
 
-    @field_validator("name")
-    @classmethod
-    def _check_name(cls, name: str) -> str:
-        return plain_name("name", name)
+    def _check_parts(self) -> None:
+        """Check conditions that a part has on the rest of the job."""
+        strategy = self.strategy.part
+        if not isinstance(strategy, StrategyClass):
+            raise InputError(
+                f"strategy.type: got {self.strategy.type!r}, expected a class with the attributes requires_workers and "
+                "equals_driver (distmeta.runtime.strategy.Strategy)"
+            )
+        if strategy.requires_workers and not self.run.max_workers:
+            raise InputError(
+                f"strategy.type: got {self.strategy.type!r} with run.workers: 0, expected at least 1 worker"
+            )
+        for section in (self.model, self.tasks, self.algorithm, self.strategy):
+            if isinstance(section.part, ChecksJob):
+                section.part.check_job(self, section.options)
 
     def _check_changes(self) -> None:
         for i, change in enumerate(self.changes):
             if i and change.step <= self.changes[i - 1].step:
-                before = self.changes[i - 1].step
-                raise InputError(f"changes.{i}.step: got {change.step}, expected more than {before}")
+                step_before = self.changes[i - 1].step
+                raise InputError(f"changes.{i}.step: got {change.step}, expected more than {step_before}")
             for key in change.set:
                 if not self.may_change(key):
                     raise InputError(
-                        f"changes.{i}.set: {key} cannot change during a run, expected {', '.join(CHANGING)} or "
+                        f"changes.{i}.set: {key} cannot change during a run, expected {', '.join(CHANGEABLE)} or "
                         f"an option of {self.algorithm.type} that is a float"
                     )
             try:
@@ -86,21 +146,20 @@ class Job(Section):
             except InputError as error:
                 raise InputError(f"changes.{i}.set: {error}") from None
 
-    def _check_sweep(self, sweep: Sweep) -> None:
-        """Every key is the job's, and takes every value (of a range: its bounds)."""
+    def _check_sweep(self, sweep: SweepSection) -> None:
+        """Check that every key of the space is the job's and accepts every value (of a range: its bounds)."""
         if self.run.eval_every == 0:
             raise InputError("sweep: got run.eval_every: 0, expected evaluations to compare trials by")
         if self.changes:
             raise InputError("sweep: got a job with changes, expected one without")
         for key, domain in sweep.space.items():
             field = f"sweep.space.{key}"
-            if key.startswith(NOT_SEARCHED):
-                raise InputError(f"{field}: this key is not a trial's to choose")
-            if sweep.scheduler.type == "pbt" and not (
-                self.may_change(key) and domain.kind in ("uniform", "loguniform")
-            ):
+            if key.startswith(NOT_SEARCHABLE):
+                raise InputError(f"{field}: a sweep cannot search this key")
+            is_range = domain.kind in ("uniform", "loguniform")
+            if sweep.scheduler.type == "pbt" and not (is_range and self.may_change(key)):
                 raise InputError(
-                    f"{field}: pbt changes it during a run, expected a range of {', '.join(CHANGING)} or "
+                    f"{field}: pbt changes it during a run, expected a range of {', '.join(CHANGEABLE)} or "
                     f"of an option of {self.algorithm.type} that is a float"
                 )
             for value in domain.values:
@@ -109,49 +168,60 @@ class Job(Section):
                 except InputError as error:
                     raise InputError(f"{field}: {domain.kind} gives {value!r}: {error}") from None
 
-    def may_change(self, key: str) -> bool:
-        """Whether a key's value may take over during a run."""
-        section, _, name = key.partition(".")
-        return key in CHANGING or (section == "algorithm" and type(self.algorithm.options.get(name)) is float)
+    @property
+    def trackers(self) -> list[TrackerSection]:
+        """The sections of all trackers. `type: none` is no tracker."""
+        sections = self.tracking if isinstance(self.tracking, list) else [self.tracking]
+        return [section for section in sections if section.type != "none"]
 
-    def with_values(self, values: Mapping[str, Any], **top: Any) -> Job:
-        """The job of a trial: without `sweep`, other values at dotted keys; `top`: other sections as a whole."""
-        tree = self.tree() | {"sweep": None} | top
+    def may_change(self, key: str) -> bool:
+        """Return whether a key's value may change during a run."""
+        section, _, name = key.partition(".")
+        is_float_of_algorithm = section == "algorithm" and type(self.algorithm.options.get(name)) is float
+        return key in CHANGEABLE or is_float_of_algorithm
+
+    def with_values(self, values: Mapping[str, Any], **sections: Any) -> Job:
+        """Return the job without `sweep`, with other values at dotted keys and with whole `sections` replaced."""
+        tree = self.to_dict() | {"sweep": None} | sections
         for key, value in values.items():
-            put(tree, key, value, key)
+            set_value(tree, key, value, key)
         return Job.parse(tree)
 
     @property
     def trial_steps(self) -> int:
-        """Steps of one of the sweep's trials: no more than the job's."""
+        """Steps of each of the sweep's trials, at most the job's own."""
         asked = self.sweep.steps if self.sweep is not None else None
         return min(asked or self.run.steps, self.run.steps)
 
     def value(self, key: str) -> Any:
-        """The value at a dotted key."""
-        return value_at(self.tree(), key)
+        """Return the value at a dotted key."""
+        return get_value(self.to_dict(), key)
 
     def phase(self, step: int) -> int:
-        """How many of the changes hold in the step after `step` completed ones."""
+        """Return how many of the changes hold in the step after `step` completed ones."""
         return sum(change.step <= step for change in self.changes)
 
     def at(self, step: int) -> Job:
-        """The job as it is in the step after `step` completed ones: with the values that hold then, without changes."""
-        values = {key: v for change in self.changes[: self.phase(step)] for key, v in change.set.items()}
-        return self.with_values(values, changes=[]) if self.changes else self
+        """Return the job as it is in the step after `step` completed ones: with the values of then, without changes."""
+        if not self.changes:
+            return self
+        values: dict[str, float] = {}
+        for change in self.changes[: self.phase(step)]:
+            values |= change.set
+        return self.with_values(values, changes=[])
 
-    def changing(self, step: int) -> dict[str, float]:
-        """The values that hold in that step, of the keys that change at any time."""
+    def changed_values(self, step: int) -> dict[str, float]:
+        """Return the values in that step of all keys that change at any time."""
         keys = {key for change in self.changes for key in change.set}
         now = self.at(step)
         return {key: now.value(key) for key in sorted(keys)}
 
     @staticmethod
     def load(path: str | Path, overrides: Sequence[str] = ()) -> Job:
-        """Reads a YAML file, applies `key=value` overrides, checks all of it.
+        """Read a YAML file, apply `key=value` overrides and check all of it.
 
         Raises:
-            InputError: one line that names the file, the key, what it got and what was expected.
+            InputError: one line that names the file, the key, the value and what was expected.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -161,53 +231,60 @@ class Job(Section):
             return Job.parse(parse_yaml(text, str(path)), overrides)
         except InputError as error:
             message = str(error)
-            raise InputError(
-                message
-                if message.startswith(str(path))
-                else f"{path}: {_line(text, message, overrides)}{message}"
-            ) from None
+            if not message.startswith(str(path)):
+                message = f"{path}: {_describe_line(text, message, overrides)}{message}"
+            raise InputError(message) from None
 
     @staticmethod
     def parse(tree: Any, overrides: Sequence[str] = ()) -> Job:
-        """Checks a plain tree, as YAML gives it."""
+        """Check a tree of Python data, as YAML gives it.
+
+        Raises:
+            InputError: names the key, the value and what was expected.
+        """
         if not isinstance(tree, dict):
             raise InputError(f"got {type(tree).__name__}, expected a mapping with the keys of a job")
         try:
-            tree = override(tree, overrides)
+            tree = apply_overrides(tree, overrides)
         except RecursionError:
             raise InputError("got keys nested without end, expected a tree (an alias in itself?)") from None
-        _refuse_unknown(tree, Job, "")
+        _refuse_unknown_keys(tree, Job, "")
         try:
             return Job.model_validate(tree)
         except ValidationError as error:
-            raise InputError(describe(error)) from None
+            raise InputError(describe_validation_error(error)) from None
 
-    def tree(self) -> dict[str, Any]:
-        """The job as plain data, every default written out."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the job as plain data with every default written out."""
         return self.model_dump(mode="json")
 
-    def dump(self) -> str:
-        """The job as YAML."""
-        return dump_yaml(self.tree())
+    def to_yaml(self) -> str:
+        """Return the job as YAML."""
+        return dump_yaml(self.to_dict())
 
     def replace(self, **sections: Mapping[str, Any]) -> Job:
-        """A copy with some keys of some sections changed, checked again."""
-        tree = self.tree()
+        """Return a copy with some keys of some sections changed, checked again."""
+        tree = self.to_dict()
         for section, changes in sections.items():
             tree[section] = tree[section] | dict(changes)
         return Job.parse(tree)
 
 
-def _line(text: str, message: str, overrides: Sequence[str]) -> str:
-    """`line 12: ` where a message begins with a key of the file."""
+def run_in_process(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree of a job that computes in this process and has nothing to combine (an evaluation)."""
+    return {**tree, "run": {**tree["run"], "workers": 0}, "strategy": {"type": "driver"}}
+
+
+def _describe_line(text: str, message: str, overrides: Sequence[str]) -> str:
+    """Return `line 12: ` if the message begins with a key of the file, else nothing."""
     key = message.partition(": ")[0]
-    if any(text.partition("=")[0] in key for text in overrides):
+    if any(override.partition("=")[0] in key for override in overrides):
         return ""
-    line = line_of(text, key)
+    line = find_line(text, key)
     return "" if line is None else f"line {line}: "
 
 
-def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
+def _refuse_unknown_keys(tree: Mapping[str, Any], section: type[BaseModel], prefix: str) -> None:
     for key, value in tree.items():
         field = section.model_fields.get(key) if isinstance(key, str) else None
         if field is None:
@@ -215,9 +292,10 @@ def _refuse_unknown(tree: Mapping[str, Any], section: type[BaseModel], prefix: s
                 f"{prefix}{key}: unknown key; {did_you_mean(str(key), list(section.model_fields))}"
             )
         kind = field.annotation
-        if kind == Sweep | None and value is not None:
-            kind = Sweep
-        if isinstance(kind, type) and issubclass(kind, Section) and not issubclass(kind, Component):
+        if kind == SweepSection | None and value is not None:
+            kind = SweepSection
+        is_section = isinstance(kind, type) and issubclass(kind, Section)
+        if is_section and not issubclass(kind, PartSection):
             if not isinstance(value, dict):
                 raise InputError(f"{prefix}{key}: got {value!r}, expected a section of keys")
-            _refuse_unknown(value, kind, f"{prefix}{key}.")
+            _refuse_unknown_keys(value, kind, f"{prefix}{key}.")

@@ -1,7 +1,7 @@
-"""Parts that a job names: `type: maml` from a literal table, or the user's own `type: package.module:Name`.
+"""Parts that a job names: `type: maml` from the catalog, or a user's own `type: package.module:Name`.
 
-A part is a class or a function; the section's other keys are its keyword arguments, checked against its
-signature by pydantic (strictly: no silent conversions).
+A part is a class or a function. The other keys of its section are keyword arguments, checked strictly against the
+part's signature: no type is converted silently.
 """
 
 from __future__ import annotations
@@ -13,15 +13,42 @@ import sys
 import typing
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from distmeta.errors import InputError, did_you_mean
 
+Part = Callable[..., Any]
 
-def locate(field: str, kind: str, table: Mapping[str, str]) -> Callable[..., Any]:
-    """The class or function behind a `type`. The working folder is importable, as it is for `python -m`."""
+FIELD_PREFIX = "field_"
+"""Put before a parameter's name in the pydantic model, where names such as `copy` or `json` are taken."""
+LONGEST_SHOWN = 200
+"""Characters of a user's value that a message repeats."""
+
+
+class Signature(NamedTuple):
+    """What a part accepts."""
+
+    fields: dict[str, Any]
+    """(annotation, pydantic field) by parameter name."""
+    accepts_any: bool
+    """Whether it has a `**keywords` parameter."""
+    schema: type[BaseModel]
+    """A pydantic model that checks options."""
+
+
+def import_part(field: str, kind: str, table: Mapping[str, str]) -> Part:
+    """Import the class or function behind a `type`. Modules in the working folder can be imported.
+
+    Args:
+        field: the job's key, for messages.
+        kind: a name in the table, or `package.module:Name`.
+        table: name -> "package.module:Name".
+
+    Raises:
+        InputError: no such name, module, class or function, or the import failed.
+    """
     target = table.get(kind, kind)
     if ":" not in target:
         raise InputError(
@@ -41,9 +68,9 @@ def locate(field: str, kind: str, table: Mapping[str, str]) -> Callable[..., Any
         raise InputError(
             f"{field}: importing {module_name!r} failed: {type(error).__name__}: {error}"
         ) from error
-    part = getattr(module, name, None)
+    part = vars(module).get(name)
     if not callable(part):
-        names = [n for n, value in vars(module).items() if callable(value) and not n.startswith("_")]
+        names = [known for known, value in vars(module).items() if callable(value) and known[0] != "_"]
         raise InputError(
             f"{field}: {module_name!r} has no class or function {name!r}; {did_you_mean(name, names)}"
         )
@@ -51,43 +78,60 @@ def locate(field: str, kind: str, table: Mapping[str, str]) -> Callable[..., Any
 
 
 def check_options(
-    section: str, part: Callable[..., Any], options: Mapping[str, Any], filled: Collection[str]
+    section: str, part: Part, options: Mapping[str, Any], given: Collection[str]
 ) -> dict[str, Any]:
-    """The options with the signature's defaults filled in; parameters named in `filled` are given by distmeta.
+    """Return the options with the part's defaults filled in.
+
+    Args:
+        section: the job's section, for messages.
+        given: parameters that distmeta supplies.
 
     Raises:
-        InputError: an unknown key, a missing one, a wrong type.
+        InputError: an unknown key, a missing one, or a wrong type.
     """
-    fields, open_ended, schema = _schema(part, tuple(filled))
+    signature = _read_signature(part, tuple(given))
     for key in options:
-        if key not in fields and not open_ended:
-            known = [name for name in fields if name not in filled]
+        if key not in signature.fields and not signature.accepts_any:
+            known = [name for name in signature.fields if name not in given]
             raise InputError(
-                f"{section}.{key}: unknown key of {section} type {_name(part)}; "
+                f"{section}.{key}: unknown key of {section} type {_name_part(part)}; "
                 f"{did_you_mean(str(key), known or ['type'])}"
             )
     try:
-        checked = schema.model_validate({f"field_{name}": value for name, value in options.items()})
+        checked = signature.schema.model_validate(
+            {FIELD_PREFIX + name: value for name, value in options.items()}
+        )
     except ValidationError as error:
-        raise InputError(describe(error, section + ".")) from None
-    values = {name.removeprefix("field_"): value for name, value in checked}
-    values |= {name.removeprefix("field_"): value for name, value in (checked.model_extra or {}).items()}
-    return {name: value for name, value in values.items() if name not in filled or name in options}
+        raise InputError(describe_validation_error(error, section + ".")) from None
+    pairs = [*checked, *(checked.model_extra or {}).items()]
+    values = {name.removeprefix(FIELD_PREFIX): value for name, value in pairs}
+    return {name: value for name, value in values.items() if name not in given or name in options}
 
 
-def construct(part: Callable[..., Any], options: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """Calls a part with its options, and with what distmeta gives where the part accepts it."""
+def default_options(part: Part) -> dict[str, Any]:
+    """Return the options of a part that have a default, with these defaults."""
+    parameters = inspect.signature(part).parameters
+    return {
+        name: parameter.default
+        for name, parameter in parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+
+
+def build_part(part: Part, options: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """Call a part with its options, and with those arguments of `given` that it accepts."""
     parameters = inspect.signature(part).parameters
     accepted = {name: value for name, value in given.items() if name in parameters and name not in options}
     return part(**options, **accepted)
 
 
-def describe(error: ValidationError, prefix: str = "") -> str:
-    """One line of a pydantic error: the key, what it got, what it expected; and how many more there are."""
+def describe_validation_error(error: ValidationError, prefix: str = "") -> str:
+    """Return one line for a pydantic error: key, value, what was expected, and the number of further errors."""
     errors = error.errors()
     first = errors[0]
     cause = first.get("ctx", {}).get("error")
-    field = prefix + ".".join(str(part).removeprefix("field_") for part in first["loc"])
+    path = [str(part).removeprefix(FIELD_PREFIX) for part in first["loc"]]
+    field = prefix + ".".join(path)
     if isinstance(cause, InputError):
         text = str(cause)
     elif first["type"] == "missing":
@@ -99,60 +143,62 @@ def describe(error: ValidationError, prefix: str = "") -> str:
     elif first["type"] == "value_error":
         text = f"{field}: {cause}"
     else:
-        text = f"{field}: got {shown(first['input'])}, expected {_expected(first['msg'])}"
-    return text + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
+        text = f"{field}: got {show_value(first['input'])}, expected {_describe_expected(first['msg'])}"
+    more = len(errors) - 1
+    return f"{text} (and {more} more)" if more else text
 
 
-def shown(value: Any) -> str:
-    """What the user gave, not longer than a line."""
+def show_value(value: Any) -> str:
+    """Return a user's value as text of at most a line."""
     try:
         text = repr(value)
     except ValueError:  # Python prints no integer of more than 4,300 digits
         return "a very large number"
-    return text if len(text) <= 200 else text[:197] + "..."
+    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 
-def _expected(message: str) -> str:
-    """'Input should be greater than 0' -> 'a value greater than 0'."""
+def _describe_expected(message: str) -> str:
+    """Return `a value greater than 0` for pydantic's `Input should be greater than 0`."""
     text = message.removeprefix("Input should be ").removeprefix("a valid ")
     return f"a value {text}" if text.startswith(("greater", "less")) else text
 
 
 @lru_cache
-def _schema(
-    part: Callable[..., Any], filled: tuple[str, ...]
-) -> tuple[dict[str, Any], bool, type[BaseModel]]:
-    """What `_fields` gives, and a model that checks it: made once a part, for that takes milliseconds."""
-    fields, open_ended = _fields(part, filled)
-    schema = create_model(
-        _name(part),
-        __config__=ConfigDict(
-            extra="allow", strict=True, arbitrary_types_allowed=True, protected_namespaces=()
-        ),
-        **{f"field_{name}": value for name, value in fields.items()},
-    )
-    return fields, open_ended, schema
-
-
-def _fields(part: Callable[..., Any], filled: Collection[str]) -> tuple[dict[str, Any], bool]:
-    """Pydantic fields of a signature, and whether it takes any keyword."""
+def _read_signature(part: Part, given: tuple[str, ...]) -> Signature:
+    """Read what a part accepts. Cached, because building a pydantic model takes milliseconds."""
+    function = part.__init__ if inspect.isclass(part) else part
     try:
-        hints = typing.get_type_hints(part.__init__ if inspect.isclass(part) else part, include_extras=True)
+        hints = typing.get_type_hints(function, include_extras=True)
     except (NameError, TypeError):  # annotations that cannot be evaluated are not checked
         hints = {}
     fields: dict[str, Any] = {}
-    open_ended = False
+    accepts_any = False
     for name, parameter in inspect.signature(part).parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            open_ended = True
+            accepts_any = True
         elif parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY):
-            default: Any = parameter.default
-            if default is inspect.Parameter.empty:
-                default = None if name in filled else ...
-            annotation = Any if name in filled else hints.get(name, Any)
-            fields[name] = (annotation, Field(default) if default is ... else Field(default=default))
-    return fields, open_ended
+            fields[name] = _make_field(parameter, hints.get(name, Any), is_given=name in given)
+    schema = create_model(
+        _name_part(part),
+        __config__=ConfigDict(
+            extra="allow", strict=True, arbitrary_types_allowed=True, protected_namespaces=()
+        ),
+        **{FIELD_PREFIX + name: field for name, field in fields.items()},
+    )
+    return Signature(fields, accepts_any, schema)
 
 
-def _name(part: Callable[..., Any]) -> str:
-    return getattr(part, "__name__", str(part))
+def _make_field(parameter: inspect.Parameter, annotation: Any, is_given: bool) -> tuple[Any, Any]:
+    """Return the (annotation, field) of one parameter for `create_model`."""
+    has_default = parameter.default is not inspect.Parameter.empty
+    if has_default:
+        field = Field(default=parameter.default)
+    elif is_given:
+        field = Field(default=None)
+    else:
+        field = Field(...)
+    return (Any if is_given else annotation), field
+
+
+def _name_part(part: Part) -> str:
+    return part.__name__ if inspect.isclass(part) or inspect.isfunction(part) else str(part)

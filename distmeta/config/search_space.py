@@ -51,7 +51,7 @@ class Domain(Section):
             raise InputError(f"{key}.loguniform: got a lower bound of {low}, expected more than 0")
 
 
-class Scheduler(Section):
+class SchedulerSection(Section):
     """Which trials go on."""
 
     type: Literal["none", "asha", "pbt"] = "asha"
@@ -67,14 +67,14 @@ class Scheduler(Section):
     """pbt: steps between perturbations; null: run.eval_every."""
 
     @model_validator(mode="after")
-    def _check(self) -> Scheduler:
+    def _check(self) -> SchedulerSection:
         for key, owner in (("grace", "asha"), ("reduction", "asha"), ("interval", "pbt")):
             if self.type != owner and getattr(self, key) is not None:
                 raise InputError(f"sweep.scheduler.{key}: got {getattr(self, key)}, but it is {owner}'s")
         return self
 
 
-class Sweep(Section):
+class SweepSection(Section):
     """`distmeta sweep`: trials of a job with values from a space."""
 
     space: Annotated[dict[str, Domain], Field(min_length=1)]
@@ -89,7 +89,7 @@ class Sweep(Section):
     """Trials at once; null: as many as there is room for."""
     search: Literal["random", "tpe"] = "random"
     """tpe: tree-structured Parzen estimator (Bergstra et al. 2011), by Optuna."""
-    scheduler: Scheduler = Scheduler()
+    scheduler: SchedulerSection = SchedulerSection()
     seed: Count | None = None
     """Of the draws; null: the job's."""
     steps: Positive | None = None
@@ -98,7 +98,7 @@ class Sweep(Section):
     """Steps of all trials together, after which the sweep ends; null: none."""
 
     @model_validator(mode="after")
-    def _check(self) -> Sweep:
+    def _check(self) -> SweepSection:
         for key, domain in self.space.items():
             domain.check(f"sweep.space.{key}")
         grid = [key for key, domain in self.space.items() if domain.kind == "grid"]

@@ -1,4 +1,7 @@
-"""The sections of a job: the parts that it names, how they are run and computed, and where that is written."""
+"""The sections of a job: the parts that it names, how a run computes them, and where the results go.
+
+The docstring below a field is its description in `docs/reference/job.md`.
+"""
 
 from __future__ import annotations
 
@@ -8,45 +11,62 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from distmeta.algorithms import ALGORITHMS
-from distmeta.config import combining
-from distmeta.config.combining import Strategy
-from distmeta.config.parts import check_options, locate
+from distmeta.config.catalog import ALGORITHMS, MODELS, STRATEGIES, TASKS, TRACKERS
+from distmeta.config.parts import check_options, import_part
 from distmeta.config.workers import Elastic, Workers
 from distmeta.errors import InputError
-from distmeta.models import MODELS
 from distmeta.seeding import MOST_STEPS, MOST_TASKS
-from distmeta.tasks import TASKS
 
 Positive = Annotated[int, Field(ge=1)]
 Tasks = Annotated[int, Field(ge=1, le=MOST_TASKS)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-LEAST_GPU = 1e-4
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+SMALLEST_GPU_SHARE = 1e-4
 """The smallest fraction of a resource that Ray can place."""
+
+OPTIMIZER_OPTIONS = {
+    "sgd": ("momentum", "nesterov", "weight_decay"),
+    "adam": ("betas", "eps", "weight_decay"),
+    "adamw": ("betas", "eps", "weight_decay"),
+    "rmsprop": ("momentum", "eps", "weight_decay"),
+}
+"""Which keys of `outer` each optimizer takes."""
 
 
 class Section(BaseModel):
+    """A part of a job with a fixed set of keys: unknown keys and wrong types are errors."""
+
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=()
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
 
-class Component(Section):
-    """`type`, keys of distmeta's own, and the options of the part that the type names."""
+class PartSection(Section):
+    """A section that names a part by `type`. All other keys are options of that part, checked against its signature."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="allow", frozen=True, strict=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
     section: ClassVar[str]
     table: ClassVar[Mapping[str, str]]
     given: ClassVar[tuple[str, ...]] = ()
-    """Arguments that distmeta fills in."""
-    given_for_good: ClassVar[bool] = False
+    """Constructor arguments that distmeta supplies."""
+    given_only_by_distmeta: ClassVar[bool] = False
+    """Whether a job may not set the arguments in `given`."""
 
     type: str
+    """A shipped part's name, or `package.module:Name` for your own."""
 
     @model_validator(mode="before")
     @classmethod
-    def _check(cls, data: Any) -> Any:
+    def _check_options(cls, data: Any) -> Any:
         if not isinstance(data, dict) or not isinstance(data.get("type"), str):
             raise InputError(
                 f"{cls.section}.type: missing, expected one of {', '.join(cls.table)} or package.module:Name"
@@ -54,56 +74,97 @@ class Component(Section):
         own = {key: value for key, value in data.items() if key in cls.model_fields}
         options = {key: value for key, value in data.items() if key not in cls.model_fields}
         for key in cls.given:
-            if key in options and cls.given_for_good:
-                raise InputError(f"{cls.section}.{key}: distmeta gives this argument, a job cannot")
-        part = locate(f"{cls.section}.type", data["type"], cls.table)
+            if key in options and cls.given_only_by_distmeta:
+                raise InputError(f"{cls.section}.{key}: distmeta supplies this argument, a job cannot set it")
+        part = import_part(f"{cls.section}.type", data["type"], cls.table)
         return own | check_options(cls.section, part, options, cls.given)
 
     @property
     def part(self) -> Any:
-        return locate(f"{self.section}.type", self.type, self.table)
+        """The class or function that `type` names."""
+        return import_part(f"{self.section}.type", self.type, self.table)
 
     @property
     def options(self) -> dict[str, Any]:
+        """The part's keyword arguments, with defaults filled in."""
         return dict(self.model_extra or {})
 
 
-class ModelSection(Component):
+class ModelSection(PartSection):
+    """The network: a `torch.nn.Module` and how it starts."""
+
     section = "model"
     table = MODELS
     given = ("in_shape", "out_features")
+
     freeze: str | None = None
-    """Glob over parameter names: what it matches is not trained."""
+    """Glob over parameter names. Matching parameters are not trained."""
     init_from: str | None = None
-    """safetensors file of parameters and buffers to start from."""
+    """safetensors file with parameters and buffers to start from."""
     head: Literal["linear", "shared", "prototype"] = "linear"
-    """How a task's last linear layer starts: theta's own, one row copied to every class, or the classes' prototypes;
-    the last two leave the number of ways free."""
+    """How the last linear layer of a task starts: `linear` uses theta's own, `shared` copies one row to every class,
+    and `prototype` computes it from the class means. The last two work with any number of ways."""
 
 
-class TasksSection(Component):
+class TasksSection(PartSection):
+    """The distribution of tasks."""
+
     section = "tasks"
     table = TASKS
 
 
-class AlgorithmSection(Component):
+class AlgorithmSection(PartSection):
+    """The meta-learner."""
+
     section = "algorithm"
     table = ALGORITHMS
     given = ("model", "score")
-    given_for_good = True
+    given_only_by_distmeta = True
 
 
-class Schedule(Section):
-    """The outer rate over the steps; past its length the rate stays."""
+class StrategySection(PartSection):
+    """How the shards' meta-gradients become the next theta: who holds theta and the optimizer state."""
+
+    section = "strategy"
+    table = STRATEGIES
+    given = ("problem", "outer", "state", "report")
+    given_only_by_distmeta = True
+
+    @property
+    def compress(self) -> str:
+        """How gradients travel: `none`, `bf16` or `int8`; `none` if the strategy has no such option."""
+        return self.options.get("compress", "none")
+
+
+class TrackerSection(PartSection):
+    """A tracker: where the history of a run goes besides its folder."""
+
+    section = "tracking"
+    table = TRACKERS
+    given = ("run",)
+    given_only_by_distmeta = True
+
+
+class Tracking(Section):
+    """Replaced by TrackerSection as soon as trackers are parts."""
+
+    type: Literal["mlflow", "none"] = "mlflow"
+    experiment: str | None = None
+    parent: str | None = None
+
+
+class ScheduleSection(Section):
+    """The outer learning rate over the steps. After the schedule's length the rate stays as it is."""
 
     type: Literal["constant", "linear", "cosine", "exponential"] = "constant"
+    """Shape of the schedule."""
     steps: Positive | None = None
-    """Length of the schedule in steps of the outer optimizer; null: the run's, as it starts."""
+    """Length in steps of the outer optimizer; null: all steps of the run."""
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Rate at the end, as a fraction of the first (linear, cosine; exponential needs more than 0)."""
+    """Rate at the end as a fraction of the first (linear, cosine; exponential needs more than 0)."""
 
     @model_validator(mode="after")
-    def _check(self) -> Schedule:
+    def _check_final(self) -> ScheduleSection:
         if self.type == "exponential" and self.final == 0:
             raise InputError(
                 "outer.schedule.final: got 0.0, expected more than 0 for an exponential schedule"
@@ -111,32 +172,33 @@ class Schedule(Section):
         return self
 
 
-class Outer(Section):
-    """The outer optimizer, one of torch.optim's; options that an optimizer lacks are refused."""
+class OuterSection(Section):
+    """The outer optimizer, one of `torch.optim`. Options that the optimizer does not have are refused."""
 
     optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "adam"
+    """The optimizer in `torch.optim`."""
     lr: Rate = 1e-3
-    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Outer learning rate."""
+    momentum: Fraction | None = None
+    """Momentum (sgd, rmsprop); null: torch's default."""
     nesterov: bool | None = None
-    betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = (
-        None
-    )
+    """Nesterov momentum (sgd); null: torch's default."""
+    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None = None
+    """Decay rates of Adam's two moments; null: torch's default."""
     eps: Rate | None = None
+    """Term added to the denominator (adam, adamw, rmsprop); null: torch's default."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """Weight decay; null: torch's default."""
     clip_norm: Rate | None = None
     """Largest norm of the meta-gradient; null: not clipped."""
     rates: dict[str, Rate] = {}
-    """Rates of named parts of theta, by glob over its keys; the first that matches counts."""
-    schedule: Schedule = Schedule()
+    """Learning rates for some entries of theta, by glob over their names. The first match counts."""
+    schedule: ScheduleSection = ScheduleSection()
+    """How the learning rate changes over the run."""
 
     @model_validator(mode="after")
-    def _check(self) -> Outer:
-        allowed = {
-            "sgd": ("momentum", "nesterov", "weight_decay"),
-            "adam": ("betas", "eps", "weight_decay"),
-            "adamw": ("betas", "eps", "weight_decay"),
-            "rmsprop": ("momentum", "eps", "weight_decay"),
-        }[self.optimizer]
+    def _check_options(self) -> OuterSection:
+        allowed = OPTIMIZER_OPTIONS[self.optimizer]
         for key in ("momentum", "nesterov", "betas", "eps", "weight_decay"):
             if getattr(self, key) is not None and key not in allowed:
                 raise InputError(
@@ -147,60 +209,48 @@ class Outer(Section):
         return self
 
 
-class Run(Section):
+class RunSection(Section):
+    """Length, workers, evaluation and checkpoints of a run."""
+
     steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 1000
+    """Outer steps."""
     tasks_per_step: Tasks = 32
+    """Tasks whose meta-gradients are averaged in one outer step."""
     shards: Positive | None = None
     """Fixed pieces that a step's tasks are cut into; null: min(8, groups of tasks). The bits depend on it."""
     workers: Workers = 0
-    """Ray actors; 0 computes in this process, without Ray. {min: 2, max: 16}: as many of them as find room."""
-    strategy: Strategy = "driver"
-    """Who holds theta, adds the meta-gradients and steps: a line of runtime.strategies' table."""
-    servers: Positive | None = None
-    """sharded: Ray actors that own a slice of theta each; fewer where theta has fewer blocks of 65,536."""
-    max_staleness: Count | None = None
-    """async: steps that a gradient may be older than the theta it is applied to; 0 is `driver`."""
-    staleness_aware: bool | None = None
-    """async: gradients count 1 / (1 + staleness), and so does the step's rate."""
-    replicas: Positive | None = None
-    """local: copies of theta that step on their own. The bits depend on it, on the number of workers they do not."""
-    local_steps: Positive | None = None
-    """local: outer steps between two averages."""
-    local_lr: Rate | None = None
-    """local: rate of the step on the averaged delta."""
-    local_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """local: its Nesterov momentum. With 0, and a rate of 1, parameters are averaged."""
-    compress: Literal["none", "bf16", "int8"] = "none"
-    """Of gradients on their way from workers (theta goes to them as it is). The bits depend on it, on workers' number
-    they do not."""
+    """Ray actors that compute; 0: this process computes, without Ray. {min: 2, max: 16}: as many as find room."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    """CPUs that Ray reserves for each worker. Only placement depends on it."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    """May be a fraction below 1; above 0 the worker computes on its GPU, the first where it has several."""
+    """GPUs of each worker; a fraction below 1 shares one. Above 0 the worker computes on its first GPU."""
     address: str | None = None
-    """Ray cluster to use; null: RAY_ADDRESS, else a local one started for this run."""
+    """Ray cluster to join; null: RAY_ADDRESS if it is set, else a local cluster started for this run."""
     start_timeout: Rate = 300.0
-    """Seconds to wait for the workers to be placed and ready."""
+    """Seconds to wait until the workers are placed and ready."""
     shard_timeout: Rate = 1800.0
-    """Longest that one worker may take for one shard: past it the worker counts as hung and is replaced. Sooner once
-    shards were timed: 20 times the slowest of them, a minute at least."""
+    """Longest time in seconds that a worker may take for one shard. After it the worker counts as hung and is replaced.
+    Once shards were timed, the limit is 20 times the slowest, at least a minute, if that is less."""
     max_shard_failures: Positive = 3
     """Workers that one shard may lose before the run stops."""
     on_nonfinite: Literal["skip", "stop"] = "skip"
+    """What happens if a task's meta-gradient is not finite: leave the task out of the mean, or stop the run."""
     name: str | None = None
     """Fixed name of the run folder; null: NAME-ID."""
     before_every: Count = 1
-    """Steps between those whose tasks are scored before adaptation too: a forward pass of the query more. 0: never."""
+    """Steps between those that also score tasks before adaptation (a forward pass more). 0: never."""
     eval_every: Count = 200
     """Steps between evaluations on validation tasks; 0: never."""
     eval_tasks: Tasks = 600
+    """Tasks in each evaluation."""
     eval_inner_steps: Count | None = None
-    """Inner steps at evaluation; null: the algorithm's own."""
+    """Inner steps in evaluations; null: the algorithm's own."""
     patience: Positive | None = None
-    """Evaluations without a better one after which the run stops; null: never."""
+    """Stop after so many evaluations in a row without a better one; null: never."""
     checkpoint_every: Count = 200
     """Steps between checkpoints; 0: only at the end."""
     keep: Positive = 3
-    """Latest checkpoints that are kept, besides the best."""
+    """Latest checkpoints to keep, besides the best."""
 
     @property
     def min_workers(self) -> int:
@@ -209,31 +259,27 @@ class Run(Section):
 
     @property
     def max_workers(self) -> int:
-        """Workers that the run has a use for; 0: this process computes."""
+        """Workers that the run uses at most; 0: this process computes."""
         return self.workers.max if isinstance(self.workers, Elastic) else self.workers
 
     @field_validator("gpus_per_worker")
     @classmethod
     def _check_gpus(cls, gpus: float) -> float:
-        if (gpus > 1 and gpus != int(gpus)) or 0 < gpus < LEAST_GPU:  # as Ray has it
+        is_fraction_of_several = gpus > 1 and gpus != int(gpus)
+        if is_fraction_of_several or 0 < gpus < SMALLEST_GPU_SHARE:
             raise InputError(
-                f"run.gpus_per_worker: got {gpus:g}, expected a whole number, or a fraction from {LEAST_GPU:g} to 1"
+                f"run.gpus_per_worker: got {gpus:g}, expected a whole number, or a fraction from "
+                f"{SMALLEST_GPU_SHARE:g} to 1"
             )
         return gpus
 
     @field_validator("name")
     @classmethod
     def _check_name(cls, name: str | None) -> str | None:
-        return name if name is None else plain_name("run.name", name)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill(cls, data: Any) -> Any:
-        return combining.filled(data)
+        return name if name is None else check_folder_name("run.name", name)
 
     @model_validator(mode="after")
-    def _check(self) -> Run:
-        combining.check(self)
+    def _check_counts(self) -> RunSection:
         if self.shards is not None and self.shards > self.tasks_per_step:
             raise InputError(
                 f"run.shards: got {self.shards}, expected at most run.tasks_per_step = {self.tasks_per_step}"
@@ -245,52 +291,49 @@ class Run(Section):
         return self
 
 
-class Compute(Section):
+class ComputeSection(Section):
+    """How a shard's gradient is computed. What is `auto` or null here is decided before step 0 and written into the
+    run's job.yaml."""
+
     execution: Literal["auto", "loop", "vmap", "measure"] = "auto"
-    """Task after task, or vectorised. Settled before step 0: auto by a fixed rule; measure by trying both, so that two
-    runs of one job may differ in it, and in their bits. The run's job.yaml has what was settled."""
+    """Task after task (`loop`) or vectorised (`vmap`). `auto` decides by a fixed rule. `measure` times both, so two
+    runs of one job may decide differently and have different bits."""
     chunk: Positive | None = None
-    """Groups of tasks vectorised at once; null: a whole shard."""
+    """Groups of tasks that are vectorised at once; null: a whole shard."""
     threads: Positive = 1
-    """Threads of one worker's operations. The bits depend on it."""
+    """Threads of each worker's operations. The bits of the result depend on it."""
     deterministic: bool = False
+    """Use only deterministic kernels (GPUs). torch names an operation that has none."""
     draw_ahead: bool | None = None
-    """Whether a Ray worker draws its next shard's tasks on a second thread while it computes one; null: on GPUs."""
+    """Whether a Ray worker draws the tasks of its next shard on a second thread; null: only on GPUs."""
     differentiation: Literal["auto", "reverse", "constant-memory"] = "auto"
-    """Through the whole graph of the inner loop, or step by step; the same gradient. auto is settled before step 0."""
+    """Through the whole graph of the inner loop (`reverse`), or step by step. Both give the same gradient."""
     compile: bool = False
-    """torch.compile of a shard's gradient; every worker checks it on the first shard of each shape."""
+    """Compile a shard's gradient with torch.compile. Every worker checks it on the first shard of each shape."""
     precision: Literal["float32", "bf16", "tf32"] = "float32"
-    """Of products and convolutions; theta, the optimizer and sums over tasks are float32. tf32 is for GPUs."""
+    """Of matrix products and convolutions. Theta, the optimizer and sums over tasks are float32. tf32 needs GPUs."""
 
     @model_validator(mode="after")
-    def _check(self) -> Compute:
+    def _check_chunk(self) -> ComputeSection:
         if self.chunk is not None and self.execution == "loop":
             raise InputError(
-                f"compute.chunk: got {self.chunk} with compute.execution: loop, which takes one task after the other: "
+                f"compute.chunk: got {self.chunk} with compute.execution: loop, which computes one task at a time: "
                 "leave it out, or use vmap"
             )
         return self
-
-
-class Tracking(Section):
-    type: Literal["mlflow", "none"] = "mlflow"
-    experiment: str | None = None
-    """MLflow experiment; null: MLFLOW_EXPERIMENT_NAME, else the job's name."""
-    parent: str | None = None
-    """MLflow run that this one is shown under; a sweep's trials have the sweep's."""
 
 
 class Change(Section):
     """Values that take over during a run."""
 
     step: Count
-    """Completed steps after which they hold."""
+    """Completed steps after which the values hold."""
     set: Annotated[dict[str, Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1)]
     """By dotted key: outer.lr, momentum, weight_decay, clip_norm, and the algorithm's floats, such as inner_lr."""
 
 
-def plain_name(field: str, name: str) -> str:
+def check_folder_name(field: str, name: str) -> str:
+    """Return the name. Raises InputError if it cannot name a folder."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise InputError(
             f"{field}: got {name!r}, expected letters, digits, '.', '_' and '-' (it names a folder)"

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
-from distmeta.config.parts import describe, shown
+from distmeta.config.parts import describe_validation_error, show_value
 from distmeta.errors import InputError, did_you_mean
 
 MOST = 100_000
@@ -32,7 +32,7 @@ def _parse(value: Any) -> int | Elastic:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST:
         return value
     raise InputError(
-        f"run.workers: got {shown(value)}, expected a number of workers (0: this process; at most {MOST:,}), "
+        f"run.workers: got {show_value(value)}, expected a number of workers (0: this process; at most {MOST:,}), "
         "or {min: 2, max: 16}"
     )
 
@@ -46,7 +46,7 @@ def _elastic(value: Mapping[Any, Any]) -> Elastic:
     try:
         bounds = Elastic.model_validate(dict(value))
     except ValidationError as error:
-        raise InputError(describe(error, "run.workers.")) from None
+        raise InputError(describe_validation_error(error, "run.workers.")) from None
     if bounds.min > bounds.max:
         raise InputError(
             f"run.workers: got min {bounds.min} above max {bounds.max}, expected min to be the smaller: "

@@ -14,18 +14,18 @@ MOST_NODES = 100_000
 """Of a file with its aliases written out. A few lines of aliases of aliases stand for more than any memory holds."""
 
 
-def override(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(tree: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The tree with `a.b=value` applied, values read as YAML."""
     result = _copy(tree)
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key:
             raise InputError(f"override: got {text!r}, expected key=value, such as run.workers=4")
-        put(result, key, parse_yaml(value, f"override {key}"), f"override {key}")
+        set_value(result, key, parse_yaml(value, f"override {key}"), f"override {key}")
     return result
 
 
-def put(tree: dict[str, Any], key: str, value: Any, field: str) -> None:
+def set_value(tree: dict[str, Any], key: str, value: Any, field: str) -> None:
     """Sets tree["a"]["b"] for the key a.b. Raises InputError, which names `field`, where a is not a section."""
     *parents, last = key.split(".")
     for parent in parents:
@@ -35,7 +35,7 @@ def put(tree: dict[str, Any], key: str, value: Any, field: str) -> None:
     tree[last] = value
 
 
-def value_at(tree: Mapping[str, Any], key: str) -> Any:
+def get_value(tree: Mapping[str, Any], key: str) -> Any:
     """tree["a"]["b"] for the key a.b; None where there is none."""
     node: Any = tree
     for part in key.split("."):
@@ -43,7 +43,7 @@ def value_at(tree: Mapping[str, Any], key: str) -> Any:
     return node
 
 
-def line_of(text: str, key: str) -> int | None:
+def find_line(text: str, key: str) -> int | None:
     """The line of a YAML text that a dotted key stands on, or the nearest key above it; None: not even that."""
     node, rest, line = yaml.compose(text, Loader=_Loader), key.split("."), None
     while rest and isinstance(node, yaml.MappingNode):

@@ -13,9 +13,8 @@ import numpy as np
 import torch
 
 from distmeta.compute.unroll import detached, unroll
-from distmeta.config.combining import in_process
-from distmeta.config.job import Job
-from distmeta.config.yaml_text import override
+from distmeta.config.job import Job, run_in_process
+from distmeta.config.yaml_text import apply_overrides
 from distmeta.errors import InputError
 from distmeta.evaluation.trusted_parts import stored_job
 from distmeta.protocols import Algorithm, Batch, State, Theta, to_float32
@@ -33,22 +32,22 @@ def load(
     model: Any = None,
     tasks: Any = None,
     algorithm: Any = None,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    report: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> Learner:
     """A trained meta-learner, ready to adapt: `load(path).adapt(x, y)(x_query)`.
 
     Args:
         model, tasks, algorithm: a class to use instead of the one that the checkpoint names.
-        say: told of each module of its own that the checkpoint makes us import.
+        report: told of each module of its own that the checkpoint makes us import.
 
     Raises:
         InputError: no such checkpoint, a damaged one, or one that names what is no class of the kind.
     """
     stored = checkpoints.load(checkpoint)
     parts = {"model": model, "tasks": tasks, "algorithm": algorithm}
-    trained = stored_job(stored.job, overrides, parts, say)
+    trained = stored_job(stored.job, overrides, parts, report)
     if trained.get("changes"):  # the values of the last step
-        trained = Job.parse(trained).at(stored.progress.step - 1).tree()
+        trained = Job.parse(trained).at(stored.progress.step - 1).to_dict()
     job, steps = _evaluation_job(trained, overrides)
     constants = {name: value.numpy() for name, value in stored.constants.items()}
     # beside workers this process needs no GPU
@@ -169,7 +168,7 @@ def _evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[
 
     `algorithm.inner_steps` is not part of the job here: theta may hold a rate for every trained step.
     """
-    asked = override({}, overrides)
+    asked = apply_overrides({}, overrides)
     kept = [text for text in overrides if not text.startswith("algorithm.inner_steps=")]
     for key in ("ways", "shots", "queries", "support_domain", "query_domain"):
         if (
@@ -183,8 +182,9 @@ def _evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[
     compute = {**tree["compute"], "compile": False}  # evaluation takes no meta-gradient
     if own.get("gpus_per_worker", gpus) == 0 and compute["precision"] == "tf32":
         compute["precision"] = "float32"
-    run = in_process(tree["run"]) | {"gpus_per_worker": gpus}
-    job = Job.parse({**tree, "run": run, "compute": compute, "sweep": None}, kept)
+    local = run_in_process(tree)
+    run = local["run"] | {"gpus_per_worker": gpus}
+    job = Job.parse({**local, "run": run, "compute": compute, "sweep": None}, kept)
     if job.compute.execution == "measure":
         raise InputError("compute.execution: got measure, which is for training, expected auto, loop or vmap")
     steps = asked.get("algorithm", {}).get("inner_steps")

@@ -1,4 +1,4 @@
-"""What to do about workers that are lost, slow or silent: pure functions from what happened to what comes next."""
+"""What to do about workers that are lost, slow or silent. Pure functions from what happened to what comes next."""
 
 from __future__ import annotations
 
@@ -7,77 +7,100 @@ from collections.abc import Sequence
 
 import torch
 
-BACKOFF_FIRST, BACKOFF_LAST = 0.5, 30.0
-"""Seconds before a worker is replaced: doubled with each loss in a row."""
-STRAGGLER_FACTOR, STRAGGLER_SECONDS = 4.0, 5.0
-"""A shard is slow past so many times its peers' median, and never before so many seconds."""
-EXHAUSTED = [
-    f"{kind}_STATUS_{what}" for kind in ("CUBLAS", "CUDNN") for what in ("ALLOC_FAILED", "NOT_INITIALIZED")
+BACKOFF_FIRST_SECONDS = 0.5
+"""Wait before the second replacement in a row. It doubles with each further one."""
+BACKOFF_LAST_SECONDS = 30.0
+"""Longest wait before a replacement."""
+STRAGGLER_FACTOR = 4.0
+"""A shard is slow if it takes this many times the median of similar shards, …"""
+STRAGGLER_SECONDS = 5.0
+"""… and at least this long."""
+HUNG_FACTOR = 20.0
+"""A worker is hung if its shard takes this many times the slowest similar shard, …"""
+HUNG_SECONDS = 60.0
+"""… and at least this long."""
+MOST_DOUBLINGS = 20
+"""Limit of exponents, so that the waiting times stay finite."""
+GPU_LIBRARY_ERRORS = [
+    f"{library}_STATUS_{status}"
+    for library in ("CUBLAS", "CUDNN")
+    for status in ("ALLOC_FAILED", "NOT_INITIALIZED")
 ]
-"""How a GPU's libraries say that it has no memory left for them: the usual face of it where workers share one."""
-HUNG_FACTOR, HUNG_SECONDS = 20.0, 60.0
-"""A worker counts as hung past so many times the slowest shard that was timed, and never before so many seconds."""
+"""How cuBLAS and cuDNN report that the GPU has no memory left for them. It usually means that workers share a GPU."""
 
 
 class LostShardError(RuntimeError):
-    """A shard whose every worker died, or no worker left to compute one."""
+    """A shard cannot be computed: every worker that tried it died, or no worker is left."""
 
     def __init__(self, message: str):
-        super().__init__(message)  # one argument: survives pickling
+        super().__init__(message)  # a constructor with one argument survives pickling
 
 
-def gives_up(what: str, failures: int, limit: int, reason: str) -> str | None:
-    """What the run ends with, where a shard has cost as many workers as it may; None: it is computed again.
+def give_up_message(what: str, failures: int, limit: int, reason: str) -> str | None:
+    """Return the error message to stop the run with, or None if the shard is to be computed again.
 
     Args:
         what: names the shard and its tasks.
-        failures: workers that the shard has cost; those that went with their node are not held against it.
+        failures: workers that the shard has cost. Those that went away with their node do not count.
         limit: `run.max_shard_failures`.
+        reason: how the last worker was lost.
     """
     if failures < limit:
         return None
-    return (
-        f"{what} lost {failures} worker{'s' * (failures > 1)}, "
-        f"the last by: {reason}; run.max_shard_failures is {limit}"
-    )
+    workers = "worker" if failures == 1 else "workers"
+    return f"{what} lost {failures} {workers}, the last by: {reason}; run.max_shard_failures is {limit}"
 
 
-def backoff(in_a_row: int) -> float:
-    """Seconds before a worker is replaced, after so many losses in its place in a row: the first one at once."""
-    return 0.0 if in_a_row <= 1 else min(BACKOFF_FIRST * 2 ** min(in_a_row - 2, 20), BACKOFF_LAST)
+def backoff(losses_in_a_row: int) -> float:
+    """Return the seconds to wait before a worker is replaced. The first loss in a row is replaced at once."""
+    if losses_in_a_row <= 1:
+        return 0.0
+    doublings = min(losses_in_a_row - 2, MOST_DOUBLINGS)
+    return min(BACKOFF_FIRST_SECONDS * 2**doublings, BACKOFF_LAST_SECONDS)
 
 
-def straggles(elapsed: float, timed: Sequence[float], copies: int) -> bool:
-    """Whether an idle worker should start a shard again that another one is still computing: the first answer wins.
+def is_straggler(elapsed: float, peer_seconds: Sequence[float], copies: int) -> bool:
+    """Return whether an idle worker should also compute a shard that another worker has. The first answer counts.
 
     Args:
-        elapsed: seconds since it was given out.
-        timed: seconds that shards of its kind took lately.
-        copies: workers that compute it already.
+        elapsed: seconds since the shard was handed out.
+        peer_seconds: how long similar shards took lately.
+        copies: workers that compute the shard now.
     """
-    if copies > 1 or not timed:
+    if copies > 1 or not peer_seconds:
         return False
-    return elapsed > max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * statistics.median(timed))
+    return elapsed > max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * statistics.median(peer_seconds))
 
 
-def hung(elapsed: float, timed: Sequence[float], failures: int, limit: float) -> bool:
-    """Whether a worker is silent for so long that it is replaced: past `run.shard_timeout`, or sooner where its peers
-    were timed; each replacement that the shard has cost doubles the time, should the shard just be a slow one."""
-    if timed:
-        limit = min(limit, max(HUNG_SECONDS, HUNG_FACTOR * max(timed)) * 2.0 ** min(failures, 20))
+def is_hung(elapsed: float, peer_seconds: Sequence[float], failures: int, limit: float) -> bool:
+    """Return whether a worker has been silent for so long that it should be replaced.
+
+    If similar shards were timed, the limit is shorter than `run.shard_timeout`. It doubles with each worker that the
+    shard has cost, because the shard may simply be slow.
+
+    Args:
+        elapsed: seconds since the worker began the shard.
+        peer_seconds: how long similar shards took lately.
+        failures: workers that the shard has cost.
+        limit: `run.shard_timeout`.
+    """
+    if peer_seconds:
+        expected = max(HUNG_SECONDS, HUNG_FACTOR * max(peer_seconds))
+        limit = min(limit, expected * 2.0 ** min(failures, MOST_DOUBLINGS))
     return elapsed > limit
 
 
-def another_may_fare_better(error: BaseException) -> bool:
-    """Whether what a worker raised lies in its circumstances (memory, files, devices) rather than in the computation.
+def is_worth_retrying(error: BaseException) -> bool:
+    """Return whether an error may not occur on another worker: it is about memory, files or devices.
 
-    Code and numbers are the same everywhere: what they raise once, they raise on every worker.
+    Code and numbers are the same on every worker, so any other error would come again.
     """
     text = str(error)
     if isinstance(error, torch.AcceleratorError) and "device-side assert" in text:
-        return False  # a label that no output has, say
-    if isinstance(error, RuntimeError) and any(status in text for status in EXHAUSTED):
+        return False  # a fault of the computation, for example a label that no output has
+    if isinstance(error, RuntimeError) and any(status in text for status in GPU_LIBRARY_ERRORS):
         return True
     circumstances = (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
-    from_ray = any(kind.__name__ == "RayError" for kind in type(error).__mro__)  # nobody else may have Ray
+    # by name, because a run without Ray workers does not need to have Ray installed
+    from_ray = any(cls.__name__ == "RayError" for cls in type(error).__mro__)
     return isinstance(error, circumstances) or from_ray

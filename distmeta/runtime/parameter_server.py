@@ -14,7 +14,7 @@ import torch
 
 from distmeta.compute.memory import keep_freed
 from distmeta.compute.vectors import Layout, norm
-from distmeta.config.sections import Outer, Schedule
+from distmeta.config.sections import OuterSection, ScheduleSection
 from distmeta.errors import InputError
 from distmeta.protocols import Theta
 
@@ -34,7 +34,7 @@ class ParameterServer:
     theta ← theta − optimizer(g · min(1, clip_norm / ‖g‖)),   g the mean meta-gradient over the step's finite tasks
     """
 
-    def __init__(self, theta: Theta, outer: Outer):
+    def __init__(self, theta: Theta, outer: OuterSection):
         keep_freed()
         self.layout = Layout.of(theta)
         self._flat = torch.from_numpy(self.layout.flatten(theta))
@@ -43,7 +43,7 @@ class ParameterServer:
         self._clock = 0
         self._start(outer)
 
-    def _start(self, outer: Outer) -> None:
+    def _start(self, outer: OuterSection) -> None:
         self.outer = outer
         self._optimizer, self._runs = _optimizer(self._flat, self.layout, outer)
         self._rates = [group["lr"] for group in self._optimizer.param_groups]
@@ -84,7 +84,7 @@ class ParameterServer:
         self._set_clock(self._clock + 1)
         return size
 
-    def retune(self, outer: Outer) -> None:
+    def retune(self, outer: OuterSection) -> None:
         """Goes on with other settings; theta, the optimizer's state and the schedule's clock stay."""
         tensors, _ = self.state()
         self._start(outer)
@@ -140,7 +140,7 @@ class ParameterServer:
                 self._optimizer.state[run.parameter] = state
 
 
-def clock_of(names: Iterable[str], outer: Outer, plain: dict[str, Any]) -> ParameterServer:
+def clock_of(names: Iterable[str], outer: OuterSection, plain: dict[str, Any]) -> ParameterServer:
     """The rates alone, as the schedule has them; `skip` moves them on.
 
     Args:
@@ -191,7 +191,7 @@ class _Run(NamedTuple):
     stop: int
 
 
-def _optimizer(flat: torch.Tensor, layout: Layout, outer: Outer) -> tuple[torch.optim.Optimizer, list[_Run]]:
+def _optimizer(flat: torch.Tensor, layout: Layout, outer: OuterSection) -> tuple[torch.optim.Optimizer, list[_Run]]:
     """One parameter group a rate, and what is in them, in theta's order."""
     rates, unused = [], set(outer.rates)
     for name in layout.names:
@@ -219,7 +219,7 @@ def _joined(layout: Layout, quantity: str, tensors: Mapping[str, torch.Tensor]) 
     return torch.from_numpy(layout.flatten({name: tensors[f"{name}/{quantity}"] for name in layout.names}))
 
 
-def optimizer_of(groups: list[tuple[float, list[torch.nn.Parameter]]], outer: Outer) -> torch.optim.Optimizer:
+def optimizer_of(groups: list[tuple[float, list[torch.nn.Parameter]]], outer: OuterSection) -> torch.optim.Optimizer:
     """torch.optim's, with a rate for each group of parameters. Neither fused nor foreach: their bits differ with the
     grouping."""
     options = {
@@ -240,7 +240,7 @@ def take_step(optimizer: torch.optim.Optimizer) -> None:
         inspect.unwrap(type(optimizer).step)(optimizer)
 
 
-def schedule_factor(schedule: Schedule, step: int) -> float:
+def schedule_factor(schedule: ScheduleSection, step: int) -> float:
     """What every rate is multiplied by after `step` steps: a function of t = min(step / length, 1)."""
     t = min(step / (schedule.steps or 1), 1.0)
     if schedule.type == "linear":

@@ -1,4 +1,4 @@
-"""Who computes the shards: this process, or Ray actors. The driver cannot tell which."""
+"""Who computes the shards of a step: this process, or Ray actors. The training loop cannot tell which."""
 
 from __future__ import annotations
 
@@ -12,50 +12,78 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from distmeta.compute.vectors import Buffer, Layout
-from distmeta.runtime.failure_policy import LostShardError, another_may_fare_better, backoff, gives_up, hung
+from distmeta.errors import summarize_error
+from distmeta.runtime.failure_policy import (
+    LostShardError,
+    backoff,
+    give_up_message,
+    is_hung,
+    is_worth_retrying,
+)
 from distmeta.runtime.pending_shards import PendingShards
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.ray_cluster import connect, import_ray
-from distmeta.runtime.ray_workers import GET_SECONDS, Fleet, describe, lost_by, reraise
+from distmeta.runtime.ray_workers import (
+    GET_SECONDS,
+    RayWorkers,
+    error_type,
+    raise_task_error,
+    worker_failures,
+)
 from distmeta.runtime.worker import Shard, ShardResult, Worker, WorkerSpec
 
-TIMED = 64
-"""Shards of a kind whose times are remembered."""
-STORE_SECONDS = 1.0
-"""Between two tries to put theta into an object store that is full."""
+TIMES_KEPT = 64
+"""How many of the last computing times are kept for each kind of shard."""
+STORE_RETRY_SECONDS = 1.0
+"""Time between two attempts to put theta into a full object store."""
+
+ShardKind = tuple[str, int, bool]
+"""Shards of the same kind take about equally long (`Shard.kind`)."""
 
 
 class Pool(Protocol):
+    """Computes shards."""
+
     @property
     def size(self) -> int:
-        """Workers that compute now."""
+        """Number of workers that compute now."""
         ...
 
     def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
-        """All shards' results in the order of `shards`; `check` raises to abandon them. Gradients hold until the next
-        call."""
+        """Compute the shards with theta as `flat` (float32 vector).
+
+        Args:
+            check: called while the pool waits; raises to abandon the shards.
+
+        Returns:
+            The results in the order of `shards`. The gradients are valid until the next call.
+        """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let the workers go."""
+        ...
 
 
 class LocalPool:
-    """Computes in this process, one shard after the other: the pool a debugger steps through."""
+    """Computes in this process, one shard after the other. A debugger can step through it."""
 
     size = 1
 
     def __init__(self, problem: Problem, layout: Layout):
         self.worker = Worker.of(problem, layout)
-        self._outs: list[Buffer] = []
+        self._gradients: list[Buffer] = []
 
     def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
         results = []
         for position, shard in enumerate(shards):
             check()
-            if shard.split == "train" and position == len(self._outs):
-                self._outs.append(self.worker.buffer())
-            out = self._outs[position] if shard.split == "train" else None
-            results.append(self.worker.compute(flat, shard, out))
+            gradient = None
+            if shard.split == "train":
+                if position == len(self._gradients):
+                    self._gradients.append(self.worker.buffer())
+                gradient = self._gradients[position]
+            results.append(self.worker.compute(flat, shard, gradient))
         check()
         return results
 
@@ -63,226 +91,258 @@ class LocalPool:
         pass
 
 
-def open_pool(problem: Problem, layout: Layout, say: Callable[[str], None]) -> Pool:
-    """The pool that the job asks for."""
-    return RayPool(problem, layout, say) if problem.job.run.max_workers else LocalPool(problem, layout)
+def open_pool(problem: Problem, layout: Layout, report: Callable[[str], None]) -> Pool:
+    """Start the pool that the job asks for (`run.workers`)."""
+    if problem.job.run.max_workers:
+        return RayPool(problem, layout, report)
+    return LocalPool(problem, layout)
 
 
 class ShardAnswer(NamedTuple):
-    """What came of a shard (or of a replica's round)."""
+    """A worker's answer to one unit of a work order."""
 
     shard: Any
-    """As it was handed out."""
+    """The unit as it was handed out: usually a `Shard`."""
     result: Any
+    """What the worker returned to this process."""
     pieces: list[Any]
-    """Ray objects that stay where they were made: its gradient, cut (a round: its delta and state)."""
+    """References to further Ray objects, which stay where they were made until someone needs them."""
 
 
 @dataclass
 class WorkOrder:
-    """Shards to compute, and what with from here on."""
+    """Shards to compute, and what to compute them with.
+
+    A strategy may order other units than shards by giving a `function`. A unit has a `kind` (a `ShardKind`), an `index`
+    and a text form that names it in error messages. All units of an order have the same kind.
+    """
 
     shards: list[Any]
-    """All of a kind; `kind` says how long they take, `str` what they are."""
     theta: Sequence[Any]
-    """Ray objects: the flat vector in any number of pieces (a round: theta and the replica's state)."""
+    """References to the Ray objects that are theta: a flat vector in any number of pieces."""
     edges: Sequence[int] = ()
-    """Where gradients are cut; none: they come back with the results."""
-    rounds: bool = False
-    ahead: bool = False
-    """Whether a worker may be given its next shard while it computes one: theta is what it will be then."""
-    left: PendingShards[ShardAnswer] = field(init=False)
+    """Where to cut the gradients into separate Ray objects; empty: they come back with the results."""
+    queue: bool = False
+    """Whether a worker may get its next shard while it still computes one."""
+    function: Callable[..., Any] | None = None
+    """Called as `function(worker, unit, *theta)` on the worker, instead of computing a shard."""
+    outputs: int = 1
+    """Number of objects that `function` returns."""
+    pending: PendingShards[ShardAnswer] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.left = PendingShards(len(self.shards))
+        self.pending = PendingShards(len(self.shards))
 
-    @property
     def call(self) -> tuple[str, Sequence[Any], int]:
-        """The worker's method, its further arguments, and how many objects it makes."""
-        if self.rounds:
-            return "round", self.theta, 3
+        """Return the method of `WorkerProcess`, its arguments after the unit, and the number of objects it returns."""
+        if self.function is not None:
+            return "execute", [self.function, *self.theta], self.outputs
         return "compute", [tuple(self.edges), *self.theta], max(len(self.edges), 1)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What a worker computes, or will when it is done with what it was given before."""
+    """A unit that a worker computes, or will compute when it has finished its earlier ones."""
 
     worker: int
     shard: Any
     position: int
-    of: PendingShards[ShardAnswer]
-    """What it was made for; it may outlast it, where another worker was faster."""
+    pending: PendingShards[ShardAnswer]
+    """Where the answer goes. The call may outlive the order if another worker was faster."""
     pieces: list[Any]
 
 
 class RayPool:
-    """Hands shards to whichever worker is free, and again where one is lost or slow: whoever computes them, the bits
-    are the same."""
+    """Hands each shard to the next free worker, and again if that worker is lost or slow.
 
-    def __init__(self, problem: Problem, layout: Layout, say: Callable[[str], None]):
-        self._ray = ray = import_ray(problem.job.run.address)
-        self._run, self._say = problem.job.run, say
-        least, most = self._run.min_workers, self._run.max_workers
-        number = f"{least}" if least == most else f"{least} to {most}"
-        say(f"starting {number} Ray worker{'s' * (most > 1)} …")
-        self._disconnect = connect(ray, self._run.address, math.ceil(least * self._run.cpus_per_worker))
-        self._compiles = problem.job.compute.compile
+    The result has the same bits whichever worker computes a shard.
+    """
+
+    def __init__(self, problem: Problem, layout: Layout, report: Callable[[str], None]):
+        self._run = problem.job.run
+        self._report = report
+        self._ray = import_ray(self._run.address)
+        self._may_compile = problem.job.compute.compile
         self._calls: dict[Any, _Call] = {}
-        self._timed: dict[tuple[str, int, bool], deque[float]] = {}
+        self._times: dict[ShardKind, deque[float]] = {}
+        self._workers: RayWorkers | None = None
+        report(f"starting {describe_workers(self._run.min_workers, self._run.max_workers)} …")
+        cpus = math.ceil(self._run.min_workers * self._run.cpus_per_worker)
+        self._disconnect = connect(self._ray, self._run.address, cpus)
         try:
-            spec = ray.put(WorkerSpec.of(problem, layout))
-            self._fleet = Fleet(ray, self._run, spec, say)
-            self._fleet.open()
+            spec = self._ray.put(WorkerSpec.of(problem, layout))
+            self._workers = RayWorkers(self._ray, self._run, spec, report)
+            self._workers.start()
         except BaseException:
             self.close()
             raise
 
     @property
-    def size(self) -> int:
-        return max(self._fleet.size, 1)
+    def workers(self) -> RayWorkers:
+        assert self._workers is not None
+        return self._workers
 
     @property
-    def nodes(self) -> list[str]:
+    def size(self) -> int:
+        return max(self.workers.size, 1)
+
+    @property
+    def node_ids(self) -> list[str]:
         """Ids of the nodes that workers are on."""
-        return self._fleet.nodes()
+        return self.workers.node_ids()
 
     def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
-        work = WorkOrder(list(shards), [self.put(flat, check)], ahead=True)
-        for _ in self.answers(work, check):
+        order = WorkOrder(list(shards), [self.put(flat, check)], queue=True)
+        for _ in self.answers(order, check):
             pass
-        return [answer.result for answer in work.left.in_order()]
+        return [answer.result for answer in order.pending.in_order()]
 
-    def answers(self, work: WorkOrder, check: Callable[[], None]) -> Iterator[tuple[int, ShardAnswer]]:
-        """Each position's first answer, as it comes."""
-        self.begin()
-        while not work.left.done:
+    def answers(self, order: WorkOrder, check: Callable[[], None]) -> Iterator[tuple[int, ShardAnswer]]:
+        """Yield each position's first answer, in order of arrival."""
+        self.resume()
+        while not order.pending.done:
             check()
-            self.turn([work])
-            yield from work.left.fresh()
+            self.work([order])
+            yield from order.pending.new_results()
 
-    def begin(self) -> None:
-        """Before the first turn after a while."""
-        self._fleet.resume()
+    def resume(self) -> None:
+        """Call this before the first `work` after a pause."""
+        self.workers.resume()
 
-    def turn(self, works: Sequence[WorkOrder]) -> None:
-        """A moment of looking after workers that compute `works`, the first ones first.
+    def work(self, orders: Sequence[WorkOrder]) -> None:
+        """Hand out shards and collect answers for a moment (`POLL_SECONDS`). The first order has priority.
 
         Raises:
-            LostShardError: a shard cost too many workers, or none is left.
+            LostShardError: a shard has cost too many workers, or no worker is left.
         """
-        self._fleet.tend()
-        self._hand_out(works)
-        for finished in self._fleet.wait(list(self._calls)):
-            self._take(finished)
-        self._replace_hung()
+        self.workers.update()
+        self._hand_out(orders)
+        for call in self.workers.wait(list(self._calls)):
+            self._collect(call)
+        self._replace_hung_workers()
 
     def close(self) -> None:
-        if hasattr(self, "_fleet"):
-            self._fleet.close()
+        if self._workers is not None:
+            self._workers.close()
         self._disconnect()
 
     def put(self, flat: np.ndarray, check: Callable[[], None]) -> Any:
-        """theta in the object store; a full one is waited for."""
-        errors, begun = self._ray.exceptions, time.monotonic()
+        """Put a vector into Ray's object store and return the reference. Wait if the store is full.
+
+        Raises:
+            LostShardError: there was no room for `run.start_timeout` seconds.
+        """
+        errors = self._ray.exceptions
+        started = time.monotonic()
+        reported = False
         while True:
             try:
                 return self._ray.put(flat)
             except (errors.ObjectStoreFullError, errors.OutOfDiskError) as error:
-                if time.monotonic() - begun > self._run.start_timeout:
+                if time.monotonic() - started > self._run.start_timeout:
                     raise LostShardError(
-                        f"theta finds no room in Ray's object store: {describe(error)}"
+                        f"theta finds no room in Ray's object store: {summarize_error(error)}"
                     ) from None
-                if time.monotonic() - begun < STORE_SECONDS:
-                    self._say("Ray's object store is full: waiting for room")
-                check()
-                time.sleep(STORE_SECONDS)
+            if not reported:
+                self._report("Ray's object store is full: waiting for room")
+                reported = True
+            check()
+            time.sleep(STORE_RETRY_SECONDS)
 
-    def _hand_out(self, works: Sequence[WorkOrder]) -> None:
-        """Every idle worker gets a shard that nobody has, else one that another is slow with. Then a worker may get one
-        more, so that it need not wait for this process, but the last shards wait for whoever is done first."""
-        for worker in self._fleet.idle():
-            work, position = self._next(works, time.monotonic())
-            if work is None:
+    def _hand_out(self, orders: Sequence[WorkOrder]) -> None:
+        """Give each idle worker a shard, then let busy workers queue one more, so that they need not wait for us.
+
+        The last shards are not queued: they go to whichever worker is free first.
+        """
+        for worker in self.workers.idle():
+            order, position = self._next_shard(orders, time.monotonic())
+            if order is None:
                 return
-            if work.left.next() != position:
-                self._say(f"shard {work.shards[position].index} is slow: worker {worker} computes it as well")
-            self._give(worker, work, position)
-        for work in works:
-            for worker in self._fleet.with_one():
-                position = work.left.next()
-                if position is not None and work.ahead and work.left.waiting > self._fleet.size:
-                    self._give(worker, work, position)
+            if order.pending.next_unassigned() != position:
+                self._report(f"shard {order.shards[position].index} is slow: worker {worker} computes it as well")
+            self._submit(worker, order, position)
+        for order in orders:
+            for worker in self.workers.without_queue():
+                position = order.pending.next_unassigned()
+                if position is not None and order.queue and order.pending.unassigned > self.workers.size:
+                    self._submit(worker, order, position)
 
-    def _give(self, worker: int, work: WorkOrder, position: int) -> None:
-        shard = work.shards[position]
-        work.left.given(position, time.monotonic())
-        method, arguments, outputs = work.call
-        call, *pieces = self._fleet.give(worker, method, shard, arguments, outputs)
-        self._calls[call] = _Call(worker, shard, position, work.left, pieces)
-
-    def _next(self, works: Sequence[WorkOrder], now: float) -> tuple[WorkOrder | None, int]:
-        for work in works:
-            position = work.left.next()
+    def _next_shard(self, orders: Sequence[WorkOrder], now: float) -> tuple[WorkOrder | None, int]:
+        """Return a shard that no worker has; if there is none, one that another worker is slow with."""
+        for order in orders:
+            position = order.pending.next_unassigned()
             if position is not None:
-                return work, position
-        for work in works:
-            position = work.left.straggler(now, self._times(work.shards[0].kind))
+                return order, position
+        for order in orders:
+            position = order.pending.straggler(now, self._recent_times(order.shards[0].kind))
             if position is not None:
-                return work, position
+                return order, position
         return None, 0
 
-    def _take(self, finished: Any) -> None:
-        """A finished call: a result, or a worker lost. What the computation itself raised is raised."""
+    def _submit(self, worker: int, order: WorkOrder, position: int) -> None:
+        shard = order.shards[position]
+        order.pending.assign(position, time.monotonic())
+        method, arguments, outputs = order.call()
+        call, *pieces = self.workers.submit(worker, method, shard, arguments, outputs)
+        self._calls[call] = _Call(worker, shard, position, order.pending, pieces)
+
+    def _collect(self, finished: Any) -> None:
+        """Take the result of a finished call, or handle the loss of its worker. Errors of the computation are raised."""
         call = self._calls[finished]
         try:
             result = self._ray.get(finished, timeout=GET_SECONDS)
         except self._ray.exceptions.RayTaskError as error:
-            if not another_may_fare_better(error.cause):
-                reraise(error)
-            return self._lost(call.worker, describe(error))
-        except lost_by(self._ray) as error:
-            return self._lost(call.worker, describe(error))
+            if not is_worth_retrying(error.cause):
+                raise_task_error(error)
+            return self._handle_loss(call.worker, summarize_error(error.cause))
+        except worker_failures(self._ray) as error:
+            return self._handle_loss(call.worker, summarize_error(error))
         del self._calls[finished]
-        self._times(call.shard.kind).append(time.monotonic() - self._fleet.since(call.worker))
-        call.of.answered(call.position, ShardAnswer(call.shard, result, call.pieces))
-        return self._fleet.freed(call.worker)
+        seconds = time.monotonic() - self.workers.busy_since(call.worker)
+        self._recent_times(call.shard.kind).append(seconds)
+        call.pending.answer(call.position, ShardAnswer(call.shard, result, call.pieces))
+        return self.workers.finish(call.worker)
 
-    def _lost(self, worker: int, reason: str) -> None:
-        """Another worker in the lost one's place; its shards, unless answered, go to whoever is free. The one that it
-        computed is blamed.
+    def _handle_loss(self, worker: int, reason: str) -> None:
+        """Replace a lost worker. Its unanswered shards go to other workers; the one that it computed takes the blame.
 
         Raises:
-            LostShardError: this shard has cost too many.
+            LostShardError: this shard has cost too many workers.
         """
-        keys = [key for key, one in self._calls.items() if one.worker == worker]
-        call, *behind = [self._calls.pop(key) for key in keys]
-        for other in reversed(behind):
-            other.of.lost(other.position, blamed=False)
-        blamed = not self._fleet.went_with_its_node(worker)
-        failures = call.of.lost(call.position, blamed)
-        wanted = call.position not in call.of.results
-        delay = backoff(self._fleet.losses(worker) + 1) if blamed else 0.0
-        if blamed and wanted:
-            message = gives_up(str(call.shard), failures, self._run.max_shard_failures, reason)
+        lost = [reference for reference, call in self._calls.items() if call.worker == worker]
+        current, *queued = [self._calls.pop(reference) for reference in lost]
+        for call in reversed(queued):
+            call.pending.lose(call.position, blamed=False)
+        blamed = not self.workers.is_node_dead(worker)
+        failures = current.pending.lose(current.position, blamed)
+        is_unanswered = current.position not in current.pending.results
+        if blamed and is_unanswered:
+            message = give_up_message(str(current.shard), failures, self._run.max_shard_failures, reason)
             if message is not None:
                 raise LostShardError(message)
-        where = reason.partition(":")[0] if blamed else "its node is gone"
-        again = f": its shard {call.shard.index} is computed again" if wanted else ""
-        self._say(f"lost worker {worker} ({where}){again}")
-        self._fleet.replace(worker, delay, blamed)
+        cause = error_type(reason) if blamed else "its node is gone"
+        consequence = f": its shard {current.shard.index} is computed again" if is_unanswered else ""
+        self._report(f"lost worker {worker} ({cause}){consequence}")
+        delay = backoff(self.workers.losses_in_a_row(worker) + 1) if blamed else 0.0
+        self.workers.replace(worker, delay, blamed)
 
-    def _replace_hung(self) -> None:
-        """A worker that gives no answer for too long is taken for lost."""
+    def _replace_hung_workers(self) -> None:
+        """Treat workers that do not answer for too long as lost."""
         now = time.monotonic()
-        first = {call.worker: call for call in reversed(self._calls.values())}
-        for worker, call in first.items():
-            silent = now - self._fleet.since(worker)
-            failures = call.of.failures[call.position]
-            # a first shard may take a minute to compile
-            timed = () if self._compiles else self._times(call.shard.kind)
-            if hung(silent, timed, failures, self._run.shard_timeout):
-                self._lost(worker, f"no answer for {silent:.0f} s")
+        current_calls = {call.worker: call for call in reversed(self._calls.values())}
+        for worker, call in current_calls.items():
+            silent = now - self.workers.busy_since(worker)
+            failures = call.pending.failures[call.position]
+            # the first shard of a worker may take a minute longer, for compiling
+            peer_seconds = () if self._may_compile else self._recent_times(call.shard.kind)
+            if is_hung(silent, peer_seconds, failures, self._run.shard_timeout):
+                self._handle_loss(worker, f"no answer for {silent:.0f} s")
 
-    def _times(self, kind: tuple[str, int, bool]) -> deque[float]:
-        return self._timed.setdefault(kind, deque(maxlen=TIMED))
+    def _recent_times(self, kind: ShardKind) -> deque[float]:
+        return self._times.setdefault(kind, deque(maxlen=TIMES_KEPT))
+
+
+def describe_workers(fewest: int, most: int) -> str:
+    """Return "1 Ray worker", "2 Ray workers" or "2 to 4 Ray workers"."""
+    number = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return f"{number} Ray worker" if most == 1 else f"{number} Ray workers"

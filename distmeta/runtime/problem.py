@@ -19,7 +19,7 @@ from distmeta.compute.buckets import buckets, drawn
 from distmeta.compute.gradient import WHOLE_SHARD, Execution
 from distmeta.compute.numerics import numerics
 from distmeta.config.job import Job
-from distmeta.config.parts import construct
+from distmeta.config.parts import build_part
 from distmeta.errors import InputError
 from distmeta.models.functional import Functional
 from distmeta.protocols import Algorithm, Episode, Score, TaskFamily, Theta
@@ -116,14 +116,14 @@ def build(
     """
     device = device or device_of(job)
     try:
-        family = construct(job.tasks.part, job.tasks.options, {})
+        family = build_part(job.tasks.part, job.tasks.options, {})
     except InputError as error:
         if examples is None:
             raise
         family = AbsentTasks(examples, str(error))
     shape = {"in_shape": tuple(family.in_shape), "out_features": family.out_features}
     model = Functional(
-        lambda: construct(job.model.part, job.model.options, shape),
+        lambda: build_part(job.model.part, job.model.options, shape),
         torch_generator(job.seed, "model"),
         freeze=job.model.freeze,
         init_from=job.model.init_from if constants is None else None,
@@ -143,7 +143,7 @@ def build(
 
 
 def _algorithm(job: Job, model: Functional, family: TaskFamily) -> Algorithm:
-    return construct(job.algorithm.part, job.algorithm.options, {"model": model, "score": family.score})
+    return build_part(job.algorithm.part, job.algorithm.options, {"model": model, "score": family.score})
 
 
 class AbsentTasks:

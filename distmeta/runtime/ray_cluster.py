@@ -1,4 +1,4 @@
-"""The Ray cluster a run computes on: joined or started, its resources, and which of its nodes are going away."""
+"""The Ray cluster that a run computes on: join or start one, its resources, and which of its nodes will go away."""
 
 from __future__ import annotations
 
@@ -16,36 +16,45 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from distmeta.errors import InputError
+from distmeta.errors import InputError, first_line
 
 CONNECT_SECONDS = 5.0
-"""Longest wait for a cluster's head to answer at all."""
+"""Longest wait for a cluster's head to accept a connection."""
 REAPER_SECONDS = 10.0
-"""Longest wait, at the end, for the process that clears up after a local Ray."""
-LOOK_SECONDS = 2.0
-"""Between two looks at the nodes: one small question to the head."""
+"""Longest wait, at the end, for the process that cleans up after a local Ray."""
+REFRESH_SECONDS = 2.0
+"""Time between two queries about draining nodes. Each is a small request to the head."""
 
 
 def import_ray(address: str | None) -> Any:
-    """Ray's module. A Ray of this run's own will ask for a token, unless RAY_AUTH_MODE says otherwise: Ray reads the
-    mode when it is imported, so that a program that did so before decides it.
+    """Import Ray and return the module.
+
+    A local Ray that we start asks for a token, unless RAY_AUTH_MODE says otherwise. Ray reads that variable when it is
+    imported, so a program that imports Ray earlier decides it.
     """
-    if "ray" not in sys.modules and _named(address) is None and "RAY_AUTH_MODE" not in os.environ:
+    if "ray" not in sys.modules and _cluster_address(address) is None and "RAY_AUTH_MODE" not in os.environ:
         os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # its workers inherit it
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))  # Ray's workers inherit it
     import ray
 
     return ray
 
 
-def _named(address: str | None) -> str | None:
-    """The cluster to join; None: a local one is started."""
+def _cluster_address(address: str | None) -> str | None:
+    """Return the address of the cluster to join, or None if a local one is to be started."""
     address = address or os.environ.get("RAY_ADDRESS")
     return None if not address or address == "local" else address
 
 
 def connect(ray: Any, address: str | None, cpus: int) -> Callable[[], None]:
-    """Joins the cluster that is named or running, else starts a local one; what leaves it again.
+    """Join the named cluster, or start a local one. A Ray that this process has already joined is used as it is.
+
+    Args:
+        address: `run.address`; None: RAY_ADDRESS, else a local cluster.
+        cpus: CPUs that the run needs. A local cluster offers that many even if the machine has fewer.
+
+    Returns:
+        A function that leaves the cluster, and stops it if it was started here.
 
     Raises:
         InputError: no cluster answers at the address, or it refuses.
@@ -54,44 +63,61 @@ def connect(ray: Any, address: str | None, cpus: int) -> Callable[[], None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if ray.is_initialized():
         return lambda: None
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
-    address = _named(address)
+    address = _cluster_address(address)
     if address is None:
-        before = _raylets()
-        cpus = max(os.cpu_count() or 1, cpus)
-        with _on_loopback(ray):
-            context = ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-        session = os.path.realpath(context.address_info["session_dir"])
-        return partial(_shut_down, ray, [_reaper(raylet, session) for raylet in _raylets() - before])
+        return _start_local(ray, cpus)
     _check_reachable(address)
     try:
-        ray.init(address=address, **quiet)
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"run.address: cannot join the Ray cluster at {address!r} ({str(error).splitlines()[0]}): is it running, "
+            f"run.address: cannot join the Ray cluster at {address!r} ({first_line(error)}): is it running, "
             "and are RAY_AUTH_MODE and RAY_AUTH_TOKEN the cluster's?"
         ) from None
     return ray.shutdown
 
 
+def _start_local(ray: Any, cpus: int) -> Callable[[], None]:
+    """Start a Ray cluster on this machine. Return the function that stops it."""
+    raylets_before = _child_raylets()
+    with _loopback_only(ray):
+        context = ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, cpus),
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    session = os.path.realpath(context.address_info["session_dir"])
+    reapers = [_start_reaper(raylet, session) for raylet in _child_raylets() - raylets_before]
+    return partial(_stop_local, ray, reapers)
+
+
 @contextlib.contextmanager
-def _on_loopback(ray: Any) -> Iterator[None]:
-    """What Ray starts in here listens on this machine alone, as it does on macOS and Windows."""
-    # not in Ray's public interface (2.60) for Linux; its processes read the variable, this one has read it
-    name, constants = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", ray._private.ray_constants
-    before, variable = constants.ENABLE_RAY_CLUSTER, os.environ.get(name)
-    constants.ENABLE_RAY_CLUSTER, os.environ[name] = False, "0"
+def _loopback_only(ray: Any) -> Iterator[None]:
+    """Make a Ray that is started in this context listen on 127.0.0.1 only, as it does on macOS and Windows.
+
+    Ray 2.60 has no public setting for this on Linux: `ray.init(_node_ip_address="127.0.0.1")` is replaced by the
+    machine's address (`services.resolve_ip_for_localhost`). Ray's own processes read the environment variable; this
+    process has read it already, hence the constant. Remove this when `ray.init(address="local")` binds to loopback.
+    """
+    variable = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    constants = ray._private.ray_constants
+    constant_before = constants.ENABLE_RAY_CLUSTER
+    variable_before = os.environ.get(variable)
+    constants.ENABLE_RAY_CLUSTER = False
+    os.environ[variable] = "0"
     try:
         yield
     finally:
-        constants.ENABLE_RAY_CLUSTER = before
-        if variable is None:
-            del os.environ[name]
+        constants.ENABLE_RAY_CLUSTER = constant_before
+        if variable_before is None:
+            del os.environ[variable]
         else:
-            os.environ[name] = variable
+            os.environ[variable] = variable_before
 
 
-def _shut_down(ray: Any, reapers: list[subprocess.Popen[bytes]]) -> None:
+def _stop_local(ray: Any, reapers: list[subprocess.Popen[bytes]]) -> None:
     ray.shutdown()
     for reaper in reapers:
         assert reaper.stdin is not None
@@ -100,14 +126,15 @@ def _shut_down(ray: Any, reapers: list[subprocess.Popen[bytes]]) -> None:
             reaper.wait(REAPER_SECONDS)
 
 
-def _reaper(raylet: int, session: str) -> subprocess.Popen[bytes]:
-    """A process in a session of its own that outlives this one, however this one ends, and cleans up after it."""
-    words = [sys.executable, "-S", "-E", str(Path(__file__).with_name("reaper.py")), str(raylet), session]
-    return subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+def _start_reaper(raylet: int, session: str) -> subprocess.Popen[bytes]:
+    """Start a process that outlives this one, however this one ends, and cleans up after Ray (see `reaper.py`)."""
+    script = str(Path(__file__).with_name("reaper.py"))
+    command = [sys.executable, "-S", "-E", script, str(raylet), session]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
 
-def _raylets() -> set[int]:
-    """Children of this process that are raylets; none where there is no /proc."""
+def _child_raylets() -> set[int]:
+    """Return the pids of this process's children that are raylets. On a system without /proc there are none."""
     found = set()
     for path in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
         for pid in path.read_text().split():
@@ -117,89 +144,108 @@ def _raylets() -> set[int]:
     return found
 
 
-def free_orphans(ray: Any, seconds: float = 0.0) -> int:
-    """Removes the placement groups of this job whose creator is dead, looking for so long; how many there were.
+def remove_orphaned_placement_groups(ray: Any, seconds: float = 0.0) -> int:
+    """Remove this job's placement groups whose creator is dead, so that their resources are free again.
 
-    Ray keeps them until the job ends. Ray Train's own cleaner (2.60) does not know of a group that was still starting
-    when its controller died: the next one would find no room.
+    Ray keeps such groups until the job ends. Ray Train's own cleaner (Ray 2.60) misses a group that was still starting
+    when its controller died. The next controller would then find no room.
+
+    Ray's public `placement_group_table()` does not say which actor created a group, so this reads the table as the head
+    stores it. Remove this function when Ray Train removes such groups itself.
+
+    Args:
+        seconds: keep looking for so long, because the head may learn late that the creator is dead.
+
+    Returns:
+        The number of groups that were removed.
     """
-    from ray._private.state import state  # the public table does not tell whose a group is
+    from ray._private.state import state
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-    data: Any = import_module("ray.core.generated.gcs_pb2").PlacementGroupTableData
-    own, freed = ray.get_runtime_context().get_job_id(), set[bytes]()
+    table_data: Any = import_module("ray.core.generated.gcs_pb2").PlacementGroupTableData
+    removed_state = table_data.PlacementGroupState.Value("REMOVED")
+    job_id = ray.get_runtime_context().get_job_id()
+    removed: set[bytes] = set()
     deadline = time.monotonic() + seconds
     while True:
-        for line in state._connect_and_get_accessor().get_placement_group_table():
-            found = data.FromString(line)
-            removed = found.state == data.PlacementGroupState.Value("REMOVED")
-            actor = found.creator_actor_id.strip(b"\xff")  # none: a driver's own, such as a trial's
-            orphan = (
-                actor
-                and found.creator_actor_dead
-                and found.creator_job_id.hex() == own
-                and not found.is_detached
+        for entry in state._connect_and_get_accessor().get_placement_group_table():
+            group = table_data.FromString(entry)
+            has_creating_actor = bool(group.creator_actor_id.strip(b"\xff"))  # a driver's group has none
+            is_orphan = (
+                has_creating_actor
+                and group.creator_actor_dead
+                and group.creator_job_id.hex() == job_id
+                and not group.is_detached
             )
-            if orphan and not removed and found.placement_group_id not in freed:
-                remove_placement_group(PlacementGroup(ray.PlacementGroupID(found.placement_group_id)))
-                freed.add(found.placement_group_id)
+            is_removed = group.state == removed_state or group.placement_group_id in removed
+            if is_orphan and not is_removed:
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(group.placement_group_id)))
+                removed.add(group.placement_group_id)
         if time.monotonic() > deadline:
-            return len(freed)
+            return len(removed)
         time.sleep(0.2)
 
 
-def resources(ray: Any) -> str:
-    """What the cluster has, in words."""
+def describe_resources(ray: Any) -> str:
+    """Return `the cluster has 8 CPU (2 free) and 0 GPU (0 free) on 2 nodes`."""
     try:
-        have, free = ray.cluster_resources(), ray.available_resources()
+        total = ray.cluster_resources()
+        free = ray.available_resources()
     except ray.exceptions.RpcError:
         return "the cluster's head does not answer"
-    parts = [f"{have.get(key, 0):g} {key} ({free.get(key, 0):g} free)" for key in ("CPU", "GPU")]
+    parts = [f"{total.get(key, 0):g} {key} ({free.get(key, 0):g} free)" for key in ("CPU", "GPU")]
     nodes = sum(bool(node["Alive"]) for node in ray.nodes())
     return f"the cluster has {' and '.join(parts)} on {nodes} node{'s' * (nodes != 1)}"
 
 
-def autoscales(ray: Any) -> bool:
-    """Whether nodes may come that are not there yet."""
-    # not in Ray's public interface (2.60); Ray Data asks the same way
+def can_autoscale(ray: Any) -> bool:
+    """Return whether the cluster has an autoscaler that may add nodes.
+
+    Ray 2.60 has no public way to ask; Ray Train asks in the same way. Replace it when `ray.autoscaler.sdk` can tell.
+    """
     return bool(ray._private.state.state.get_max_resources_from_cluster_config())
 
 
 class Nodes:
-    """Which nodes are alive, and which were told to go; looked up at most every LOOK_SECONDS."""
+    """Which nodes are dead, and which will be taken away."""
 
     def __init__(self, ray: Any):
         self._ray = ray
-        self._looked = -LOOK_SECONDS
+        self._refreshed = -REFRESH_SECONDS
         self._draining: frozenset[str] = frozenset()
 
     def draining(self) -> frozenset[str]:
-        """Ids of nodes that will be taken away: a spot instance's notice, an autoscaler's decision, a person's."""
+        """Return the ids of nodes that will be taken away: a spot instance, or a decision of the autoscaler or a person.
+
+        The answer is up to `REFRESH_SECONDS` old. In Ray 2.60 `ray.nodes()` does not show this, and `ray.util.state`
+        needs a dashboard, which a local cluster does not have. Replace the private call when `ray.nodes()` shows it.
+        """
         now = time.monotonic()
-        if now - self._looked >= LOOK_SECONDS:
-            self._looked = now
-            # not in Ray's public interface (2.60); Ray Train asks the same way
-            with contextlib.suppress(self._ray.exceptions.RpcError):  # a head that restarts: asked again
+        if now - self._refreshed >= REFRESH_SECONDS:
+            self._refreshed = now
+            with contextlib.suppress(self._ray.exceptions.RpcError):  # the head restarts; ask again later
                 self._draining = frozenset(self._ray._private.state.state.get_draining_nodes())
         return self._draining
 
-    def died(self, node: str | None) -> bool:
-        """Whether a node is gone, as far as the cluster's head knows."""
+    def is_dead(self, node_id: str | None) -> bool:
+        """Return whether the cluster's head knows that a node is gone. None is a worker without a node."""
+        if node_id is None:
+            return False
         try:
-            return node is not None and all(n["NodeID"] != node or not n["Alive"] for n in self._ray.nodes())
-        except self._ray.exceptions.RpcError:  # a head that restarts
+            return all(node["NodeID"] != node_id or not node["Alive"] for node in self._ray.nodes())
+        except self._ray.exceptions.RpcError:  # the head restarts
             return False
 
 
 def _check_reachable(address: str) -> None:
-    """Tries HOST:PORT for a few seconds: Ray itself tries for minutes.
+    """Try to connect to HOST:PORT for a few seconds. Ray itself would try for minutes.
 
     Raises:
         InputError: nothing listens there.
     """
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if not host or not port.isdigit():
-        return  # auto, or another of Ray's own names
+        return  # "auto" or another name that Ray understands
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:

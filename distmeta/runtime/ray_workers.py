@@ -1,4 +1,4 @@
-"""The workers of a run on a Ray cluster: placed, started, replaced, let go. Knows nothing of what they compute."""
+"""The Ray actors of a run: place them, start them, replace them, let them go. What they compute does not matter here."""
 
 from __future__ import annotations
 
@@ -14,304 +14,349 @@ import numpy as np
 from distmeta.compute.compiler import MissingCompilerError
 from distmeta.compute.compression import cut
 from distmeta.compute.vectors import Buffer
-from distmeta.config.job import Run
-from distmeta.errors import InputError
+from distmeta.config.sections import RunSection
+from distmeta.errors import InputError, summarize_error
 from distmeta.runtime.failure_policy import LostShardError, another_may_fare_better, backoff
-from distmeta.runtime.ray_cluster import Nodes, resources
+from distmeta.runtime.ray_cluster import Nodes, describe_resources
 from distmeta.runtime.worker import Shard, Worker, WorkerSpec
 
 POLL_SECONDS = 0.2
-"""How often a waiting driver looks whether it was interrupted."""
+"""A waiting driver checks this often whether it was interrupted."""
 GET_SECONDS = 60.0
-"""Longest wait for a result that is said to be ready."""
-SAY_SECONDS = (5.0, 60.0)
-"""When it is first said that workers are waited for, and how often after that."""
+"""Longest wait for a result that Ray reports as ready."""
+FIRST_REPORT_SECONDS = 5.0
+"""A driver that waits for workers says so after this time."""
+REPORT_SECONDS = 60.0
+"""Time between two such reports."""
 
 
 class WorkerProcess:
-    """The Ray actor. It is there before its worker is built: waiting for room and building have limits of their own."""
+    """The Ray actor that computes.
+
+    Ray creates the actor before its `Worker` is built, because waiting for room and building have separate time limits.
+    """
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
-        self._out: Buffer | None = None
-        """A gradient's memory, shard after shard: Ray copies what a call gives back before the next one."""
+        self._gradient: Buffer | None = None
+        """Reused for every shard: Ray copies what a call returns before the next call starts."""
 
-    def here(self) -> str:
-        """The node's id, once there was room."""
+    def node_id(self) -> str:
+        """Return the id of the actor's node. Ray answers this call once there was room for the actor."""
         import ray
 
         return ray.get_runtime_context().get_node_id()
 
     def build(self, spec: WorkerSpec) -> int:
+        """Build the job's parts; return the process id."""
         self._worker = Worker(spec)
-        self._out = self._worker.buffer()
+        self._gradient = self._worker.buffer()
         return os.getpid()
 
     def compute(self, shard: Shard, edges: Sequence[int], *flat: np.ndarray) -> Any:
-        """A shard's result; with `edges`, where the gradient is cut, the pieces after it: objects of their own that may
-        go elsewhere.
+        """Compute a shard.
 
         Args:
-            flat: theta, in any number of consecutive pieces.
+            edges: where to cut the gradient; empty: leave it in the result.
+            flat: theta, as one or several consecutive float32 vectors.
+
+        Returns:
+            The shard's result. With `edges` the result has no gradient, and the gradient's pieces follow. Each piece
+            is a Ray object, which may travel to another process than the result.
         """
         assert self._worker is not None
-        result = self._worker.compute(flat, shard, self._out)
+        result = self._worker.compute(flat, shard, self._gradient)
         if not edges:
             return result
         assert result.gradient is not None
         return replace(result, gradient=None), *cut(result.gradient, edges)
 
-    def round(self, own: Any, flat: np.ndarray, state: Any) -> Any:
-        """A replica's steps (`run.strategy: local`): three objects, for the last two may stay here."""
-        from distmeta.strategies.replica import run_round  # what a worker of `local` alone needs
-
+    def execute(self, unit: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return `function(worker, unit, *arguments)`, for strategies that compute more than single shards."""
         assert self._worker is not None
-        return run_round(self._worker, own, flat, state)
+        return function(self._worker, unit, *arguments)
 
 
 @dataclass
-class _Place:
-    """Where a worker stands, or will."""
+class _Slot:
+    """A place for one worker."""
 
     state: Literal["empty", "waiting", "building", "idle", "busy"] = "empty"
+    """`waiting`: for room on the cluster."""
     since: float = 0.0
-    """When it came into this state; empty: when the next worker is due; busy: when it began what it computes now."""
+    """When the slot entered its state. `empty`: when the next worker is due. `busy`: when the current shard began."""
     actor: Any = None
     node: str | None = None
     call: Any = None
-    """What ends the waiting or the building."""
-    given: int = 0
-    """Shards that it has: the one that it computes and those behind."""
-    in_a_row: int = 0
-    """Workers lost here since one computed a shard."""
+    """Ray reference that is ready when the waiting or the building ends."""
+    assigned: int = 0
+    """Shards that the worker has: the one that it computes and those queued behind it."""
+    losses_in_a_row: int = 0
+    """Workers lost in this slot since one of them computed a shard."""
 
 
-class Fleet:
-    """`run.max_workers` places. Whoever has room for one gets asked for it: that is what an autoscaler sees."""
+class RayWorkers:
+    """The run's workers, in `run.max_workers` slots. A worker is known by the number of its slot.
 
-    def __init__(self, ray: Any, run: Run, spec: Any, say: Callable[[str], None]):
-        self._ray, self._run, self._spec, self._say = ray, run, spec, say
-        self._places = [_Place() for _ in range(run.max_workers)]
+    An actor is requested for every empty slot, even if the cluster has no room: an autoscaler acts on such requests.
+    """
+
+    def __init__(self, ray: Any, run: RunSection, spec: Any, report: Callable[[str], None]):
+        self._ray = ray
+        self._run = run
+        self._spec = spec
+        self._report = report
+        self._slots = [_Slot() for _ in range(run.max_workers)]
         self._nodes = Nodes(ray)
-        self._failed_starts = 0  # in a row
-        self._opened = False
+        self._failed_starts_in_a_row = 0
+        self._started = False
         self._short_since: float | None = None
-        self._said = 0.0
+        self._last_report = 0.0
 
     @property
     def size(self) -> int:
-        """Workers that are ready or at work."""
-        return sum(place.state in ("idle", "busy") for place in self._places)
+        """Number of workers that are idle or computing."""
+        return sum(slot.state in ("idle", "busy") for slot in self._slots)
 
     def idle(self) -> list[int]:
-        return [worker for worker, place in enumerate(self._places) if place.state == "idle"]
+        """Return the workers that have nothing to do."""
+        return [worker for worker, slot in enumerate(self._slots) if slot.state == "idle"]
 
-    def with_one(self) -> list[int]:
-        """Those that compute a shard and have none behind it, where they are to stay."""
+    def without_queue(self) -> list[int]:
+        """Return the workers that compute a shard and have none queued, except on nodes that will go away."""
         draining = self._nodes.draining()
-        return [w for w, p in enumerate(self._places) if p.given == 1 and p.node not in draining]
+        return [w for w, slot in enumerate(self._slots) if slot.assigned == 1 and slot.node not in draining]
 
-    def since(self, worker: int) -> float:
-        """When a worker began what it computes now."""
-        return self._places[worker].since
+    def busy_since(self, worker: int) -> float:
+        """Return when the worker began its current shard."""
+        return self._slots[worker].since
 
-    def node(self, worker: int) -> str | None:
-        return self._places[worker].node
+    def node_ids(self) -> list[str]:
+        """Return the ids of the nodes that workers are on, each once."""
+        return list(dict.fromkeys(slot.node for slot in self._slots if slot.node is not None))
 
-    def nodes(self) -> list[str]:
-        """Where workers are, each node once."""
-        return list(dict.fromkeys(place.node for place in self._places if place.node is not None))
+    def losses_in_a_row(self, worker: int) -> int:
+        """Return how many workers were lost in this slot since one of them computed a shard."""
+        return self._slots[worker].losses_in_a_row
 
-    def calls(self) -> list[Any]:
-        """What workers on their way are waited for by."""
-        return [place.call for place in self._places if place.state in ("waiting", "building")]
-
-    def losses(self, worker: int) -> int:
-        """Workers lost in this one's place since one computed a shard."""
-        return self._places[worker].in_a_row
-
-    def open(self) -> None:
-        """Waits until `run.min_workers` are ready.
+    def start(self) -> None:
+        """Wait until `run.min_workers` workers are ready.
 
         Raises:
-            InputError: the cluster cannot place them in `run.start_timeout` seconds, or the job fails to build there.
+            InputError: the cluster cannot place them within `run.start_timeout` seconds, or the job cannot be built.
             LostShardError: they die while starting.
         """
-        run, least = self._run, self._run.min_workers
-        begun = time.monotonic()
-        while self.size < least:
-            if time.monotonic() - begun > run.start_timeout:
+        run = self._run
+        started = time.monotonic()
+        while self.size < run.min_workers:
+            if time.monotonic() - started > run.start_timeout:
                 raise InputError(
-                    f"run.workers: got {least} of {run.cpus_per_worker:g} CPU and {run.gpus_per_worker:g} GPU each, "
-                    f"but only {self.size} were ready after run.start_timeout = {run.start_timeout:g} s; "
-                    f"{resources(self._ray)}"
+                    f"run.workers: got {run.min_workers} of {run.cpus_per_worker:g} CPU and {run.gpus_per_worker:g} "
+                    f"GPU each, but only {self.size} were ready after run.start_timeout = {run.start_timeout:g} s; "
+                    f"{describe_resources(self._ray)}"
                 )
-            self.tend()
+            self.update()
             self.wait([])
-        self._opened = True
+        self._started = True
 
     def resume(self) -> None:
-        """Nobody tended the workers for a while: waiting for them begins anew."""
+        """Note that nobody called `update` for a while, so that the time without workers is counted anew."""
         self._short_since = None
 
     def wait(self, calls: list[Any]) -> list[Any]:
-        """One of `calls` that is finished, after a moment at most."""
-        everything = [*calls, *self.calls()]
-        if not everything:  # every worker is to be replaced, none is due yet
+        """Return one of `calls` that has finished, or nothing after `POLL_SECONDS`."""
+        starting = [slot.call for slot in self._slots if slot.state in ("waiting", "building")]
+        pending = [*calls, *starting]
+        if not pending:  # every worker is to be replaced, and none is due yet
             time.sleep(POLL_SECONDS)
             return []
-        done, _ = self._ray.wait(everything, num_returns=1, timeout=POLL_SECONDS)
-        return [call for call in done if call in calls]
+        finished, _ = self._ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
+        return [call for call in finished if call in calls]
 
-    def give(self, worker: int, method: str, unit: Any, arguments: Sequence[Any], outputs: int) -> list[Any]:
-        """A worker computes something, once it is done with what it has: as many objects."""
-        place = self._places[worker]
-        assert place.state in ("idle", "busy")
-        if place.state == "idle":
-            place.state, place.since = "busy", time.monotonic()
-        place.given += 1
-        call = getattr(place.actor, method)
-        return (
-            call.options(num_returns=outputs).remote(unit, *arguments)
-            if outputs > 1
-            else [call.remote(unit, *arguments)]
-        )
+    def submit(self, worker: int, method: str, unit: Any, arguments: Sequence[Any], outputs: int) -> list[Any]:
+        """Call a method of a worker, which queues behind the calls that it has.
 
-    def freed(self, worker: int) -> None:
-        """It computed its shard."""
-        place = self._places[worker]
-        place.given -= 1
-        place.state = "busy" if place.given else "idle"
-        place.since, place.in_a_row = time.monotonic(), 0
-        self._failed_starts = 0
+        Returns:
+            `outputs` Ray references, one for each object that the method returns.
+        """
+        slot = self._slots[worker]
+        assert slot.state in ("idle", "busy")
+        if slot.state == "idle":
+            slot.state = "busy"
+            slot.since = time.monotonic()
+        slot.assigned += 1
+        remote_method = getattr(slot.actor, method)
+        if outputs == 1:
+            return [remote_method.remote(unit, *arguments)]
+        return remote_method.options(num_returns=outputs).remote(unit, *arguments)
 
-    def went_with_its_node(self, worker: int) -> bool:
-        return self._nodes.died(self._places[worker].node)
+    def finish(self, worker: int) -> None:
+        """Note that the worker has computed a shard."""
+        slot = self._slots[worker]
+        slot.assigned -= 1
+        slot.state = "busy" if slot.assigned else "idle"
+        slot.since = time.monotonic()
+        slot.losses_in_a_row = 0
+        self._failed_starts_in_a_row = 0
+
+    def is_node_dead(self, worker: int) -> bool:
+        """Return whether the worker's node is gone."""
+        return self._nodes.is_dead(self._slots[worker].node)
 
     def replace(self, worker: int, delay: float, blamed: bool = True) -> None:
-        """Lets a worker go; another is asked for after `delay` seconds."""
-        place = self._places[worker]
-        if place.actor is not None:
+        """Let a worker go. `update` requests another one after `delay` seconds.
+
+        Args:
+            blamed: whether this counts as a loss of the slot; false if its node went away.
+        """
+        slot = self._slots[worker]
+        if slot.actor is not None:
             with contextlib.suppress(self._ray.exceptions.RayError):
-                self._ray.kill(place.actor)  # it may be unreachable or stopped rather than dead
-        place.state, place.since, place.in_a_row = "empty", time.monotonic() + delay, place.in_a_row + blamed
-        place.actor = place.node = place.call = None
-        place.given = 0
+                self._ray.kill(slot.actor)  # it may be unreachable or stopped, not dead
+        losses = slot.losses_in_a_row + blamed
+        self._slots[worker] = _Slot(since=time.monotonic() + delay, losses_in_a_row=losses)
 
     def close(self) -> None:
-        for worker in range(len(self._places)):
+        """Let all workers go."""
+        for worker in range(len(self._slots)):
             self.replace(worker, 0.0)
 
-    def tend(self) -> None:
-        """Asks for workers that are due, takes up those that came, lets go those whose node is going.
+    def update(self) -> None:
+        """Request workers that are due, continue the start of those that came, leave nodes that will go away.
 
         Raises:
-            LostShardError: no worker is left and none comes, or they all die while starting.
+            LostShardError: no worker is left and none comes, or all die while starting.
         """
         now = time.monotonic()
-        for place in self._places:
-            if place.state == "empty" and place.since <= now:
-                self._ask(place, now)
-        on_the_way = {
-            place.call: worker for worker, place in enumerate(self._places) if place.call is not None
-        }
-        if on_the_way:
-            for call in self._ray.wait(list(on_the_way), num_returns=len(on_the_way), timeout=0)[0]:
-                self._arrived(on_the_way[call], call)
-        self._overdue(now)
-        self._leave(self._nodes.draining())
-        self._short(now)
+        for slot in self._slots:
+            if slot.state == "empty" and slot.since <= now:
+                self._request_worker(slot, now)
+        starting = {slot.call: worker for worker, slot in enumerate(self._slots) if slot.call is not None}
+        if starting:
+            ready, _ = self._ray.wait(list(starting), num_returns=len(starting), timeout=0)
+            for call in ready:
+                self._continue_start(starting[call], call)
+        self._check_start_timeouts(now)
+        self._leave_draining_nodes()
+        self._check_shortage(now)
 
-    def _ask(self, place: _Place, now: float) -> None:
+    def _request_worker(self, slot: _Slot, now: float) -> None:
         options = {"num_cpus": self._run.cpus_per_worker, "num_gpus": self._run.gpus_per_worker}
-        place.actor = self._ray.remote(WorkerProcess).options(**options).remote()
-        place.state, place.since, place.call = "waiting", now, place.actor.here.remote()
+        slot.actor = self._ray.remote(WorkerProcess).options(**options).remote()
+        slot.call = slot.actor.node_id.remote()
+        slot.state = "waiting"
+        slot.since = now
 
-    def _arrived(self, worker: int, call: Any) -> None:
-        """A worker found room, or is ready, or died before it was."""
-        place = self._places[worker]
+    def _continue_start(self, worker: int, call: Any) -> None:
+        """Handle the end of a call of a starting worker: it found room, or it is ready, or it failed."""
+        slot = self._slots[worker]
         try:
             answer = self._ray.get(call, timeout=GET_SECONDS)
         except self._ray.exceptions.RayTaskError as error:
-            if self._opened and isinstance(error.cause, MissingCompilerError):
-                return self._failed(worker, describe(error), f"is refused (there is {error.cause.args[0]})")
+            reason = summarize_error(error.cause)
+            if self._started and isinstance(error.cause, MissingCompilerError):
+                return self._handle_failed_start(worker, reason, f"is refused (there is {error.cause.args[0]})")
             if not another_may_fare_better(error.cause):
-                reraise(error)
-            return self._failed(worker, describe(error))
-        except lost_by(self._ray) as error:
-            return self._failed(worker, describe(error))
-        place.since = time.monotonic()
-        if place.state == "waiting":
-            place.state, place.node, place.call = "building", answer, place.actor.build.remote(self._spec)
+                raise_task_error(error)
+            return self._handle_failed_start(worker, reason)
+        except worker_failures(self._ray) as error:
+            return self._handle_failed_start(worker, summarize_error(error))
+        slot.since = time.monotonic()
+        if slot.state == "waiting":
+            slot.state = "building"
+            slot.node = answer
+            slot.call = slot.actor.build.remote(self._spec)
             return None
-        place.state, place.call = "idle", None
-        self._failed_starts = 0
-        if self._opened:
-            self._say(f"worker {worker} is ready: {self.size} now")
+        slot.state = "idle"
+        slot.call = None
+        self._failed_starts_in_a_row = 0
+        if self._started:
+            self._report(f"worker {worker} is ready: {self.size} now")
         return None
 
-    def _failed(self, worker: int, reason: str, how: str = "") -> None:
-        if self.went_with_its_node(worker):
-            return self.replace(worker, 0.0, blamed=False)
-        self._failed_starts += 1
-        places = len(self._places) if self._opened else self._run.min_workers
-        if self._failed_starts >= self._run.max_shard_failures * places:
-            raise LostShardError(
-                f"{self._failed_starts} workers in a row died while starting, the last by: {reason}"
-            )
-        how = how or f"died while starting ({reason.partition(':')[0]})"
-        self._say(f"worker {worker} {how}: another is started")
-        return self.replace(worker, backoff(self._places[worker].in_a_row + 1))
+    def _handle_failed_start(self, worker: int, reason: str, what_happened: str = "") -> None:
+        """Replace a worker that failed to start.
 
-    def _overdue(self, now: float) -> None:
-        """Building has a limit. Room is asked for anew now and then: a process may stop before its first word."""
-        for worker, place in enumerate(self._places):
-            if place.state == "building" and now - place.since > self._run.start_timeout:
-                self._failed(worker, f"not ready after run.start_timeout = {self._run.start_timeout:g} s")
-            elif place.state == "waiting" and now - place.since > self._run.start_timeout:
+        Raises:
+            LostShardError: too many in a row failed.
+        """
+        if self.is_node_dead(worker):
+            return self.replace(worker, 0.0, blamed=False)
+        self._failed_starts_in_a_row += 1
+        expected_workers = len(self._slots) if self._started else self._run.min_workers
+        if self._failed_starts_in_a_row >= self._run.max_shard_failures * expected_workers:
+            raise LostShardError(
+                f"{self._failed_starts_in_a_row} workers in a row died while starting, the last by: {reason}"
+            )
+        if not what_happened:
+            what_happened = f"died while starting ({error_type(reason)})"
+        self._report(f"worker {worker} {what_happened}: another is started")
+        return self.replace(worker, backoff(self._slots[worker].losses_in_a_row + 1))
+
+    def _check_start_timeouts(self, now: float) -> None:
+        """Replace workers that take too long to start.
+
+        One that still waits for room is requested anew without blame: its process may hang before its first answer.
+        """
+        limit = self._run.start_timeout
+        for worker, slot in enumerate(self._slots):
+            if now - slot.since <= limit:
+                continue
+            if slot.state == "building":
+                self._handle_failed_start(worker, f"not ready after run.start_timeout = {limit:g} s")
+            elif slot.state == "waiting":
                 self.replace(worker, 0.0, blamed=False)
 
-    def _leave(self, draining: frozenset[str]) -> None:
-        """Workers move off nodes that were told to go; one that is at work first ends its shard."""
+    def _leave_draining_nodes(self) -> None:
+        """Move workers off nodes that will go away. A worker that computes first finishes its shard."""
+        draining = self._nodes.draining()
         moving = [
-            w for w, p in enumerate(self._places) if p.node in draining and p.state in ("idle", "building")
+            worker
+            for worker, slot in enumerate(self._slots)
+            if slot.node in draining and slot.state in ("idle", "building")
         ]
         for worker in moving:
             self.replace(worker, 0.0, blamed=False)
         if moving:
-            self._say(f"a node is going away: {len(moving)} of its workers move")
+            self._report(f"a node is going away: {len(moving)} of its workers move")
 
-    def _short(self, now: float) -> None:
-        """Says what is waited for; gives up where no worker is left and none came for `run.start_timeout` seconds."""
-        if self.size >= (1 if self._opened else self._run.min_workers):
+    def _check_shortage(self, now: float) -> None:
+        """Report what the run waits for if it has too few workers.
+
+        Raises:
+            LostShardError: no worker was left for `run.start_timeout` seconds.
+        """
+        needed = 1 if self._started else self._run.min_workers
+        if self.size >= needed:
             self._short_since = None
             return
         if self._short_since is None:
-            self._short_since, self._said = now, now + SAY_SECONDS[0] - SAY_SECONDS[1]
-        run, waited = self._run, now - self._short_since
-        if self._opened and waited > run.start_timeout:
+            self._short_since = now
+            self._last_report = now + FIRST_REPORT_SECONDS - REPORT_SECONDS
+        waited = now - self._short_since
+        limit = self._run.start_timeout
+        if self._started and waited > limit:
             raise LostShardError(
-                f"no worker is left, and none was ready after run.start_timeout = {run.start_timeout:g} s: "
-                f"{self._waited_for()}"
+                f"no worker is left, and none was ready after run.start_timeout = {limit:g} s: "
+                f"{self._describe_shortage()}"
             )
-        if now - self._said > SAY_SECONDS[1]:
-            self._said = now
-            self._say(f"waiting for workers for {waited:.0f} s: {self._waited_for()}")
+        if now - self._last_report > REPORT_SECONDS:
+            self._last_report = now
+            self._report(f"waiting for workers for {waited:.0f} s: {self._describe_shortage()}")
 
-    def _waited_for(self) -> str:
-        """`1 of 2 ready, 1 waits for room (1 CPU, 0 GPU each); the cluster has …`"""
-        run, states = self._run, [place.state for place in self._places]
-        room, building = states.count("waiting"), states.count("building")
-        each = f"{run.cpus_per_worker:g} CPU, {run.gpus_per_worker:g} GPU each"
-        needed = max(run.min_workers, 1)
+    def _describe_shortage(self) -> str:
+        """Return `1 of 2 ready, 0 starting, 1 waiting for room (1 CPU, 0 GPU each); the cluster has …`."""
+        run = self._run
+        states = [slot.state for slot in self._slots]
         return (
-            f"{self.size} of {needed} ready, {building} starting, {room} waiting for room ({each}); "
-            f"{resources(self._ray)}"
+            f"{self.size} of {max(run.min_workers, 1)} ready, {states.count('building')} starting, "
+            f"{states.count('waiting')} waiting for room "
+            f"({run.cpus_per_worker:g} CPU, {run.gpus_per_worker:g} GPU each); {describe_resources(self._ray)}"
         )
 
 
-def lost_by(ray: Any) -> tuple[type[Exception], ...]:
-    """The Ray failures by which a worker, or what it computed, is lost."""
+def worker_failures(ray: Any) -> tuple[type[Exception], ...]:
+    """Return the Ray errors that mean that a worker, or an object that it made, is lost."""
     errors = ray.exceptions
     return (
         errors.RayActorError,
@@ -327,14 +372,16 @@ def lost_by(ray: Any) -> tuple[type[Exception], ...]:
     )
 
 
-def describe(error: Exception) -> str:
-    """One line."""
-    cause = getattr(error, "cause", None) or error
-    return f"{type(cause).__name__}: " + " ".join(str(cause).split())[:200]
+def error_type(reason: str) -> str:
+    """Return the part of `summarize_error`'s text that names the type."""
+    return reason.partition(":")[0]
 
 
-def reraise(error: Any) -> NoReturn:
-    """Raises here what a task raised on a worker: a user's mistake alone, anything else with the worker's traceback."""
+def raise_task_error(error: Any) -> NoReturn:
+    """Raise here what a task raised on a worker (a `RayTaskError`).
+
+    A user's mistake is raised without a traceback, anything else with the worker's traceback.
+    """
     cause = error.cause
     if not isinstance(cause, Exception):
         raise error

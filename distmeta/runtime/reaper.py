@@ -1,10 +1,9 @@
-"""Ends what a local Ray leaves behind: `python reaper.py RAYLET_PID SESSION`, with a pipe from the driver as standard
-input.
+"""Kill the processes that a local Ray leaves behind: `python reaper.py RAYLET_PID SESSION_DIR`.
 
-A driver that is killed takes Ray's head and raylet along (they ask the kernel for it), but not the raylet's own
-children: agents linger for a minute or two, a worker that hangs or was stopped stays for ever. The pipe ends when the
-driver does, however it does; then every process that this raylet started is killed. It needs no package, so it starts
-in a blink.
+If a driver is killed, Ray's head and raylet end with it, because they ask the kernel for that. The raylet's own children
+do not: agents remain for a minute or two, and a worker that hangs or was stopped remains for ever. The driver therefore
+starts this script with a pipe as its standard input. The pipe ends when the driver does. Then this script kills every
+process that the raylet started. It imports no installed package, so it starts fast.
 """
 
 from __future__ import annotations
@@ -14,28 +13,34 @@ import signal
 import sys
 import time
 
-SWEEPS, PAUSE = 10, 0.2
-"""A raylet that is still ending may yet have started something: look a few times."""
+ATTEMPTS = 10
+"""How often to look: a raylet that is still ending may start another process."""
+PAUSE_SECONDS = 0.2
 
 
-def started_by(raylet: int, session: str) -> list[int]:
-    """The processes in whose environment Ray wrote this raylet's pid, and those with a title of Ray's, which they write
-    over their environment, that have logs of its session open.
+def find_processes(raylet: int, session: str) -> list[int]:
+    """Return the pids of the processes that a raylet started.
+
+    Ray writes the raylet's pid into their environment. Some Ray processes overwrite their environment with a title;
+    those are recognised by the log files of the session that they have open.
     """
-    mark, found = f"RAY_RAYLET_PID={raylet}".encode(), []
+    mark = f"RAY_RAYLET_PID={raylet}".encode()
+    found = []
     for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) != os.getpid():
-            try:
-                with open(f"/proc/{name}/environ", "rb") as file:
-                    marked = mark in file.read().split(b"\0")
-                if marked or has_logs_open(name, session):
-                    found.append(int(name))
-            except OSError:  # gone meanwhile, or another user's
-                continue
+        if not name.isdigit() or int(name) == os.getpid():
+            continue
+        try:
+            with open(f"/proc/{name}/environ", "rb") as file:
+                is_marked = mark in file.read().split(b"\0")
+            if is_marked or has_logs_open(name, session):
+                found.append(int(name))
+        except OSError:  # the process has ended, or it is another user's
+            continue
     return found
 
 
 def has_logs_open(process: str, session: str) -> bool:
+    """Return whether a process with a title of Ray's has log files of this session open."""
     with open(f"/proc/{process}/cmdline", "rb") as file:
         if not file.read().startswith(b"ray::"):
             return False
@@ -43,19 +48,20 @@ def has_logs_open(process: str, session: str) -> bool:
     return any(os.readlink(f"{folder}/{name}").startswith(session + "/logs/") for name in os.listdir(folder))
 
 
-def end(raylet: int, session: str) -> None:
-    for sweep in range(SWEEPS):
-        left = started_by(raylet, session)
-        if not left and sweep:
+def kill_all(raylet: int, session: str) -> None:
+    """Kill the raylet's processes until none is found."""
+    for attempt in range(ATTEMPTS):
+        pids = find_processes(raylet, session)
+        if not pids and attempt:
             return
-        for pid in left:
+        for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        time.sleep(PAUSE)
+        time.sleep(PAUSE_SECONDS)
 
 
 if __name__ == "__main__":
-    sys.stdin.buffer.read()  # until the driver is no more
-    end(int(sys.argv[1]), sys.argv[2])
+    sys.stdin.buffer.read()  # returns when the driver has ended
+    kill_all(int(sys.argv[1]), sys.argv[2])

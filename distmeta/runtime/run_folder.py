@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from distmeta.config.combining import SAME_BITS
 from distmeta.config.job import Job
+from distmeta.config.sections import StrategySection
 from distmeta.errors import InputError, redact
 from distmeta.files import lock_folder, to_json_value, write_atomically
 from distmeta.runtime import checkpoint as checkpoints
@@ -161,7 +161,7 @@ def _resumed_job(stored: Mapping[str, Any], job: Job, step: int) -> Job:
 
     What `job` leaves open (null, auto) is what the run resolved at its start.
     """
-    asked = job.tree()
+    asked = job.to_dict()
     merged: dict[str, Any] = {}
     for section, value in stored.items():
         free = MAY_CHANGE.get(section, set())
@@ -171,14 +171,22 @@ def _resumed_job(stored: Mapping[str, Any], job: Job, step: int) -> Job:
             _refuse_past_changes(value, asked[section], step)
             merged[section] = asked[section]
         elif isinstance(value, dict):
-            if section == "run" and {value["strategy"], asked[section]["strategy"]} <= SAME_BITS:
-                free = free | {"strategy", "servers"}
+            if section == "strategy" and _are_equal_strategies(value, job):
+                merged[section] = asked[section]
+                continue
             _refuse_changes(section, value, asked[section], free)
             merged[section] = value | {key: asked[section][key] for key in free}
         else:
             _refuse_changes("", {section: value}, {section: asked[section]}, set())
             merged[section] = value
     return Job.parse(merged)
+
+
+def _are_equal_strategies(stored: Mapping[str, Any], job: Job) -> bool:
+    """Return whether both strategies have the same theta and state to the bit, and compress gradients alike."""
+    before = StrategySection.model_validate(dict(stored))
+    same_bits = before.part.equals_driver and job.strategy.part.equals_driver
+    return same_bits and before.compress == job.strategy.compress
 
 
 def _refuse_changes(prefix: str, stored: Any, asked: Any, free: set[str]) -> None:
@@ -221,7 +229,7 @@ class RunFolder:
         self._lock = start.lock or lock_folder(path, lock_place(path, uri))
         if checkpoint is None and (path / "checkpoints" / "latest").exists():
             raise InputError(f"run.name: the run folder {path} was started by another process meanwhile")
-        write_atomically(path / "job.yaml", job.dump())
+        write_atomically(path / "job.yaml", job.to_yaml())
         checkpoints.clear(path)
         self._metrics = _taken_up(path, checkpoint and checkpoint.progress)
         if failure := self.publish():

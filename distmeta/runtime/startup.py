@@ -8,14 +8,14 @@ import torch
 
 from distmeta.compute.compiler import MissingCompilerError
 from distmeta.config.job import Job
-from distmeta.config.sections import Outer
+from distmeta.config.parts import build_part
+from distmeta.config.sections import OuterSection
 from distmeta.errors import redact
-from distmeta.runtime.checkpoint import Progress
+from distmeta.runtime.checkpoint import Progress, TrainingState
 from distmeta.runtime.problem import Problem, build, check_data, device_of, numerics_of
 from distmeta.runtime.resolve import eager, resolve
 from distmeta.runtime.run_folder import Start
 from distmeta.runtime.strategy import Strategy
-from distmeta.strategies import open_strategy
 from distmeta.tracking.mlflow import Tracker, open_tracker
 
 
@@ -40,13 +40,22 @@ def opened(
     state = start.checkpoint.state if start.checkpoint else None
     outer = outer_at(problem.job, progress)
     try:
-        return problem, open_strategy(problem, outer, state, say)
+        return problem, build_strategy(problem, outer, state, say)
     except MissingCompilerError as error:
         if start.checkpoint is not None:
             raise
         say(f"compute.compile: there is {error.args[0]}; the whole run goes without")
     problem = eager(problem)
-    return problem, open_strategy(problem, outer, state, say)
+    return problem, build_strategy(problem, outer, state, say)
+
+
+def build_strategy(
+    problem: Problem, outer: OuterSection, state: TrainingState | None, say: Callable[[str], None]
+) -> Strategy:
+    """Build the strategy that the job names, ready to advance."""
+    section = problem.job.strategy
+    given = {"problem": problem, "outer": outer, "state": state, "report": say}
+    return build_part(section.part, section.options, given)
 
 
 def last_step(progress: Progress) -> int:
@@ -54,7 +63,7 @@ def last_step(progress: Progress) -> int:
     return max(progress.step - 1, 0)
 
 
-def outer_at(job: Job, progress: Progress) -> Outer:
+def outer_at(job: Job, progress: Progress) -> OuterSection:
     """The outer optimizer's settings in the last completed step; at step 0 the job's own."""
     return job.at(progress.step - 1).outer if progress.step else job.outer
 
@@ -78,7 +87,7 @@ def tracker_of(job: Job, start: Start, progress: Progress, say: Callable[[str], 
         job.tracking.type,
         run_name=start.folder.name,
         experiment=job.tracking.experiment or job.name,
-        params=job.tree(),
+        params=job.to_dict(),
         tags={"distmeta.run": redact(start.uri or str(start.folder.absolute()))}
         | ({"mlflow.parentRunId": job.tracking.parent} if job.tracking.parent else {}),
         run_id=progress.tracking_id,

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from distmeta.config.sections import Outer
+from distmeta.config.sections import OuterSection
 from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.pool import Pool
@@ -48,7 +48,7 @@ class Strategy(Protocol):
         """
         ...
 
-    def retune(self, outer: Outer) -> None:
+    def retune(self, outer: OuterSection) -> None:
         """Goes on with other settings of the optimizer; its state and the schedule's clock stay."""
         ...
 
@@ -68,14 +68,14 @@ class Strategy(Protocol):
         """
         ...
 
-    def load(self, state: TrainingState, outer: Outer) -> None:
+    def load(self, state: TrainingState, outer: OuterSection) -> None:
         """Goes back to a state and the settings it was made with; starts anew what was lost."""
         ...
 
     def close(self) -> None: ...
 
 
-def server_of(problem: Problem, outer: Outer, state: TrainingState | None) -> ParameterServer:
+def server_of(problem: Problem, outer: OuterSection, state: TrainingState | None) -> ParameterServer:
     """theta and the optimizer in this process, at a checkpoint's state or at step 0.
 
     Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distmeta.config.job import Job
-from distmeta.config.sections import Run as RunSection
+from distmeta.config.sections import RunSection as RunSection
 from distmeta.errors import redact
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint, Progress
@@ -259,7 +259,7 @@ def _enter_phase(run: _Run, step: int) -> None:
     job = run.problem.job
     phase = job.phase(step)
     if job.changes and (phase != run.problem.phase or not run.changing):
-        run.changing = job.changing(step)
+        run.changing = job.changed_values(step)
     if phase != run.problem.phase:
         run.problem = run.problem.at(phase)
         run.strategy.retune(job.at(step).outer)
@@ -294,7 +294,7 @@ def _save(run: _Run) -> Path:
     run.folder.sync()
     theta, tensors, outer = run.strategy.state()
     state = Checkpoint(
-        run.problem.job.tree(),
+        run.problem.job.to_dict(),
         theta,
         {name: value.cpu() for name, value in run.problem.model.constants.items()},
         tensors,

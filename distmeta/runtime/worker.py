@@ -78,7 +78,7 @@ class ShardResult:
 
     index: int
     gradient: Vector | None
-    """As it travels: in float32, or coded as `run.compress` says."""
+    """As it travels: in float32, or coded as `strategy.compress` says."""
     tasks: int
     dropped: tuple[int, ...]
     """Task indices within the step."""
@@ -105,7 +105,7 @@ class WorkerSpec:
     def of(cls, problem: Problem, layout: Layout) -> WorkerSpec:
         """For a problem that the driver has built."""
         data = fingerprint_of(problem.family)
-        return cls(problem.job.tree(), layout, constants_of(problem.model), os.getcwd(), data)
+        return cls(problem.job.to_dict(), layout, constants_of(problem.model), os.getcwd(), data)
 
 
 class Worker:
@@ -323,7 +323,7 @@ def shards_of(
 ) -> list[Shard]:
     """The plan of a step (or of an evaluation): which tasks each shard holds."""
     trains = split == "train"
-    more = {"phase": problem.phase, "compress": problem.job.run.compress if trains else "none"}
+    more = {"phase": problem.phase, "compress": problem.job.strategy.compress if trains else "none"}
     slices = shard_slices(count, pieces, problem.algorithm.group_size if trains else 1)
     return [
         Shard(index, split, step, count, piece.start, piece.stop, inner_steps, outputs, **more)

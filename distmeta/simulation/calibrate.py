@@ -16,8 +16,7 @@ from statistics import median
 import numpy as np
 
 from distmeta.compute.vectors import Layout
-from distmeta.config.combining import in_process
-from distmeta.config.job import Job
+from distmeta.config.job import Job, run_in_process
 from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.pool import LocalPool, Pool, open_pool
 from distmeta.runtime.problem import Problem
@@ -98,8 +97,9 @@ def processors() -> int:
 
 def problem_of(job: Job, say: Callable[[str], None] = lambda text: None) -> Problem:
     """The job's problem, settled, computing in this process."""
-    run = in_process(job.tree()["run"]) | {"eval_every": 0, "patience": None}
-    return settled(Job.parse(job.tree() | {"run": run}), say)
+    tree = run_in_process(job.to_dict())
+    run = tree["run"] | {"eval_every": 0, "patience": None}
+    return settled(Job.parse(tree | {"run": run}), say)
 
 
 def job_costs(problem: Problem) -> JobCosts:

@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from random import Random
 
-from distmeta.config.parts import shown
+from distmeta.config.parts import show_value
 from distmeta.errors import InputError
 
 NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
@@ -39,7 +39,7 @@ class Link:
         rate = float(found[1]) * BITS[found[2]] / 8 if found else 0.0
         if not 0 < rate < math.inf:
             raise InputError(
-                f"--link: got {shown(text)}, expected a rate above 0 such as 10Gbit or 100Mbit, or {LOCAL}"
+                f"--link: got {show_value(text)}, expected a rate above 0 such as 10Gbit or 100Mbit, or {LOCAL}"
             )
         return Link(rate)
 
@@ -57,7 +57,7 @@ def parse_latency(text: str) -> float:
     seconds = float(found[1]) * SECONDS[found[2]] if found else math.inf
     if not seconds < math.inf:
         raise InputError(
-            f"--latency: got {shown(text)}, expected a time such as 100us, 0.5ms or 0s (ns, us, ms, s)"
+            f"--latency: got {show_value(text)}, expected a time such as 100us, 0.5ms or 0s (ns, us, ms, s)"
         )
     return seconds
 
@@ -74,7 +74,7 @@ class Stragglers:
         sigma = 0.0 if text == "none" else float(found[1]) if found else math.inf
         if not sigma <= WIDEST:
             raise InputError(
-                f"--stragglers: got {shown(text)}, expected none or lognormal:SIGMA with SIGMA from 0 to {WIDEST:g}, "
+                f"--stragglers: got {show_value(text)}, expected none or lognormal:SIGMA with SIGMA from 0 to {WIDEST:g}, "
                 "such as lognormal:0.3"
             )
         return Stragglers(sigma)
@@ -91,7 +91,7 @@ def parse_workers(text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
     if not all(re.fullmatch(r"[0-9]{1,9}", part) and 1 <= int(part) <= MOST_WORKERS for part in parts):
         raise InputError(
-            f"--workers: got {shown(text)}, expected numbers from 1 to {MOST_WORKERS:,} with commas between them, "
+            f"--workers: got {show_value(text)}, expected numbers from 1 to {MOST_WORKERS:,} with commas between them, "
             "such as 8,64,512"
         )
     return tuple(sorted({int(part) for part in parts}))
@@ -102,7 +102,7 @@ def parse_strategies(text: str | None) -> tuple[str, ...]:
     parts = list(STRATEGIES) if text is None else [part.strip() for part in text.split(",")]
     for part in parts:
         if part not in STRATEGIES:
-            raise InputError(f"--strategies: got {shown(text)}, expected some of {','.join(STRATEGIES)}")
+            raise InputError(f"--strategies: got {show_value(text)}, expected some of {','.join(STRATEGIES)}")
     return tuple(name for name in STRATEGIES if name in parts)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -45,8 +45,9 @@ def simulate(
     ] = False,
 ) -> None:
     """Simulate a job's steps on clusters of other sizes, under each strategy; recommends one."""
-    from distmeta.config.combining import KEYS
+    from distmeta.config.catalog import STRATEGIES
     from distmeta.config.job import Job
+    from distmeta.config.parts import default_options, import_part
     from distmeta.simulation import cluster as clusters
     from distmeta.simulation import report
     from distmeta.simulation.study import costs_of, study
@@ -54,8 +55,10 @@ def simulate(
     counts = clusters.parse_workers(workers)
     names = clusters.parse_strategies(strategies)
     loaded = Job.load(job, list(overrides or []))
-    own = {**KEYS["sharded"], **KEYS["async"], **KEYS["local"]}  # where the job has another strategy's
-    own |= {key: value for key in own if (value := getattr(loaded.run, key)) is not None}
+    own: dict[str, Any] = {}
+    for name in ("sharded", "async", "local"):
+        own |= default_options(import_part("strategy.type", name, STRATEGIES))
+    own |= loaded.strategy.options
     given = {"servers": servers, "max_staleness": max_staleness, "local_steps": local_steps}
     own |= {key: value for key, value in given.items() if value is not None}
     asked = clusters.Cluster(

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from distmeta.config.parts import describe
+from distmeta.config.parts import describe_validation_error
 from distmeta.errors import InputError
 
 VERSION = 1
@@ -146,4 +146,4 @@ def load(path: Path) -> Costs:
     except (json.JSONDecodeError, RecursionError):
         raise InputError(f"--costs: {path} is not JSON: --calibrate writes a new one") from None
     except ValidationError as error:
-        raise InputError(f"--costs: {path}: {describe(error)}: --calibrate writes a new one") from None
+        raise InputError(f"--costs: {path}: {describe_validation_error(error)}: --calibrate writes a new one") from None

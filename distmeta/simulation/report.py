@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from distmeta.compute.vectors import BLOCK
-from distmeta.config.parts import shown
+from distmeta.config.parts import show_value
 from distmeta.errors import InputError
 from distmeta.simulation.cluster import LOCAL
 from distmeta.simulation.model import WORTH, Outcome
@@ -180,6 +180,6 @@ def plot(study: Study, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise InputError(f"--plot: got {shown(str(path))}, which cannot be written ({error})") from None
+        raise InputError(f"--plot: got {show_value(str(path))}, which cannot be written ({error})") from None
     finally:
         pyplot.close(figure)

@@ -93,7 +93,7 @@ def costs_of(job: Job, path: Path, measure: bool, say: Callable[[str], None]) ->
 
 def key_of(job: Job) -> str:
     """What a job's own computations depend on."""
-    tree = job.tree()
+    tree = job.to_dict()
     parts = [tree[name] for name in ("model", "tasks", "algorithm", "outer", "compute")]
     text = json.dumps([parts, job.run.tasks_per_step, job.run.shards], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

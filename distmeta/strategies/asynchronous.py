@@ -2,13 +2,13 @@
 
 A step takes the next `run.shards` gradients that arrive, whichever steps' tasks they are of and whichever theta they
 were computed with (n-softsync; Zhang et al. 2016, "Staleness-aware async-SGD for distributed deep learning"). A
-gradient's staleness τ is the number of steps since its theta. One with τ > `run.max_staleness` is dropped and its
+gradient's staleness τ is the number of steps since its theta. One with τ > `strategy.max_staleness` is dropped and its
 tasks are computed again with theta as it is by then; so many steps' shards may be under way besides those of this
-step. With `run.staleness_aware` gradients are weighted by 1 / (1 + τ):
+step. With `strategy.staleness_aware` gradients are weighted by 1 / (1 + τ):
 
     θ ← θ − optimizer(Σᵢ wᵢ gᵢ / Σ tasks) at the rate lr · w̄,   wᵢ = 1 / (1 + τᵢ) / w̄,  w̄ the mean of 1 / (1 + τᵢ)
 
-which for SGD is the paper's rate lr / τ of each gradient, its τ counted from 1. With `run.max_staleness: 0` there is
+which for SGD is the paper's rate lr / τ of each gradient, its τ counted from 1. With `strategy.max_staleness: 0` there is
 no more than one step under way: `driver`, to the bit.
 """
 
@@ -17,14 +17,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
-from distmeta.compute.compression import decode
-from distmeta.config.sections import Outer
+from distmeta.compute.compression import Compression, decode
+from distmeta.config.sections import OuterSection
 from distmeta.errors import InputError
 from distmeta.runtime.checkpoint import TrainingState
-from distmeta.runtime.pool import ShardAnswer, RayPool, WorkOrder
+from distmeta.runtime.pool import RayPool, ShardAnswer, WorkOrder
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.strategy import Record, server_of
 from distmeta.runtime.worker import Shard, ShardResult
@@ -32,17 +34,31 @@ from distmeta.strategies.gradient_step import Central, plan_of
 
 
 class Async(Central):
+    requires_workers = True
+    equals_driver = False
+
     pool: RayPool
 
-    def __init__(self, problem: Problem, outer: Outer, state: TrainingState | None, say: Callable[[str], None]):
+    def __init__(
+        self,
+        problem: Problem,
+        outer: OuterSection,
+        state: TrainingState | None,
+        report: Callable[[str], None],
+        max_staleness: Annotated[int, Field(ge=0)] = 2,
+        staleness_aware: bool = False,
+        compress: Compression = "none",  # workers read it from the job
+    ):
+        self._max_staleness = max_staleness
+        self._staleness_aware = staleness_aware
         if problem.outer_epochs > 1:
             raise InputError(
-                f"run.strategy: got 'async' for an algorithm that takes {problem.outer_epochs} outer steps on the same "
+                f"strategy.type: got 'async' for an algorithm that takes {problem.outer_epochs} outer steps on the same "
                 "episodes (algorithm.outer_epochs), expected 1"
             )
         super().__init__(server_of(problem, outer, state))
         self._forget(problem)
-        self.pool = RayPool(problem, self._server.layout, say)
+        self.pool = RayPool(problem, self._server.layout, report)
 
     def _forget(self, problem: Problem) -> None:
         """Nothing is under way."""
@@ -63,7 +79,7 @@ class Async(Central):
         (record,) = super().advance(problem, step, check)
         return [record | {"staleness": sum(self._ages) / len(self._ages), "tasks_stale": self._stale}]
 
-    def load(self, state: TrainingState, outer: Outer) -> None:
+    def load(self, state: TrainingState, outer: OuterSection) -> None:
         super().load(state, outer)
         self._forget(self._problem)
 
@@ -98,7 +114,7 @@ class Async(Central):
 
     def _take(self, work: WorkOrder, position: int, answer: ShardAnswer, step: int) -> None:
         """Keeps an answer for this step or the next; the tasks of one that is too old are computed again."""
-        if step - answer.shard.version <= (self._problem.job.run.max_staleness or 0):
+        if step - answer.shard.version <= self._max_staleness:
             self._arrived.append((work, position, answer))
             return
         self._stale += answer.shard.stop - answer.shard.start
@@ -119,7 +135,7 @@ class Async(Central):
         self._planned = planned
 
     def _average(self, results: list[ShardResult], tasks: int) -> bool:
-        if self._problem.job.run.staleness_aware and len(set(self._ages)) > 1:
+        if self._staleness_aware and len(set(self._ages)) > 1:
             weights = [weight_of(age) / self._factor() for age in self._ages]
             results = [
                 replace(r, gradient=decode(r.gradient) * np.float32(weight))
@@ -135,7 +151,7 @@ class Async(Central):
 
     def _factor(self) -> float:
         """w̄; 1 where the rate is not staleness-aware."""
-        if not self._problem.job.run.staleness_aware:
+        if not self._staleness_aware:
             return 1.0
         return math.fsum(map(weight_of, self._ages)) / len(self._ages)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from distmeta.compute.compression import decode
 from distmeta.compute.vectors import finite, mean_of
-from distmeta.config.sections import Outer
+from distmeta.config.sections import OuterSection
 from distmeta.errors import NumericsError
 from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.parameter_server import ParameterServer
@@ -131,7 +131,7 @@ class Central(Stepping):
         self._mean: np.ndarray | None = None
         self._marked: tuple[np.ndarray, TrainingState] | None = None
 
-    def retune(self, outer: Outer) -> None:
+    def retune(self, outer: OuterSection) -> None:
         self._server.retune(outer)
 
     def flat(self) -> np.ndarray:
@@ -140,7 +140,7 @@ class Central(Stepping):
     def state(self) -> TrainingState:
         return TrainingState(self._server.theta(), *self._server.state())
 
-    def load(self, state: TrainingState, outer: Outer) -> None:
+    def load(self, state: TrainingState, outer: OuterSection) -> None:
         self._server.retune(outer)
         self._server.load(*state)
 

@@ -1,11 +1,11 @@
-"""`local`: replicas take `run.local_steps` outer steps on their own, then their deltas are averaged; for slow links.
+"""`local`: replicas take `strategy.local_steps` outer steps on their own, then their deltas are averaged; for slow links.
 
-    Δ = 1/R Σᵣ (θ − θᵣ),   θ ← θ − Nesterov momentum(Δ; run.local_lr, run.local_momentum)
+    Δ = 1/R Σᵣ (θ − θᵣ),   θ ← θ − Nesterov momentum(Δ; strategy.local_lr, strategy.local_momentum)
 
 θᵣ is θ after H steps of the job's `outer` optimizer on replica r's share of each step's shards (Douillard et al. 2023,
 "DiLoCo: Distributed low-communication training of language models"). A replica is no worker but some work: its state
 (the optimizer's, and what coding its last delta left out) goes to whoever computes its round, and stays in that
-node's object store where the same worker computes it again. So the bits depend on `run.replicas`, not on the number
+node's object store where the same worker computes it again. So the bits depend on `strategy.replicas`, not on the number
 of workers, nor on those that are lost. Deviation: a step's tasks are shared out, instead of data cut for good.
 """
 
@@ -13,17 +13,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from itertools import compress
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field
 
-from distmeta.compute.compression import decode
+from distmeta.compute.compression import Compression, decode
 from distmeta.compute.vectors import finite, mean_of
-from distmeta.config.sections import Outer
+from distmeta.config.sections import OuterSection
 from distmeta.errors import InputError
 from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.failure_policy import LostShardError
@@ -36,19 +37,52 @@ from distmeta.strategies.replica import Round, RoundResult, run_round, tensors_o
 
 
 class Local:
-    def __init__(self, problem: Problem, outer: Outer, state: TrainingState | None, say: Callable[[str], None]):
+    requires_workers = False
+    equals_driver = False
+
+    def __init__(
+        self,
+        problem: Problem,
+        outer: OuterSection,
+        state: TrainingState | None,
+        report: Callable[[str], None],
+        replicas: Annotated[int, Field(ge=1)] = 2,
+        local_steps: Annotated[int, Field(ge=1)] = 50,
+        local_lr: Annotated[float, Field(gt=0)] = 0.7,
+        local_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9,
+        compress: Compression = "none",  # workers read it from the job
+    ):
         run = problem.job.run
-        self._run, self._say, self._count = run, say, run.replicas or 1
-        momentum, rate = run.local_momentum or None, run.local_lr or 1.0  # given: the job fills them in
-        averaging = Outer(optimizer="sgd", lr=rate, momentum=momentum, nesterov=True if momentum else None)
+        self._local_steps = local_steps
+        self._run, self._report, self._count = run, report, replicas
+        momentum, rate = local_momentum or None, local_lr
+        averaging = OuterSection(
+            optimizer="sgd", lr=rate, momentum=momentum, nesterov=True if momentum else None
+        )
         self._server = ParameterServer(problem.init(), averaging)
         self._states: list[Any] = [{} for _ in range(self._count)]
         self._outer, self._clock = outer, dict[str, Any]()
         if state is not None:
             self.load(state, outer)
-        self.pool = open_pool(problem, self._server.layout, say)
+        self.pool = open_pool(problem, self._server.layout, report)
 
-    def retune(self, outer: Outer) -> None:
+    @staticmethod
+    def check_job(job: Any, options: Mapping[str, Any]) -> None:
+        run = job.run
+        if run.shards is not None and options["replicas"] > run.shards:
+            raise InputError(
+                f"strategy.replicas: got {options['replicas']}, expected at most run.shards = {run.shards}: each "
+                "replica needs a share of a step's shards"
+            )
+        for key in ("eval_every", "checkpoint_every"):
+            value = getattr(run, key)
+            if value % options["local_steps"]:
+                raise InputError(
+                    f"run.{key}: got {value}, expected a multiple of strategy.local_steps = {options['local_steps']}: "
+                    "between averages there is no single theta"
+                )
+
+    def retune(self, outer: OuterSection) -> None:
         clock_of(self._server.layout.names, outer, self._clock)  # raises where a rate is of nothing
         self._outer = outer
 
@@ -63,7 +97,7 @@ class Local:
                 tensors[f"{name}/{_prefix(index)}{quantity}"] = value
         return TrainingState(self._server.theta(), tensors, {"averaging": averaging, "replicas": self._clock})
 
-    def load(self, state: TrainingState, outer: Outer) -> None:
+    def load(self, state: TrainingState, outer: OuterSection) -> None:
         names, theta = self._server.layout.names, self._server.theta()
         if state.outer.keys() != {"averaging", "replicas"}:
             raise InputError("checkpoint: its outer state is not that of replicas")
@@ -82,8 +116,8 @@ class Local:
         self.pool.close()
 
     def advance(self, problem: Problem, step: int, check: Callable[[], None]) -> list[Record]:
-        """A round: to the next multiple of `run.local_steps`, the next of the job's changes, or the last step."""
-        started, length = time.perf_counter(), self._run.local_steps or 1
+        """A round: to the next multiple of `strategy.local_steps`, the next of the job's changes, or the last step."""
+        started, length = time.perf_counter(), self._local_steps
         ends = [(step // length + 1) * length, self._run.steps, *(c.step for c in problem.job.changes)]
         stop = min(end for end in ends if end > step)
         rounds = [
@@ -94,7 +128,7 @@ class Local:
         computed = time.perf_counter()
         good = [finite(delta) for delta in deltas]
         for index in [i for i, is_good in enumerate(good) if not is_good]:
-            self._say(f"replica {index} is not finite after step {stop}: left out, begun anew")
+            self._report(f"replica {index} is not finite after step {stop}: left out, begun anew")
             states[index] = {}
         whole = list(compress(deltas, good))
         if whole:

@@ -15,7 +15,7 @@ import torch
 
 from distmeta.compute.compression import Vector, decode, encode
 from distmeta.compute.vectors import Layout
-from distmeta.config.sections import Outer
+from distmeta.config.sections import OuterSection
 from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.strategy import Record
@@ -38,7 +38,7 @@ class Round:
     stop: int
     """Completed steps before and after."""
     phase: int
-    outer: Outer
+    outer: OuterSection
     clock: dict[str, Any]
     """The schedule's clock; nothing at step 0."""
 
@@ -107,7 +107,7 @@ def run_round(
     delta = flat - server.flat()
     tensors, clock = server.state()
     kept = {key: value.numpy() for key, value in tensors.items()}
-    how = problem.job.run.compress
+    how = problem.job.strategy.compress
     coded = delta
     if how != "none":
         delta = delta + residual_of(layout, state)

@@ -11,13 +11,14 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
-from distmeta.compute.compression import Vector
+from distmeta.compute.compression import Compression, Vector
 from distmeta.compute.vectors import edges_of
-from distmeta.config.sections import Outer
+from distmeta.config.sections import OuterSection
 from distmeta.errors import InputError
 from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.failure_policy import LostShardError
@@ -53,7 +54,7 @@ class SliceServer:
     def moments(self) -> Moments:
         return self._slice.moments()
 
-    def retune(self, outer: Outer) -> None:
+    def retune(self, outer: OuterSection) -> None:
         self._slice.retune(outer)
 
     def mark(self) -> None:
@@ -64,17 +65,28 @@ class SliceServer:
 
 
 class Sharded(Stepping):
+    requires_workers = True
+    equals_driver = True
+
     pool: RayPool
 
-    def __init__(self, problem: Problem, outer: Outer, state: TrainingState | None, say: Callable[[str], None]):
+    def __init__(
+        self,
+        problem: Problem,
+        outer: OuterSection,
+        state: TrainingState | None,
+        report: Callable[[str], None],
+        servers: Annotated[int, Field(ge=1)] = 2,
+        compress: Compression = "none",  # workers read it from the job
+    ):
         server = server_of(problem, outer, state)
-        self._problem, self._run, self._say = problem, problem.job.run, say
+        self._problem, self._run, self._report = problem, problem.job.run, report
         self._layout = server.layout
-        asked = self._run.servers or 1
+        asked = servers
         self._edges = edges_of(server.layout.size, asked)
         if len(self._edges) <= asked:
-            say(
-                f"run.servers: theta's {server.layout.parameters:,} numbers go to {len(self._edges) - 1} of {asked} "
+            report(
+                f"strategy.servers: theta's {server.layout.parameters:,} numbers go to {len(self._edges) - 1} of {asked} "
                 "servers, for slices are whole blocks of 65,536"
             )
         self._attempt = 0
@@ -83,7 +95,7 @@ class Sharded(Stepping):
         self._marked: tuple[list[Any], ParameterServer] | None = None
         self._servers: list[Any] = []
         self._lost = ""
-        self.pool = RayPool(problem, server.layout, say)
+        self.pool = RayPool(problem, server.layout, report)
         import ray
 
         self._ray: Any = ray
@@ -91,7 +103,7 @@ class Sharded(Stepping):
             self._start(server)
         except LostStateError as error:
             self.close()
-            raise InputError(f"run.servers: {error}, before training began") from None
+            raise InputError(f"strategy.servers: {error}, before training began") from None
         except BaseException:
             self.close()
             raise
@@ -120,7 +132,7 @@ class Sharded(Stepping):
             self._names.append(names)
         self._all("ready", limit=self._run.start_timeout)
 
-    def retune(self, outer: Outer) -> None:
+    def retune(self, outer: OuterSection) -> None:
         self._clock.retune(outer)
         self._all("retune", outer)
 
@@ -132,7 +144,7 @@ class Sharded(Stepping):
         tensors = joined(self._layout, self._edges, self._all("moments"))
         return TrainingState(theta, tensors, self._clock.state()[1])
 
-    def load(self, state: TrainingState, outer: Outer) -> None:
+    def load(self, state: TrainingState, outer: OuterSection) -> None:
         self._dismiss()
         self._marked, self._lost = None, ""
         self._start(server_of(self._problem, outer, state))
@@ -151,7 +163,7 @@ class Sharded(Stepping):
             try:
                 return self._computed(shards, check)
             except self._ray.exceptions.ObjectLostError as error:
-                self._say(f"gradients are lost ({describe(error)}): the step is computed again")
+                self._report(f"gradients are lost ({describe(error)}): the step is computed again")
         return self._computed(shards, check)
 
     def _computed(self, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:

@@ -12,7 +12,7 @@ import torch
 from distmeta.compute.compression import Vector, decode
 from distmeta.compute.memory import keep_freed
 from distmeta.compute.vectors import Layout, Span, finite, mean_of, squared_blocks
-from distmeta.config.sections import Outer
+from distmeta.config.sections import OuterSection
 from distmeta.protocols import Theta
 from distmeta.runtime.parameter_server import COUNT, optimizer_of, take_step
 
@@ -27,7 +27,7 @@ class SliceSpec:
     places: tuple[tuple[int, int], ...]
     """Where each part begins and ends: the tensors of theta that have elements in the slice."""
     rates: tuple[float, ...]
-    outer: Outer
+    outer: OuterSection
     moments: Moments
 
 
@@ -45,7 +45,7 @@ class Slice:
         self._marked: tuple[np.ndarray, Moments] | None = None
         self._start(spec.outer, spec.moments)
 
-    def _start(self, outer: Outer, moments: Moments) -> None:
+    def _start(self, outer: OuterSection, moments: Moments) -> None:
         self._outer = outer
         self._parts = [torch.nn.Parameter(self._flat[start:stop]) for start, stop in self._places]
         groups = [(rate, [part]) for rate, part in zip(self._rates, self._parts, strict=True)]
@@ -92,7 +92,7 @@ class Slice:
         states = [self._optimizer.state.get(part, {}) for part in self._parts]
         return [{key: value.detach().clone().numpy() for key, value in state.items()} for state in states]
 
-    def retune(self, outer: Outer) -> None:
+    def retune(self, outer: OuterSection) -> None:
         """Other settings; the optimizer's state stays."""
         self._start(outer, self.moments())
 

@@ -92,7 +92,7 @@ def best_job(trial: Trial, job: Job) -> Job:
     """The job that trains the best trial again, at full length: its evaluations are the trial's, to the bit."""
     assert trial.run is not None
     tree = parse_yaml((trial.run / "job.yaml").read_text(encoding="utf-8"), str(trial.run))
-    asked = job.tree()
+    asked = job.to_dict()
     for key in ("steps", "checkpoint_every", "keep", "address"):
         tree["run"][key] = asked["run"][key]
     tree["run"]["name"] = None  # the sweep's own folder has the job's

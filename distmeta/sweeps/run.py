@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from distmeta.config.job import Job
-from distmeta.config.search_space import Sweep
+from distmeta.config.search_space import SweepSection
 from distmeta.errors import InputError
 from distmeta.files import write_atomically
 from distmeta.runtime.interruption import InterruptedRun
@@ -124,7 +124,7 @@ def sweep(job: Job | str | Path, resume: str | Path | None = None, view: View | 
         return _conclude(job, folder, trials, parent, ended, view.say)
 
 
-def _section(job: Job) -> Sweep:
+def _section(job: Job) -> SweepSection:
     assert job.sweep is not None
     return job.sweep
 
@@ -147,7 +147,7 @@ def _same_job(folder: Path, job: Job) -> Path:
     if not (folder / TUNE).is_dir() or not path.is_file():
         raise InputError(f"--resume: {folder} is not a sweep's folder")
     stored = Job.load(path)
-    old, new = flatten(stored.tree()), flatten(_with_settled(job, stored).tree())
+    old, new = flatten(stored.to_dict()), flatten(_with_settled(job, stored).to_dict())
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key):
             raise InputError(
@@ -182,7 +182,7 @@ def _with_settled(job: Job, found: Job) -> Job:
 def _write_job(folder: Path, job: Job) -> None:
     for part in ("trials", "sweep", TUNE):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "job.yaml", job.dump())
+    write_atomically(folder / "job.yaml", job.to_yaml())
 
 
 def _join_ray(job: Job, stack: ExitStack) -> int:
@@ -191,7 +191,7 @@ def _join_ray(job: Job, stack: ExitStack) -> int:
     Raises:
         InputError: the cluster has no room for one, ever.
     """
-    from distmeta.runtime.ray_cluster import autoscales, connect, import_ray
+    from distmeta.runtime.ray_cluster import can_autoscale, connect, import_ray
 
     os.environ |= {key: os.environ.get(key, value) for key, value in SETTINGS.items()}
     ray = import_ray(job.run.address)
@@ -202,7 +202,7 @@ def _join_ray(job: Job, stack: ExitStack) -> int:
     stack.callback(connect(ray, job.run.address, math.ceil(count * one.get("CPU", 0.0))))
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     places = sum(min(int(node.get(key, 0.0) / value) for key, value in one.items()) for node in nodes)
-    if places < count and not autoscales(ray):
+    if places < count and not can_autoscale(ray):
         have = {key: sum(node.get(key, 0.0) for node in nodes) for key in ("CPU", "GPU")}
         raise InputError(
             f"run.workers: {job.run.min_workers}: a trial needs {count} place{'s' * (count > 1)} of "
@@ -226,7 +226,7 @@ def _tuner(job: Job, folder: Path, parent: str | None, view: View, restored: boo
 
     section = _section(job)
     concurrent = section.concurrent
-    if job.run.strategy == "all-reduce":
+    if job.strategy.type == "all-reduce":
         concurrent = min(concurrent or room, room)
     Watch.view = view
     trainable = tune.with_resources(
@@ -272,7 +272,7 @@ def _spec(job: Job, folder: Path, parent: str | None) -> Any:
 
     section = _section(job)
     asked = job.run
-    tree = job.tree() | {"sweep": None, "output": str(folder / "trials")}
+    tree = job.to_dict() | {"sweep": None, "output": str(folder / "trials")}
     changing = section.scheduler.type == "pbt"
     tree["run"] |= {
         "steps": job.trial_steps,
@@ -308,7 +308,7 @@ def _conclude(
     files = [place / "trials.parquet", place / "trials.json", folder / "job.yaml"]
     if best is not None:
         found = f"# {best.metric} {best.value:.4f} at step {best.best_step}: {best.name} of {folder.name}\n"
-        (place / "best.yaml").write_text(found + best_job(best, job).dump(), encoding="utf-8")
+        (place / "best.yaml").write_text(found + best_job(best, job).to_yaml(), encoding="utf-8")
         files += [place / "best.yaml", *draw(trials, job, place)]
     status: Status = "KILLED" if not ended else "FINISHED" if best is not None else "FAILED"
     remember_parent(folder, parent)

@@ -17,12 +17,12 @@ from ray.tune.search.optuna import OptunaSearch
 from ray.tune.search.sample import Domain as TuneDomain
 
 from distmeta.config.job import Job
-from distmeta.config.search_space import Domain, Sweep
+from distmeta.config.search_space import Domain, SweepSection
 from distmeta.seeding import stream_generator
 from distmeta.sweeps.trial import RUN, SCORE, STEP, evaluations_of, figure_of
 
 
-def points(sweep: Sweep, seed: int) -> list[dict[str, Any]]:
+def points(sweep: SweepSection, seed: int) -> list[dict[str, Any]]:
     """The values of every trial of a random or grid search: draw i is a function of (seed, i) and the space.
 
     A longer list of draws starts with the shorter one.
@@ -50,7 +50,7 @@ def as_tune(domain: Domain) -> TuneDomain:
     return tune.loguniform(low, high) if domain.kind == "loguniform" else tune.uniform(low, high)
 
 
-def search(sweep: Sweep, seed: int) -> tuple[dict[str, Any], Any, int]:
+def search(sweep: SweepSection, seed: int) -> tuple[dict[str, Any], Any, int]:
     """Tune's param_space, its search algorithm (None: as listed) and its number of samples."""
     if sweep.search == "tpe":
         space = {"values": {key: as_tune(domain) for key, domain in sweep.space.items()}}
@@ -61,7 +61,7 @@ def search(sweep: Sweep, seed: int) -> tuple[dict[str, Any], Any, int]:
     return {"values": tune.grid_search(points(sweep, seed))}, None, 1
 
 
-def scheduler(sweep: Sweep, job: Job) -> TrialScheduler:
+def scheduler(sweep: SweepSection, job: Job) -> TrialScheduler:
     settings, steps = sweep.scheduler, job.trial_steps
     if settings.type == "asha":
         return Asha(sweep, steps, settings.grace or job.run.eval_every)
@@ -73,7 +73,7 @@ def scheduler(sweep: Sweep, job: Job) -> TrialScheduler:
 class Asha(AsyncHyperBandScheduler):
     """Tune's; it leaves a trial at its last step alone, and knows after a restart what was reported before."""
 
-    def __init__(self, sweep: Sweep, steps: int, grace: int):
+    def __init__(self, sweep: SweepSection, steps: int, grace: int):
         self._section, self._steps = sweep, steps
         super().__init__(
             time_attr=STEP,
@@ -100,7 +100,7 @@ class Asha(AsyncHyperBandScheduler):
 class Pbt(PopulationBasedTraining):
     """Tune's, with values kept in their ranges; a trial at its last step is left alone."""
 
-    def __init__(self, sweep: Sweep, steps: int, interval: int):
+    def __init__(self, sweep: SweepSection, steps: int, interval: int):
         self._steps = steps
         super().__init__(
             time_attr=STEP,
@@ -153,7 +153,7 @@ def bundles(job: Job) -> list[dict[str, float]]:
 
     The group of `all-reduce` has its places from Ray Train, all at once or none; a byte stands for the trial here.
     """
-    if job.run.strategy == "all-reduce":
+    if job.strategy.type == "all-reduce":
         return [{"memory": 1.0}]
     return [{}, *places(job)] if job.run.min_workers else places(job)
 

@@ -29,7 +29,7 @@ def open_parent(
     """
     state = folder / STATE
     known = json.loads(state.read_text(encoding="utf-8"))["run_id"] if state.exists() else None
-    params = job.tree() if best is None else {"best": best} if best else {}
+    params = job.to_dict() if best is None else {"best": best} if best else {}
     tracker = open_tracker(
         job.tracking.type,
         run_name=folder.name,

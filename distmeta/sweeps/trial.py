@@ -111,7 +111,7 @@ def _train(values: dict[str, Any], name: str, spec: TrialSpec) -> None:
         perturbed = {key: value for key, value in values.items() if value != now.value(key)}
         if perturbed or not own:  # on from another trial's, in a run folder and an MLflow run of its own
             change = [{"step": pointer.step, "set": perturbed}] if perturbed else []
-            changes = [*job.tree()["changes"], *change]
+            changes = [*job.to_dict()["changes"], *change]
             folder = folder_of(trials, f"{name}-{pointer.step}", changes)
             adopt(pointer.checkpoint, folder)
             job = job.with_values({"run.name": folder.name}, changes=changes)
@@ -130,7 +130,7 @@ def folder_of(trials: Path, name: str, changes: list[dict[str, Any]]) -> Path:
     """
     folder = trials / name
     numbers = count(2)
-    while (job := folder / "job.yaml").exists() and Job.load(job).tree()["changes"] != changes:
+    while (job := folder / "job.yaml").exists() and Job.load(job).to_dict()["changes"] != changes:
         folder = trials / f"{name}-{next(numbers)}"
     return folder
 

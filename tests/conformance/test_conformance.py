@@ -14,7 +14,7 @@ from conftest import ALGORITHMS, tree
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from distmeta.algorithms import ALGORITHMS as REGISTERED
+from distmeta.config.catalog import ALGORITHMS as REGISTERED
 from distmeta.compute.episodes import episodes_of
 from distmeta.compute.gradient import Execution, _chunk_sum, shard_gradient
 from distmeta.compute.scoring import score_tasks

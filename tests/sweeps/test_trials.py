@@ -118,7 +118,7 @@ def test_the_driver_is_killed_and_the_sweep_goes_on(
 ) -> None:
     """Finished trials are kept, the others go on, no trial has two MLflow runs; the numbers are an unharmed sweep's."""
     job = Job.parse(swept(run={"steps": 150, "eval_every": 10}, tracked=True, trials=3, concurrent=1))
-    (workplace / "job.yaml").write_text(job.dump())
+    (workplace / "job.yaml").write_text(job.to_yaml())
     folder = workplace / "runs" / "swept"
     command = [sys.executable, "-m", "distmeta.cli.main", "sweep"]
     process = subprocess.Popen([*command, "job.yaml"], stderr=subprocess.PIPE, text=True, cwd=workplace)

@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from distmeta.config.sections import Outer
+from distmeta.config.sections import OuterSection
 from distmeta.errors import InputError
 from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.failure_policy import LostShardError, hung
 from distmeta.runtime.problem import Problem
-from distmeta.runtime.ray_cluster import connect, free_orphans, import_ray, resources
+from distmeta.runtime.ray_cluster import connect, remove_orphaned_placement_groups, import_ray, describe_resources
 from distmeta.runtime.ray_workers import POLL_SECONDS, SAY_SECONDS, describe, lost_by
 from distmeta.runtime.strategy import LostStateError, Record, server_of
 from distmeta.runtime.worker import Shard, ShardResult, WorkerSpec
@@ -51,9 +51,18 @@ ORPHAN_SECONDS = 2.0
 
 
 class AllReduce:
-    def __init__(self, problem: Problem, outer: Outer, state: TrainingState | None, say: Callable[[str], None]):
+    requires_workers = True
+    equals_driver = False
+
+    def __init__(
+        self,
+        problem: Problem,
+        outer: OuterSection,
+        state: TrainingState | None,
+        report: Callable[[str], None],
+    ):
         self._ray = ray = import_ray(problem.job.run.address)
-        self._run, self._say = problem.job.run, say
+        self._run, self._report = problem.job.run, report
         self._compiles = problem.job.compute.compile
         self._host: Any = None
         self._attempt, self._world, self._known = "", 1, 0
@@ -64,7 +73,7 @@ class AllReduce:
         self._layout = server.layout
         least, most = self._run.min_workers, self._run.max_workers
         number = f"{least}" if least == most else f"{least} to {most}"
-        say(f"starting a Ray Train group of {number} worker{'s' * (most > 1)} …")
+        report(f"starting a Ray Train group of {number} worker{'s' * (most > 1)} …")
         self._disconnect = connect(ray, self._run.address, math.ceil(least * self._run.cpus_per_worker))
         try:
             self._spec = ray.put(WorkerSpec.of(problem, self._layout))
@@ -93,7 +102,7 @@ class AllReduce:
         self._ahead = max(1, min(2 * self._ahead, int(AHEAD_SECONDS / seconds)))
         return records
 
-    def retune(self, outer: Outer) -> None:
+    def retune(self, outer: OuterSection) -> None:
         self._outer = outer
         self._ask(Retune(outer), "retune")
 
@@ -104,7 +113,7 @@ class AllReduce:
     def state(self) -> TrainingState:
         return self._give(whole=True).unpacked(self._layout)
 
-    def load(self, state: TrainingState, outer: Outer) -> None:
+    def load(self, state: TrainingState, outer: OuterSection) -> None:
         self._take_up(PackedState.from_state(state, self._layout), outer)
 
     def close(self) -> None:
@@ -136,11 +145,11 @@ class AllReduce:
         except lost_by(self._ray) as error:
             self._lose(describe(error))
         if whole and len({answer.value[0] for answer in answers}) > 1:
-            self._say("the replicas of theta differ (unlike processors?): all go on from rank 0's")
+            self._report("the replicas of theta differ (unlike processors?): all go on from rank 0's")
             self._ask(Load([self._ray.put(packed)], self._outer), "load")
         return packed
 
-    def _take_up(self, packed: PackedState, outer: Outer) -> None:
+    def _take_up(self, packed: PackedState, outer: OuterSection) -> None:
         """Brings a group, a new one if need be, to a state.
 
         Raises:
@@ -159,7 +168,7 @@ class AllReduce:
                 return
             except LostStateError as error:
                 lost.append(str(error))
-                self._say(f"{error}, while starting: another is made")
+                self._report(f"{error}, while starting: another is made")
         raise LostShardError(
             f"{lost[-1]}, {len(lost)} times in a row while starting: run.max_shard_failures is {len(lost)}"
         )
@@ -198,8 +207,8 @@ class AllReduce:
                 self._no_room()
             if now - said > SAY_SECONDS[1]:
                 said = now
-                free_orphans(self._ray)  # Ray may have taken longer to see that a controller is gone
-                self._say(f"waiting for the group for {now - begun:.0f} s: {self._room()}")
+                remove_orphaned_placement_groups(self._ray)  # Ray may have taken longer to see that a controller is gone
+                self._report(f"waiting for the group for {now - begun:.0f} s: {self._room()}")
         found = self._result(ready)
         self._attempt, self._world, failure = found
         if failure is not None:
@@ -283,7 +292,7 @@ class AllReduce:
         self._ray.kill(self._host)
         self._host, self._attempt = None, ""
         if not left:
-            free_orphans(self._ray, ORPHAN_SECONDS)
+            remove_orphaned_placement_groups(self._ray, ORPHAN_SECONDS)
 
     def _raise(self, answers: list[RankAnswer], stopped: BaseException | None) -> NoReturn:
         failures = [answer.failure for answer in answers if answer.failure is not None]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from distmeta.compute.vectors import Layout
-from distmeta.config.sections import Outer, Run
+from distmeta.config.sections import OuterSection, RunSection
 from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.ray_workers import describe
@@ -42,7 +42,7 @@ class Load:
 
     state: list[Any]
     """A reference to its `Packed`: in a list, where Ray leaves it alone."""
-    outer: Outer
+    outer: OuterSection
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Give:
 
 @dataclass(frozen=True)
 class Retune:
-    outer: Outer
+    outer: OuterSection
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Host:
         self._answers: dict[int, dict[int, RankAnswer]] = {}
         self._lost = Lost("it did not start yet")
 
-    async def fit(self, spec: list[Any], run: Run, per_rank: int) -> None:
+    async def fit(self, spec: list[Any], run: RunSection, per_rank: int) -> None:
         """Runs the trainer, until its group was told to stop."""
         import ray
 

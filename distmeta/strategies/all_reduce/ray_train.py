@@ -15,7 +15,7 @@ import ray
 from ray import train
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from distmeta.config.sections import Run
+from distmeta.config.sections import RunSection
 from distmeta.strategies.all_reduce.rank import serve
 
 SIOCGIFADDR = 0x8915
@@ -47,7 +47,7 @@ class InterfaceTorchConfig(TorchConfig):
         return OnRaysNetwork
 
 
-def fit(host: Any, spec: list[Any], run: Run, per_rank: int) -> None:
+def fit(host: Any, spec: list[Any], run: RunSection, per_rank: int) -> None:
     """A group of `run.workers` ranks, made anew whenever one is lost, until `serve` returns.
 
     Ray Train's own limit of failures is off: it counts over the whole run, distmeta's in a row. Nothing is reported to

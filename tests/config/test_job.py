@@ -278,9 +278,9 @@ def test_a_dump_loads_to_an_equal_job(overrides: list[str], tmp_path: Path) -> N
         plain["name"], overrides = "1e5", overrides[1:]
     job = Job.parse(plain, overrides)
     path = tmp_path / "job.yaml"
-    path.write_text(job.dump(), encoding="utf-8")
+    path.write_text(job.to_yaml(), encoding="utf-8")
     assert Job.load(path) == job
-    assert Job.parse(job.tree()) == job
+    assert Job.parse(job.to_dict()) == job
 
 
 @settings(max_examples=200, deadline=None)
@@ -291,7 +291,7 @@ def test_a_dump_loads_to_an_equal_job(overrides: list[str], tmp_path: Path) -> N
 )
 def test_any_string_and_number_survive_a_dump(text: str, rate: float, seed: int) -> None:
     job = Job.parse(tree(output=text, seed=seed, outer={"lr": rate}, tracking={"experiment": text}))
-    assert Job.parse(parse_yaml(job.dump(), "dump")) == job
+    assert Job.parse(parse_yaml(job.to_yaml(), "dump")) == job
 
 
 def test_a_job_is_frozen() -> None:
@@ -345,7 +345,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_part_of_the_users_own(mine: str) -> None:
     job = Job.parse(tree(model={"type": f"{mine}:Net", "bias": False}))
     assert job.model.options == {"bias": False, "scale": 1.0, "kind": "a"}
-    assert Job.parse(parse_yaml(job.dump(), "dump")) == job
+    assert Job.parse(parse_yaml(job.to_yaml(), "dump")) == job
     module = build(job).model.module
     assert isinstance(module, torch.nn.Linear)
     assert (module.in_features, module.out_features, module.bias) == (1, 1, None)
