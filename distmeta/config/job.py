@@ -80,9 +80,7 @@ class Job(Section):
     """The meta-learner."""
     outer: OuterSection = OuterSection()
     """The outer optimizer."""
-    strategy: StrategySection = Field(
-        default_factory=lambda: StrategySection.model_validate({"type": "driver"})
-    )
+    strategy: StrategySection = Field(default_factory=lambda: StrategySection.model_validate({}))
     """How meta-gradients are combined."""
     run: RunSection = RunSection()
     """Length, workers, evaluation and checkpoints."""
@@ -294,8 +292,7 @@ def _refuse_unknown_keys(tree: Mapping[str, Any], section: type[BaseModel], pref
         kind = field.annotation
         if kind == SweepSection | None and value is not None:
             kind = SweepSection
-        is_section = isinstance(kind, type) and issubclass(kind, Section)
-        if is_section and not issubclass(kind, PartSection):
+        if isinstance(kind, type) and issubclass(kind, Section) and not issubclass(kind, PartSection):
             if not isinstance(value, dict):
                 raise InputError(f"{prefix}{key}: got {value!r}, expected a section of keys")
             _refuse_unknown_keys(value, kind, f"{prefix}{key}.")

@@ -68,7 +68,7 @@ def import_part(field: str, kind: str, table: Mapping[str, str]) -> Part:
         raise InputError(
             f"{field}: importing {module_name!r} failed: {type(error).__name__}: {error}"
         ) from error
-    part = vars(module).get(name)
+    part = getattr(module, name, None)  # the module may define it lazily
     if not callable(part):
         names = [known for known, value in vars(module).items() if callable(value) and known[0] != "_"]
         raise InputError(
@@ -78,13 +78,18 @@ def import_part(field: str, kind: str, table: Mapping[str, str]) -> Part:
 
 
 def check_options(
-    section: str, part: Part, options: Mapping[str, Any], given: Collection[str]
+    section: str,
+    part: Part,
+    options: Mapping[str, Any],
+    given: Collection[str],
+    table: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return the options with the part's defaults filled in.
 
     Args:
         section: the job's section, for messages.
         given: parameters that distmeta supplies.
+        table: the shipped parts of this section. An unknown key's message names those that have it.
 
     Raises:
         InputError: an unknown key, a missing one, or a wrong type.
@@ -93,10 +98,11 @@ def check_options(
     for key in options:
         if key not in signature.fields and not signature.accepts_any:
             known = [name for name in signature.fields if name not in given]
-            raise InputError(
-                f"{section}.{key}: unknown key of {section} type {_name_part(part)}; "
-                f"{did_you_mean(str(key), known or ['type'])}"
+            owners = _find_owners(str(key), table or {})
+            hint = (
+                f"it is a key of {', '.join(owners)}" if owners else did_you_mean(str(key), known or ["type"])
             )
+            raise InputError(f"{section}.{key}: unknown key of {section} type {_name_part(part)}; {hint}")
     try:
         checked = signature.schema.model_validate(
             {FIELD_PREFIX + name: value for name, value in options.items()}
@@ -106,6 +112,19 @@ def check_options(
     pairs = [*checked, *(checked.model_extra or {}).items()]
     values = {name.removeprefix(FIELD_PREFIX): value for name, value in pairs}
     return {name: value for name, value in values.items() if name not in given or name in options}
+
+
+def _find_owners(key: str, table: Mapping[str, str]) -> list[str]:
+    """Return the names in the table whose part has this option."""
+    owners = []
+    for name in table:
+        try:
+            part = import_part("type", name, table)
+        except InputError:  # it needs a package that is not installed
+            continue
+        if key in inspect.signature(part).parameters:
+            owners.append(name)
+    return owners
 
 
 def default_options(part: Part) -> dict[str, Any]:

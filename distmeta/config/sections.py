@@ -60,6 +60,8 @@ class PartSection(Section):
     """Constructor arguments that distmeta supplies."""
     given_only_by_distmeta: ClassVar[bool] = False
     """Whether a job may not set the arguments in `given`."""
+    default_type: ClassVar[str | None] = None
+    """The type if a job does not name one."""
 
     type: str
     """A shipped part's name, or `package.module:Name` for your own."""
@@ -67,6 +69,8 @@ class PartSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _check_options(cls, data: Any) -> Any:
+        if isinstance(data, dict) and cls.default_type is not None:
+            data = {"type": cls.default_type, **data}
         if not isinstance(data, dict) or not isinstance(data.get("type"), str):
             raise InputError(
                 f"{cls.section}.type: missing, expected one of {', '.join(cls.table)} or package.module:Name"
@@ -77,7 +81,7 @@ class PartSection(Section):
             if key in options and cls.given_only_by_distmeta:
                 raise InputError(f"{cls.section}.{key}: distmeta supplies this argument, a job cannot set it")
         part = import_part(f"{cls.section}.type", data["type"], cls.table)
-        return own | check_options(cls.section, part, options, cls.given)
+        return own | check_options(cls.section, part, options, cls.given, cls.table)
 
     @property
     def part(self) -> Any:
@@ -127,6 +131,7 @@ class StrategySection(PartSection):
 
     section = "strategy"
     table = STRATEGIES
+    default_type = "driver"
     given = ("problem", "outer", "state", "report")
     given_only_by_distmeta = True
 
@@ -141,6 +146,7 @@ class TrackerSection(PartSection):
 
     section = "tracking"
     table = TRACKERS
+    default_type = "mlflow"
     given = ("run",)
     given_only_by_distmeta = True
 
