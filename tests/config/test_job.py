@@ -18,7 +18,7 @@ from distmeta.config.job import Job
 from distmeta.config.yaml_text import parse_yaml
 from distmeta.errors import InputError
 from distmeta.protocols import SPLITS
-from distmeta.runtime.problem import build
+from distmeta.runtime.problem import build_problem
 
 JOBS = sorted((REPOSITORY / "jobs").glob("*.yaml"))
 
@@ -346,7 +346,7 @@ def test_a_part_of_the_users_own(mine: str) -> None:
     job = Job.parse(tree(model={"type": f"{mine}:Net", "bias": False}))
     assert job.model.options == {"bias": False, "scale": 1.0, "kind": "a"}
     assert Job.parse(parse_yaml(job.to_yaml(), "dump")) == job
-    module = build(job).model.module
+    module = build_problem(job).model.module
     assert isinstance(module, torch.nn.Linear)
     assert (module.in_features, module.out_features, module.bias) == (1, 1, None)
     opened = Job.parse(tree(model={"type": f"{mine}:make", "anything": [1, {"a": 2}]}))
@@ -392,7 +392,7 @@ def test_every_job_file_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return  # its data are to be built first
     if job.tasks.type == "gym":
         pytest.importorskip("mujoco", reason="needs the extra rl")
-    problem = build(job)
+    problem = build_problem(job)
     theta = problem.init()
     assert all(value.dtype == torch.float32 for value in theta.values())
     if hasattr(problem.family, "collect"):
