@@ -81,7 +81,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def client(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Of an MLflow store of its own, which what runs in this process writes to."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace}/mlflow.db")
-    from distmeta.tracking.mlflow_store import import_mlflow
+    from distmeta.tracking.mlflow import import_mlflow
 
     import_mlflow()
     from mlflow.tracking import MlflowClient

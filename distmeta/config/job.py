@@ -23,7 +23,6 @@ from distmeta.config.sections import (
     StrategySection,
     TasksSection,
     TrackerSection,
-    Tracking,
     check_folder_name,
 )
 from distmeta.config.yaml_text import apply_overrides, dump_yaml, find_line, get_value, parse_yaml, set_value
@@ -86,7 +85,9 @@ class Job(Section):
     """Length, workers, evaluation and checkpoints."""
     compute: ComputeSection = ComputeSection()
     """How a shard's gradient is computed."""
-    tracking: Tracking = Tracking()
+    tracking: OneOrSeveralTrackers = Field(
+        default_factory=lambda: TrackerSection.model_validate({"type": "mlflow"})
+    )
     """A tracker, or a list of trackers."""
     output: str = "runs"
     """Folder or URI (`s3://`, `gs://`, `file://`) in which the run folder is made."""

@@ -151,14 +151,6 @@ class TrackerSection(PartSection):
     given_only_by_distmeta = True
 
 
-class Tracking(Section):
-    """Replaced by TrackerSection as soon as trackers are parts."""
-
-    type: Literal["mlflow", "none"] = "mlflow"
-    experiment: str | None = None
-    parent: str | None = None
-
-
 class ScheduleSection(Section):
     """The outer learning rate over the steps. After the schedule's length the rate stays as it is."""
 

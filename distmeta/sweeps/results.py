@@ -32,7 +32,8 @@ class Trial(NamedTuple):
     """1: more is better; −1: less."""
     best_step: int | None
     run: Path | None
-    tracking_id: str | None
+    tracking_ids: Mapping[str, str]
+    """The run's id in each tracker's store, by the tracker's name."""
     curve: tuple[tuple[int, float], ...]
     """Steps and figures of its evaluations."""
 
@@ -52,9 +53,9 @@ def _trial(result: Any, folder: Path, job: Job) -> Trial:
         run, last = folder / "trials" / name, {}
     elif RUN not in last:
         run = folder / "trials" / name
-    tracking_id = None
+    tracking_ids: Mapping[str, str] = {}
     if (run / "checkpoints" / "latest").exists():
-        tracking_id = checkpoints.load(run).progress.tracking_id
+        tracking_ids = checkpoints.load(run).progress.tracking_ids
     rows = [row for row in evaluations_of(run) if row["step"] <= last.get(STEP, 0)]
     figures = [(row["step"], *figure_of(row, job.sweep.metric, job.sweep.mode)) for row in rows]
     best = max(figures, key=lambda figure: (figure[3] * figure[2], -figure[0]), default=None)
@@ -77,7 +78,7 @@ def _trial(result: Any, folder: Path, job: Job) -> Trial:
         sign=best[3] if best else 0,
         best_step=best[0] if best else None,
         run=run if run.exists() else None,
-        tracking_id=tracking_id,
+        tracking_ids=tracking_ids,
         curve=tuple((step, value) for step, _, value, _ in figures),
     )
 
@@ -100,11 +101,12 @@ def best_job(trial: Trial, job: Job) -> Job:
 
 
 def write_table(trials: Sequence[Trial], path: Path) -> None:
-    """trials.parquet: a row a trial, a column a key of the space; and trials.json, which MLflow shows as a table."""
+    """Write trials.parquet, with a row per trial and a column per key of the space; and trials.json, the same table."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     keys = list(trials[0].values) if trials else []
+    trackers = sorted({name for trial in trials for name in trial.tracking_ids})
     rows = [
         {
             "trial": trial.name,
@@ -115,7 +117,7 @@ def write_table(trials: Sequence[Trial], path: Path) -> None:
             "step": trial.best_step,
             "steps": trial.steps,
             "run": str(trial.run or ""),
-            "mlflow_run": trial.tracking_id,
+            **{f"{name}_run": trial.tracking_ids.get(name) for name in trackers},
             "reason": trial.reason,
         }
         for trial in trials

@@ -8,6 +8,7 @@ FOLDER/tune/                 Tune's own state. It is pickled: go on only with sw
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -28,9 +29,15 @@ from distmeta.runtime.interruption import InterruptedRun
 from distmeta.runtime.startup import settled
 from distmeta.sweeps import NothingFoundError
 from distmeta.sweeps.results import Trial, best_job, best_of, draw, trials_of, write_table
-from distmeta.sweeps.tracked import experiment_of, open_parent, remember_parent, tell_mlflow
-from distmeta.tracking.mlflow import Status, Tracker
-from distmeta.tracking.mlflow_store import flatten
+from distmeta.sweeps.tracking import (
+    finish_tracking,
+    open_sweep_run,
+    save_ids,
+    tracker_environment,
+    trial_trackers,
+)
+from distmeta.tracking.interface import Status
+from distmeta.tracking.trackers import Trackers
 
 TUNE = "tune"
 """Tune's folder within the sweep's."""
@@ -107,12 +114,12 @@ def sweep(job: Job | str | Path, resume: str | Path | None = None, view: View | 
             _write_job(folder, job)
         else:
             job = Job.load(folder / "job.yaml")
-        parent = open_parent(job, folder, view.say)
+        parent = open_sweep_run(job, folder, view.say)
         stack.callback(parent.close, "FAILED")
         view.begin(folder, _section(job).count)
         stack.callback(view.end)
         with _sigterm_as_sigint():
-            results = _tuner(job, folder, parent.run_id, view, resume is not None, room).fit()
+            results = _tuner(job, folder, parent.ids, view, resume is not None, room).fit()
         trials = trials_of(results, folder, job)
         ended = len(trials) == _section(job).count and all(t.status != "unfinished" for t in trials)
         if sum(trial.steps for trial in trials) >= (_section(job).budget or math.inf):
@@ -147,7 +154,8 @@ def _same_job(folder: Path, job: Job) -> Path:
     if not (folder / TUNE).is_dir() or not path.is_file():
         raise InputError(f"--resume: {folder} is not a sweep's folder")
     stored = Job.load(path)
-    old, new = flatten(stored.to_dict()), flatten(_with_settled(job, stored).to_dict())
+    old = flatten_values(stored.to_dict())
+    new = flatten_values(_with_settled(job, stored).to_dict())
     for key in sorted({*old, *new}):
         if old.get(key) != new.get(key):
             raise InputError(
@@ -155,6 +163,17 @@ def _same_job(folder: Path, job: Job) -> Path:
                 "start anew"
             )
     return folder
+
+
+def flatten_values(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return the values of a job as JSON texts by dotted key."""
+    values: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            values |= flatten_values(value, f"{prefix}{key}.")
+        else:
+            values[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return values
 
 
 def _settled(job: Job, say: Callable[[str], None]) -> Job:
@@ -212,7 +231,7 @@ def _join_ray(job: Job, stack: ExitStack) -> int:
     return max(places // count, 1)
 
 
-def _tuner(job: Job, folder: Path, parent: str | None, view: View, restored: bool, room: int) -> Any:
+def _tuner(job: Job, folder: Path, parent_ids: Mapping[str, str], view: View, restored: bool, room: int) -> Any:
     """Tune's experiment, new or restored.
 
     Args:
@@ -230,7 +249,7 @@ def _tuner(job: Job, folder: Path, parent: str | None, view: View, restored: boo
         concurrent = min(concurrent or room, room)
     Watch.view = view
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, spec=_spec(job, folder, parent)),
+        tune.with_parameters(run_trial, spec=_spec(job, folder, parent_ids)),
         tune.PlacementGroupFactory(search.bundles(job)),
     )
     for name in ("ray.tune", "ray.train"):
@@ -267,7 +286,7 @@ def _trial_id(trial: Any) -> str:
     return trial.trial_id
 
 
-def _spec(job: Job, folder: Path, parent: str | None) -> Any:
+def _spec(job: Job, folder: Path, parent_ids: Mapping[str, str]) -> Any:
     from distmeta.sweeps.trial import TrialSpec
 
     section = _section(job)
@@ -281,12 +300,12 @@ def _spec(job: Job, folder: Path, parent: str | None) -> Any:
         "address": None,  # a trial is on the cluster already
         "workers": asked.min_workers,  # its placement group has room for no more
     }
-    tree["tracking"] |= {"experiment": experiment_of(job), "parent": parent}
+    tree["tracking"] = trial_trackers(job, parent_ids)
     return TrialSpec(
         tree,
         str(folder),
         os.getcwd(),
-        {key: value for key, value in os.environ.items() if key.startswith("MLFLOW_")},
+        tracker_environment(job),
         section.metric,
         section.mode,
         changing,
@@ -294,7 +313,7 @@ def _spec(job: Job, folder: Path, parent: str | None) -> Any:
 
 
 def _conclude(
-    job: Job, folder: Path, trials: Sequence[Trial], parent: Tracker, ended: bool, say: Callable[[str], None]
+    job: Job, folder: Path, trials: Sequence[Trial], parent: Trackers, ended: bool, say: Callable[[str], None]
 ) -> SweepSummary:
     """Writes what was found, here and in MLflow.
 
@@ -311,9 +330,9 @@ def _conclude(
         (place / "best.yaml").write_text(found + best_job(best, job).to_yaml(), encoding="utf-8")
         files += [place / "best.yaml", *draw(trials, job, place)]
     status: Status = "KILLED" if not ended else "FINISHED" if best is not None else "FAILED"
-    remember_parent(folder, parent)
+    save_ids(folder, parent)
     parent.close(status)
-    tell_mlflow(job, folder, trials, best if ended else None, files, status, say)
+    finish_tracking(job, folder, trials, best if ended else None, files, status, say)
     if not ended:
         raise InterruptedRun(str(folder), sum(trial.steps for trial in trials))
     if best is None or best.run is None or best.value is None:

@@ -27,8 +27,8 @@ from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import SaveError
 from distmeta.runtime.failure_policy import LostShardError
 from distmeta.runtime.interruption import InterruptedRun, StopRequested
-from distmeta.runtime.run_folder import adopt
-from distmeta.runtime.scores import primary
+from distmeta.runtime.resume import branch_run
+from distmeta.runtime.scores import find_primary_metric
 from distmeta.runtime.training import Silent, train
 
 POINTER = "run.json"
@@ -113,7 +113,7 @@ def _train(values: dict[str, Any], name: str, spec: TrialSpec) -> None:
             change = [{"step": pointer.step, "set": perturbed}] if perturbed else []
             changes = [*job.to_dict()["changes"], *change]
             folder = folder_of(trials, f"{name}-{pointer.step}", changes)
-            adopt(pointer.checkpoint, folder)
+            branch_run(pointer.checkpoint, folder)
             job = job.with_values({"run.name": folder.name}, changes=changes)
         resume = folder
     report = Report(spec, folder, job.run.steps)
@@ -176,7 +176,7 @@ def figure_of(row: Mapping[str, Any], metric: str | None, mode: str | None) -> t
         NumericsError: it is not finite.
         InputError: the tasks have no such metric.
     """
-    name, sign = primary(row, "val_") if metric is None else (metric, -1 if "loss" in metric else 1)
+    name, sign = find_primary_metric(row, "val_") if metric is None else (metric, -1 if "loss" in metric else 1)
     sign = {"min": -1, "max": 1, None: sign}[mode]
     if name not in row:
         known = ", ".join(sorted(key for key in row if key.startswith("val_")))

@@ -23,7 +23,7 @@ call that raised is repeated later. The run folder's `metrics.jsonl` is complete
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -37,18 +37,18 @@ class TrackedRun:
 
     name: str
     """Name of the run folder."""
-    experiment: str
-    """What runs are grouped by: the job's name."""
-    params: Mapping[str, Any]
-    """The job as plain data, nested."""
-    tags: Mapping[str, str]
-    """Further texts about the run, for example where its folder is."""
-    run_id: str | None
-    """The tracker's own `run_id` of the run to continue; None starts a new one."""
     folder: Path
-    """The run folder. It may not exist yet when the constructor is called. It exists when `log_step` is."""
+    """The run folder. It may not exist yet when the constructor or `open` is called. It exists when `log_step` is."""
     report: Callable[[str], None]
-    """Shows a line to the user; any thread may call it."""
+    """Shows a line to the user. Any thread may call it."""
+    experiment: str = ""
+    """What runs are grouped by: the job's name."""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """The job as plain data, nested."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Further texts about the run, for example where its folder is."""
+    run_id: str | None = None
+    """The tracker's own `run_id` of the run to continue; None starts a new one."""
     tables: tuple[str, ...] = ()
     """Names of artifacts that a store may show as tables: JSON files with `columns` and `data`."""
 
@@ -80,7 +80,7 @@ class Tracker(Protocol):
     last_step: int
     """The last step in the store, known after `open`; 0 if there is none. Only later steps are sent.
 
-    A resumed run offers every line of metrics.jsonl again, in case the store lacks some."""
+    After a resume every line of metrics.jsonl is a candidate again, in case the store lacks some."""
 
     def open(self) -> None:
         """Connect to the store; create the run, or continue `run.run_id`. Called again if it raises.
@@ -136,19 +136,21 @@ class SetsStatus(Protocol):
 
 @runtime_checkable
 class AttachesFiles(Protocol):
-    """A tracker that can add files to a run that has ended. `distmeta evaluate --figures` calls it instead of `open`."""
+    """A tracker that can add files to a run that has ended. `distmeta evaluate --figures` asks for it."""
 
     def attach_files(self, paths: Sequence[Path], folder: str) -> None:
-        """Add files to the artifacts of the run `run.run_id`, and leave its status as it is."""
+        """Add files to the artifacts of the run `run.run_id`, and leave its status as it is.
+
+        `open` is not called, and of `run` only `run_id` and `report` are known.
+        """
         ...
 
 
 @runtime_checkable
 class GroupsRuns(Protocol):
-    """A tracker that shows runs under a parent. `distmeta sweep` gives it a run for the sweep, and the trials under it.
+    """A tracker that shows runs under a parent. A sweep has a run in its store, and the trials' runs are under that.
 
-    The methods are called without `open`, on a tracker whose `run.run_id` is the parent's. Each may raise if the store
-    does not answer.
+    `distmeta sweep` calls these methods without `open`. They may raise if the store does not answer.
     """
 
     def child_options(self, parent_id: str) -> Mapping[str, Any]:

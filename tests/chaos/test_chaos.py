@@ -20,7 +20,7 @@ from injector import Injector, Nodes, clockless
 import distmeta
 from distmeta.config.job import Job
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.tracking.mlflow_store import import_mlflow
+from distmeta.tracking.mlflow import import_mlflow
 
 PACE = 0.15
 """Seconds that a draw takes: the run has to outlast the faults."""
@@ -140,7 +140,7 @@ def test_chaos(
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
-    run_id = checkpoints.load(shaken).progress.tracking_id
+    run_id = checkpoints.load(shaken).progress.tracking_ids["mlflow"]
     assert [
         m.step for m in sorted(client.get_metric_history(run_id, "loss_after"), key=lambda m: m.step)
     ] == list(range(1, steps + 1))

@@ -25,7 +25,7 @@ def test_a_run_and_its_resume(client: Any, workplace: Path) -> None:
     run_settings = {"steps": 6, "name": "tracked", "eval_every": 3, "eval_tasks": 5, "checkpoint_every": 3}
     job = Job.parse(tree("maml", run=run_settings, tracking=TRACKED))
     folder = distmeta.train(job).run
-    run_id = checkpoints.load(folder).progress.tracking_id
+    run_id = checkpoints.load(folder).progress.tracking_ids["mlflow"]
     stored = client.get_run(run_id)
     assert stored.info.status == "FINISHED"
     assert stored.info.run_name == "tracked"
@@ -39,7 +39,7 @@ def test_a_run_and_its_resume(client: Any, workplace: Path) -> None:
     # as if it had been killed after step 6 was sent and before it was saved
     (folder / "checkpoints" / "latest").write_text("step-00000003\n")
     distmeta.train(Job.load(folder / "job.yaml", ["run.steps=8"]), resume=folder)
-    assert checkpoints.load(folder).progress.tracking_id == run_id
+    assert checkpoints.load(folder).progress.tracking_ids["mlflow"] == run_id
     assert steps_of(client, run_id, "loss_after") == list(range(1, 9))
     assert client.get_run(run_id).info.status == "FINISHED"
     assert len(client.search_runs([stored.info.experiment_id])) == 1
@@ -50,7 +50,7 @@ def test_a_failed_run_is_marked_so(client: Any, workplace: Path) -> None:
     job = tree("maml", tasks=tasks, run={"on_nonfinite": "stop", "name": "bad"}, tracking=TRACKED)
     with pytest.raises(NumericsError):
         distmeta.train(Job.parse(job))
-    run_id = checkpoints.load(workplace / "runs" / "bad").progress.tracking_id
+    run_id = checkpoints.load(workplace / "runs" / "bad").progress.tracking_ids["mlflow"]
     assert client.get_run(run_id).info.status == "FAILED"
 
 
@@ -65,9 +65,9 @@ def test_what_a_killed_process_had_not_sent_yet_is_sent_by_the_resume(client: An
     """Steps that a checkpoint has, and the run folder, but not the store."""
     settings = {"steps": 4, "name": "killed", "eval_every": 2, "eval_tasks": 5}
     folder = distmeta.train(Job.parse(tree("maml", run=settings, tracking=TRACKED))).run
-    run_id = checkpoints.load(folder).progress.tracking_id
+    run_id = checkpoints.load(folder).progress.tracking_ids["mlflow"]
     more = Job.load(folder / "job.yaml", ["run.steps=7"])
-    untold = more.replace(tracking={"type": "none"})
+    untold = more.with_values({"tracking.type": "none"})
     distmeta.train(untold, resume=folder)  # as if it had never been delivered
     assert steps_of(client, run_id, "loss_after") == [1, 2, 3, 4]
     distmeta.train(Job.load(folder / "job.yaml", ["run.steps=9", "tracking.type=mlflow"]), resume=folder)
