@@ -8,7 +8,6 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import click
 import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -77,8 +76,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def describe_job() -> Iterator[str]:
     yield "# The job file\n"
     yield (
-        "A job is YAML. Every key is checked when it is read: an unknown key, a wrong type or an impossible combination "
-        "is an error that names the key, its value and what was expected. The command line changes keys with "
+        "A job is YAML. Every key is checked when it is read: an unknown key, a wrong type or an impossible "
+        "combination is an error that names the key, its value and what was expected. The command line changes keys with "
         "`key=value`, such as `run.workers=4`. This page is generated from the code.\n"
     )
     for name, section in SECTIONS.items():
@@ -89,7 +88,11 @@ def describe_job() -> Iterator[str]:
         yield "| key | type | default | meaning |"
         yield "|---|---|---|---|"
         for key, field in section.model_fields.items():
-            default = "required" if field.is_required() else show_default(field.get_default(call_default_factory=True))
+            default = (
+                "required"
+                if field.is_required()
+                else show_default(field.get_default(call_default_factory=True))
+            )
             yield f"| `{key}` | {show_type(field.annotation)} | {default} | {cell(field.description)} |"
         yield ""
 
@@ -143,21 +146,21 @@ def describe_options(part: Any, given: tuple[str, ...]) -> Iterator[str]:
 def describe_commands() -> Iterator[str]:
     yield "# Commands\n"
     yield (
-        "Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted with a checkpoint saved. With `--json` stdout holds "
-        "one line of JSON and nothing else. This page is generated from the code.\n"
+        "Exit codes: 0 done, 1 failed, 2 wrong input, 130 interrupted with a checkpoint saved. With `--json` stdout "
+        "holds one line of JSON and nothing else. This page is generated from the code.\n"
     )
     command = typer.main.get_command(app)
     yield from describe_group(command, "distmeta")
 
 
-def describe_group(command: click.Command, path: str) -> Iterator[str]:
+def describe_group(command: Any, path: str) -> Iterator[str]:
     children = getattr(command, "commands", None)  # click's groups have it
     if children is not None:
         for name, child in sorted(children.items()):
             yield from describe_group(child, f"{path} {name}")
         return
     arguments = [p for p in command.params if p.param_type_name == "argument"]
-    usage = " ".join(argument.make_metavar(click.Context(command)) for argument in arguments)
+    usage = " ".join(argument.metavar or argument.name.upper() for argument in arguments)
     yield f"## `{path}`\n"
     yield f"{clean(command.help)}\n"
     yield f"```\n{path} {usage} [options]\n```\n"

@@ -125,7 +125,7 @@ class Job(Section):
             raise InputError(
                 f"strategy.type: got {self.strategy.type!r} with run.workers: 0, expected at least 1 worker"
             )
-        for section in (self.model, self.tasks, self.algorithm, self.strategy):
+        for section in (self.model, self.tasks, self.algorithm, self.strategy, *self.trackers):
             if isinstance(section.part, ChecksJob):
                 section.part.check_job(self, section.options)
 
@@ -170,7 +170,7 @@ class Job(Section):
     @property
     def trackers(self) -> list[TrackerSection]:
         """The sections of all trackers. `type: none` is no tracker."""
-        sections = self.tracking if isinstance(self.tracking, list) else [self.tracking]
+        sections: list[TrackerSection] = self.tracking if isinstance(self.tracking, list) else [self.tracking]
         return [section for section in sections if section.type != "none"]
 
     def may_change(self, key: str) -> bool:

@@ -1,4 +1,4 @@
-"""The job file: what it may hold, and one line for each way it can be wrong."""
+"""Reading a job: what it may contain, and one line for each mistake."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ JOBS = sorted((REPOSITORY / "jobs").glob("*.yaml"))
 
 
 def message(job: Any, overrides: tuple[str, ...] = ()) -> str:
-    """What the user is told."""
+    """Return the one line that the user sees."""
     with pytest.raises(InputError) as caught:
         Job.parse(job, overrides)
     text = str(caught.value)
@@ -39,19 +39,25 @@ def message(job: Any, overrides: tuple[str, ...] = ()) -> str:
         ({"run": {"step": 3}}, "run.step: unknown key; did you mean 'steps'?"),
         ({"outer": {"schedule": {"typ": "linear"}}}, "outer.schedule.typ: unknown key; did you mean 'type'?"),
         ({"model": {"hiden": [3]}}, "model.hiden: unknown key of model type MLP; did you mean 'hidden'?"),
-        ({"tasks": {"ways": 5}}, "tasks.ways: unknown key of tasks type Sinusoid; known: "),
+        (
+            {"tasks": {"ways": 5}},
+            "tasks.ways: unknown key of tasks type Sinusoid; it is a key of digits, arrow",
+        ),
         (
             {"algorithm": {"type": "maml", "inner_rate": 0.1}},
             "algorithm.inner_rate: unknown key of algorithm type MAML; did you mean 'inner_lr'?",
         ),
-        ({"tracking": {"kind": "none"}}, "tracking.kind: unknown key; known: experiment, parent, type"),
+        (
+            {"tracking": {"type": "mlflow", "kind": 3}},
+            "tracking.kind: unknown key of tracking type MlflowTracker; known: ",
+        ),
         ({3: 4}, "3: unknown key; known: "),
         ({"model": {"type": "mlp", 3: 4}}, "model.3: unknown key of model type MLP; known: "),
         ({"two\nlines": 4}, "two lines: unknown key; known: "),
         ({"outer": {"rates": {"a\r\nb": -1}}}, "outer.rates.a b: got -1, expected a value greater than 0"),
     ],
 )
-def test_an_unknown_key_is_met_by_the_nearest_name(changes: dict[Any, Any], expected: str) -> None:
+def test_unknown_key_is_answered_with_the_nearest_name(changes: dict[Any, Any], expected: str) -> None:
     job = tree()
     for section, value in changes.items():
         job[section] = {**job.get(section, {}), **value} if isinstance(value, dict) else value
@@ -108,13 +114,13 @@ def test_an_unknown_key_is_met_by_the_nearest_name(changes: dict[Any, Any], expe
         ({"compute": {"precision": "float64"}}, "compute.precision: got 'float64', expected 'float32'"),
     ],
 )
-def test_a_wrong_type_or_value(changes: dict[str, Any], expected: str) -> None:
+def test_wrong_type_or_value_is_refused(changes: dict[str, Any], expected: str) -> None:
     if changes == {"seed": 16**6000}:
         changes = {"seed": -(16**6000)}
     assert message(tree(**changes)).startswith(expected)
 
 
-def test_long_values_are_cut() -> None:
+def test_long_values_are_shortened() -> None:
     text = message(tree(outer={"lr": ["x"] * 1000}))
     assert text.startswith("outer.lr: got ['x', 'x'")
     assert len(text) < 300
@@ -137,7 +143,7 @@ def test_long_values_are_cut() -> None:
         ({"run": {"patience": 3}}, "run.patience: got a number with run.eval_every: 0"),
     ],
 )
-def test_an_impossible_combination(changes: dict[str, Any], expected: str) -> None:
+def test_impossible_combination_is_refused(changes: dict[str, Any], expected: str) -> None:
     assert message(tree(**changes)).startswith(expected)
 
 
@@ -168,7 +174,7 @@ def test_missing_sections_are_named_and_counted() -> None:
         ("plain", "got str, expected a mapping with the keys of a job"),
     ],
 )
-def test_what_is_not_a_job_file(text: str, expected: str, tmp_path: Path) -> None:
+def test_text_that_is_no_job_file_is_refused(text: str, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(text)
     with pytest.raises(InputError) as caught:
@@ -193,6 +199,7 @@ def test_overrides() -> None:
             "outer.rates={model.*: 5E-2}",
             "run={steps: 7, tasks_per_step: 4}",
             "model.hidden=[8, 8]",
+            "tracking={type: mlflow, experiment: x}",
             "tracking.experiment=",
             "compute.chunk=2",
             "run.workers=1",
@@ -205,7 +212,7 @@ def test_overrides() -> None:
     assert (job.run.steps, job.run.tasks_per_step, job.run.workers) == (7, 4, 3)
     assert job.run.shards is None  # a whole section is replaced
     assert job.model.options["hidden"] == [8, 8]
-    assert job.tracking.experiment is None
+    assert job.trackers[0].options["experiment"] is None
     assert job.compute.chunk == 2
 
 
@@ -226,7 +233,7 @@ def test_a_bad_override(text: str, expected: str) -> None:
     assert message(tree(), (text,)).startswith(expected)
 
 
-def test_overrides_leave_the_tree_alone() -> None:
+def test_overrides_do_not_change_their_input() -> None:
     plain = tree()
     before = yaml.safe_dump(plain)
     Job.parse(plain, ["run.steps=99", "model.hidden=[1]", "outer.schedule.type=linear"])
@@ -265,11 +272,11 @@ def test_defaults() -> None:
             "name=1e5",
             "run.name='1e-3'",
             "output='0x10'",
-            "tracking.experiment='yes'",
-        ],  # strings that look else
+            "tracking={type: mlflow, experiment: 'yes'}",
+        ],  # strings that look like other types
         ["outer.lr=1e-30", "seed=123456789012345678901", "outer.rates={'*': 1e22}"],
         ["outer={optimizer: sgd, lr: 1, momentum: 0, nesterov: false}", "model.hidden=[]"],
-        ["output='a: {b}\\n# c'", "tracking.experiment='μ — ∇'"],
+        ["output='a: {b}\\n# c'", "tracking={type: mlflow, experiment: 'μ — ∇'}"],
     ],
 )
 def test_a_dump_loads_to_an_equal_job(overrides: list[str], tmp_path: Path) -> None:
@@ -290,7 +297,9 @@ def test_a_dump_loads_to_an_equal_job(overrides: list[str], tmp_path: Path) -> N
     st.integers(min_value=0),
 )
 def test_any_string_and_number_survive_a_dump(text: str, rate: float, seed: int) -> None:
-    job = Job.parse(tree(output=text, seed=seed, outer={"lr": rate}, tracking={"experiment": text}))
+    job = Job.parse(
+        tree(output=text, seed=seed, outer={"lr": rate}, tracking={"type": "mlflow", "experiment": text})
+    )
     assert Job.parse(parse_yaml(job.to_yaml(), "dump")) == job
 
 
@@ -332,7 +341,7 @@ constant = 3
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module of the user's in the working folder."""
+    """A module of the user in the working folder."""
     name = f"mine_{tmp_path.name}".replace("-", "_")
     (tmp_path / f"{name}.py").write_text(MINE)
     (tmp_path / f"{name}_broken.py").write_text("1 / 0")
@@ -342,7 +351,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     sys.modules.pop(name, None)
 
 
-def test_a_part_of_the_users_own(mine: str) -> None:
+def test_users_own_part_is_built(mine: str) -> None:
     job = Job.parse(tree(model={"type": f"{mine}:Net", "bias": False}))
     assert job.model.options == {"bias": False, "scale": 1.0, "kind": "a"}
     assert Job.parse(parse_yaml(job.to_yaml(), "dump")) == job
@@ -371,9 +380,7 @@ def test_a_part_of_the_users_own(mine: str) -> None:
         ("_broken:Net", {}, "failed: ZeroDivisionError: division by zero"),
     ],
 )
-def test_a_part_of_the_users_own_is_checked(
-    mine: str, name: str, options: dict[str, Any], expected: str
-) -> None:
+def test_users_own_part_is_checked(mine: str, name: str, options: dict[str, Any], expected: str) -> None:
     assert expected in message(tree(model={"type": mine + name, **options}))
 
 
@@ -389,13 +396,13 @@ def test_every_job_file_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert job.name == path.stem
     store = job.tasks.options.get("path")
     if store is not None and not Path(store).exists():
-        return  # its data are to be built first
+        return  # its store has to be built first
     if job.tasks.type == "gym":
         pytest.importorskip("mujoco", reason="needs the extra rl")
     problem = build_problem(job)
     theta = problem.init()
     assert all(value.dtype == torch.float32 for value in theta.values())
     if hasattr(problem.family, "collect"):
-        return  # its data are made by a policy: tests/test_jobs_run.py
+        return  # a policy collects its data: see the test of all shipped jobs
     for split in SPLITS:
         assert problem.family.draw(split, [1]).support.x.shape[2:] == problem.family.in_shape
