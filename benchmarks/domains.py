@@ -1,108 +1,70 @@
-"""Domain adaptation: support from one domain, query from another. What does meta-training on such episodes gain?
+"""Does meta-training on episodes with a domain shift help, if support and query come from different domains?
 
     python benchmarks/domains.py
 
-`jobs/digits-domains.yaml`: MAML on digits, support as drawn, query inverted, blurred, noisy or slanted (see
-distmeta/tasks/domains.py); tested on digits never trained on. On the same 600 test tasks:
+`jobs/digits-domains.yaml`: MAML on digits, with support images as drawn and query images inverted, blurred, noisy or
+slanted (distmeta/tasks/domains.py). Test digits are never trained on. For each shift, on the same test tasks:
 
-    before adaptation       the network trained on the shift, without its inner steps
-    1-NN on pixels          the label of the nearest support image (Euclidean)
-    trained without         the same training, support and query as drawn; tested on the shift
-    trained with            trained and tested on the shift
-    gain                    with minus without, paired by task
-
-The first row is the task without a shift. `±` is 1.96·s/√n over the test tasks: it holds their choice, not that of a
-seed. The last step's theta is scored. `--quick` is a smoke run.
+    before               the network trained with the shift, without inner steps
+    nearest_neighbour    the label of the nearest support image (Euclidean, on pixels)
+    without, with        trained without and with the shift, tested with it
+    gain                 the difference of the two, paired by task
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
-import report
-from training import nearest_neighbour, said, scores, trained
+from raw_results import ROOT, describe_environment, interval, save_section
+from training import note, score_nearest_neighbour, score_tasks, train_job
 
 from distmeta.config.job import Job
 from distmeta.protocols import Theta
-from distmeta.runtime.problem import build
+from distmeta.runtime.problem import build_problem
 from distmeta.tasks.domains import Domain
 
-JOB = report.ROOT / "jobs" / "digits-domains.yaml"
+JOB = ROOT / "jobs" / "digits-domains.yaml"
 UNSHIFTED = "original"
-COLUMNS = {
-    "before": "before adaptation",
-    "nearest_neighbour": "1-NN on pixels",
-    "without": "trained without",
-    "with": "trained with",
-    "gain": "gain, paired",
-}
 
 
-def job_of(given: argparse.Namespace, domain: str) -> Job:
-    """The job with the queries of one domain."""
-    steps = [f"run.steps={given.steps}"] if given.steps else []
-    digits = [f"tasks.test_digits={given.test_digits}"] if given.test_digits else []
-    return Job.load(
-        JOB,
-        [
-            f"seed={given.seed}",
-            f"run.workers={given.workers}",
-            f"tasks.query_domain={domain}",
-            *steps,
-            *digits,
-        ],
-    )
+def load_job(given: argparse.Namespace, domain: str) -> Job:
+    """Return the job with queries of one domain."""
+    overrides = [f"seed={given.seed}", f"run.workers={given.workers}", f"tasks.query_domain={domain}"]
+    if given.steps:
+        overrides.append(f"run.steps={given.steps}")
+    overrides.append(f"tasks.test_digits={given.test_digits}")
+    return Job.load(JOB, overrides)
 
 
-def learned(given: argparse.Namespace, domain: str) -> tuple[Theta, float]:
-    """theta trained on the domain, and the seconds of this process that it took."""
-    said(f"training: query {domain}")
+def train_on_domain(given: argparse.Namespace, domain: str) -> tuple[Theta, float]:
+    """Return theta trained on a domain, and the processor seconds of the training."""
+    note(f"training: query {domain}")
     started = time.process_time()
-    theta = trained(job_of(given, domain))[1]
+    _, theta, _ = train_job(load_job(given, domain))
     return theta, time.process_time() - started
 
 
-def tested(given: argparse.Namespace, theta: Theta, domain: str) -> np.ndarray:
-    """Accuracy of each test task after 0, 1, … inner steps, its queries in the domain."""
-    problem = build(job_of(given, domain))
-    return scores(problem, theta, "accuracy", "test", given.tasks, problem.eval_steps)
+def score_on_domain(given: argparse.Namespace, theta: Theta, domain: str) -> np.ndarray:
+    """Return the accuracy of each test task after 0, 1, … inner steps."""
+    problem = build_problem(load_job(given, domain))
+    return score_tasks(problem, theta, "accuracy", "test", given.tasks, problem.eval_steps)
 
 
-def row_of(given: argparse.Namespace, domain: str, plain: Theta, theta: Theta) -> dict[str, Any]:
-    """The figures of one domain. plain: trained without a shift; theta: with this one."""
-    without = tested(given, plain, domain)
-    with_shift = without if domain == UNSHIFTED else tested(given, theta, domain)
-    neighbour = nearest_neighbour(build(job_of(given, domain)), given.tasks)
-    columns = {
-        "before": with_shift[:, 0],
-        "nearest_neighbour": neighbour,
-        "without": without[:, -1],
-        "with": with_shift[:, -1],
-        "gain": with_shift[:, -1] - without[:, -1],
+def compare(given: argparse.Namespace, domain: str, unshifted: Theta, shifted: Theta) -> dict[str, Any]:
+    without = score_on_domain(given, unshifted, domain)
+    with_shift = without if domain == UNSHIFTED else score_on_domain(given, shifted, domain)
+    nearest = score_nearest_neighbour(build_problem(load_job(given, domain)), given.tasks)
+    return {
+        "query_domain": domain,
+        "before": interval(with_shift[:, 0]),
+        "nearest_neighbour": interval(nearest),
+        "without": interval(without[:, -1]),
+        "with": interval(with_shift[:, -1]),
+        "gain": interval(with_shift[:, -1] - without[:, -1]),
     }
-    return {"query_domain": domain} | {name: report.interval(values) for name, values in columns.items()}
-
-
-def compared(given: argparse.Namespace) -> dict[str, Any]:
-    """All domains, each with a network of its own."""
-    plain, seconds = learned(given, UNSHIFTED)
-    rows = [row_of(given, UNSHIFTED, plain, plain) | {"cpu_seconds_training": seconds}]
-    for domain in given.domains:
-        theta, seconds = learned(given, domain)
-        rows.append(row_of(given, domain, plain, theta) | {"cpu_seconds_training": seconds})
-    print(report.table(["query", *COLUMNS.values()], [cells_of(row) for row in rows]))
-    job = job_of(given, given.domains[0])
-    return {"rows": rows, "test_tasks": given.tasks, "job": job.tree()}
-
-
-def cells_of(row: dict[str, Any]) -> Sequence[str]:
-    shifted = row["query_domain"] != UNSHIFTED
-    shown = [report.percent(row[name]) if shifted or name not in ("with", "gain") else "" for name in COLUMNS]
-    return [row["query_domain"], *shown]
 
 
 def main() -> None:
@@ -114,15 +76,21 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=600, help="test tasks")
     parser.add_argument("--steps", type=int, help="default: the job's")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=0, help="the figures do not depend on it")
-    parser.add_argument("--test-digits", type=int, nargs="+", help="default: the job's")
+    parser.add_argument("--workers", type=int, default=0, help="does not change the result")
+    parser.add_argument("--test-digits", type=int, nargs="+", default=[7, 8, 9])
     parser.add_argument("--domains", nargs="+", choices=shifts, default=shifts, help="of the query")
     given = parser.parse_args()
     if given.quick:
-        given.steps, given.tasks = 3, 25
-    start = report.environment()
-    name = "-".join(["domains", *map(str, given.test_digits or [])])
-    report.write(name, start, compared(given), given.quick)
+        given.steps = 3
+        given.tasks = 25
+    environment = describe_environment()
+    unshifted, seconds = train_on_domain(given, UNSHIFTED)
+    rows = [compare(given, UNSHIFTED, unshifted, unshifted) | {"cpu_seconds_training": seconds}]
+    for domain in given.domains:
+        shifted, seconds = train_on_domain(given, domain)
+        rows.append(compare(given, domain, unshifted, shifted) | {"cpu_seconds_training": seconds})
+    part = "digits " + " ".join(map(str, given.test_digits))
+    save_section("domains", part, environment, rows, given.quick, test_tasks=given.tasks)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Vectorised against one task after the other, by kind and size of the model: what `compute.execution: auto` goes by.
+"""Vectorised shards against a loop over tasks, by kind and size of the model: the basis of `compute.execution: auto`.
 
-    python benchmarks/execution.py [--quick]
+    python benchmarks/execution.py
 
-MAML with one inner step in this process, one thread, the tasks of one shard; images are random, for their content does
-not matter to the time. Both ways in turn; medians of the ratio of their processor seconds. Above 1 `vmap` is faster.
+MAML with one inner step in this process with one thread, all tasks in one shard. Images are random, since their content
+does not change the time. Both ways take turns. A row has the median ratio of their processor seconds; above 1 `vmap` is
+faster.
 """
 
 from __future__ import annotations
@@ -13,71 +14,95 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import report
 import torch
+from raw_results import describe_environment, save_section
 
-from distmeta.compute.choose_execution import traits
-from distmeta.compute.gradient import WHOLE_SHARD, Execution, shard_gradient
-from distmeta.compute.memory import keep_freed
+from distmeta.compute.choose_execution import inspect_model
+from distmeta.compute.execution import WHOLE_SHARD, Execution, shard_gradient
+from distmeta.compute.memory import keep_freed_memory
 from distmeta.config.job import Job
-from distmeta.runtime.problem import build, numerics_of
+from distmeta.runtime.problem import apply_job_numerics, build_problem
 from distmeta.seeding import task_ids
 from distmeta.tasks.image_preparation import Preparation
 from distmeta.tasks.store import write_store
 
-WAYS = (Execution("loop", 1), Execution("vmap", WHOLE_SHARD))
+LOOP = Execution("loop", 1)
+VECTORISED = Execution("vmap", WHOLE_SHARD)
 HIDDEN = (40, 256, 1000, 2000)
 WIDTHS = (8, 16, 32, 64)
 SIDES = (8, 28, 84)
 TASKS = (2, 4, 16)
-MOST = 2**26
-"""Larger shards, by the numbers in a map as large as their images, are left out."""
+QUERIES = 15
+LARGEST_SHARD = 2**26
+"""Elements of a shard's feature maps at full resolution. Larger shards are left out."""
 
 
-def mlp(hidden: int, shots: int) -> dict[str, Any]:
-    return {
+class Case(NamedTuple):
+    title: str
+    job: dict[str, Any]
+    elements: int
+    """Elements of one task's feature map at full resolution; 0 for an MLP."""
+
+
+def mlp_case(hidden: int, shots: int) -> Case:
+    job = {
         "model": {"type": "mlp", "hidden": [hidden, hidden]},
         "tasks": {"type": "sinusoid", "shots": shots, "queries": shots},
         "algorithm": {"type": "maml", "inner_lr": 0.01, "inner_steps": 1},
     }
+    return Case(f"MLP {hidden}-{hidden}, {shots} shots", job, 0)
 
 
-def conv4(width: int, pool: str, store: str) -> dict[str, Any]:
-    return {
+def conv4_case(width: int, pool: str, side: int, store: str) -> Case:
+    job = {
         "model": {"type": "conv4", "width": width, "pool": pool},
-        "tasks": {"type": "arrow", "path": store, "queries": 15},
+        "tasks": {"type": "arrow", "path": store, "queries": QUERIES},
         "algorithm": {"type": "maml", "inner_lr": 0.4, "inner_steps": 1},
     }
+    images = 5 * (QUERIES + 1)
+    return Case(f"conv4-{width}, {pool}, {side}×{side}", job, width * side**2 * images)
 
 
-def image_store(folder: str, side: int) -> str:
+def make_cases(folder: str) -> list[Case]:
+    cases = [mlp_case(hidden, shots) for hidden in HIDDEN for shots in (10, 100)]
+    for side in SIDES:
+        store = write_random_images(folder, side)
+        cases += [conv4_case(width, pool, side, store) for width in WIDTHS for pool in ("stride", "max")]
+    return [case for case in cases if case.elements * TASKS[0] <= LARGEST_SHARD]
+
+
+def write_random_images(folder: str, side: int) -> str:
     path = str(Path(folder) / f"{side}.arrow")
     pixels = np.random.default_rng(0).integers(0, 256, (60 * 20, 1, side, side), dtype=np.uint8)
     write_store(path, pixels, [str(k) for k in range(60)], [""] * 60, [20] * 60, Preparation(size=side))
     return path
 
 
-def ratio(job: dict[str, Any], tasks: int, rounds: int) -> dict[str, float]:
-    """Processor seconds of the loop over those of vmap."""
-    problem = build(Job.parse({"name": "execution", "tracking": {"type": "none"}, **job}))
-    theta, ids = problem.init(), task_ids(0, "train", 0, tasks)
+def measure(case: Case, tasks: int, rounds: int) -> dict[str, Any]:
+    """Return the processor seconds of the loop over those of vmap, and the largest feature map of the query set."""
+    problem = build_problem(Job.parse({"name": "execution", "tracking": {"type": "none"}, **case.job}))
+    theta = problem.init()
+    ids = task_ids(0, "train", 0, tasks)
     episodes = problem.family.draw("train", ids)
+    score = problem.score("train")
 
-    def seconds(way: Execution) -> float:
+    def processor_seconds(execution: Execution) -> float:
         started = time.process_time()
-        with numerics_of(problem.job, problem.device):
-            shard_gradient(problem.algorithm, problem.score("train"), theta, episodes, ids, way, before=False)
+        with apply_job_numerics(problem.job, problem.device):
+            shard_gradient(problem.algorithm, score, theta, episodes, ids, execution, before=False)
         return time.process_time() - started
 
-    rows = [[seconds(way) for way in WAYS] for _ in range(rounds + 1)][1:]
-    found = traits(problem.model.module, episodes.query.x[0])
+    pairs = [(processor_seconds(LOOP), processor_seconds(VECTORISED)) for _ in range(rounds + 1)][1:]
+    found = inspect_model(problem.model.module, episodes.query.x[0])
     return {
-        "loop_ms": 1e3 * statistics.median(row[0] for row in rows),
-        "ratio": statistics.median(row[0] / row[1] for row in rows),
-        "largest_map": found.largest_map,
+        "model": case.title,
+        "tasks": tasks,
+        "loop_ms": 1e3 * statistics.median(loop for loop, _ in pairs),
+        "ratio": statistics.median(loop / vectorised for loop, vectorised in pairs),
+        "largest_feature_map": found.largest_map,
     }
 
 
@@ -89,39 +114,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    keep_freed()
-    start, found = report.environment(), []
+    keep_freed_memory()
+    environment = describe_environment()
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        models = [
-            (f"MLP {hidden}-{hidden}, {shots} shots", mlp(hidden, shots), 0)
-            for hidden in HIDDEN
-            for shots in (10, 100)
-        ]
-        for side in SIDES:
-            store = image_store(folder, side)
-            models += [
-                (f"conv4-{width}, {pool}, {side}×{side}", conv4(width, pool, store), numbers)
-                for width in WIDTHS
-                for pool in ("stride", "max")
-                if (numbers := width * side**2 * 80) * TASKS[0] <= MOST
-            ]
-        for name, job, numbers in models[:: 9 if given.quick else 1]:
-            row = {"model": name}
+        for case in make_cases(folder)[:: 9 if given.quick else 1]:
             for tasks in TASKS[: 1 if given.quick else None]:
-                if numbers * tasks <= MOST:
-                    row |= {str(tasks): ratio(job, tasks, 1 if given.quick else given.rounds)}
-            found.append(row)
-            print(name, *(f"{row[str(n)]['ratio']:.2f}" for n in TASKS if str(n) in row), flush=True)
-    cells = [
-        [
-            row["model"],
-            f"{row[str(TASKS[0])]['largest_map']:,}",
-            *(f"{row[str(n)]['ratio']:.2f}" if str(n) in row else "" for n in TASKS),
-        ]
-        for row in found
-    ]
-    print("\n" + report.table(["model", "largest map", *(f"{n} tasks" for n in TASKS)], cells))
-    report.write("execution", start, {"rows": found}, given.quick)
+                if case.elements * tasks <= LARGEST_SHARD:
+                    rows.append(measure(case, tasks, 1 if given.quick else given.rounds))
+                    print(rows[-1], flush=True)
+    save_section("execution", "cpu", environment, rows, given.quick)
 
 
 if __name__ == "__main__":

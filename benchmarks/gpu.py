@@ -1,19 +1,18 @@
-"""MAML on one GPU: throughput in float32, TF32 and bfloat16 beside its peers', the share of the card's measured matrix
-rate, memory against the number of inner steps K.
+"""MAML on one GPU: throughput in float32, TF32 and bfloat16 beside its peers, and memory against the inner steps.
 
     python benchmarks/gpu.py [--device cuda|cpu] [--quick] [--only conv4-16 memory …] [--precisions bf16 …] [--eager]
 
-One process, one card, random images (their content does not matter to time). For each workload and precision: the
-meta-gradients of higher, TorchOpt and torch.func (a Python loop over tasks) and of distmeta's loop and vmap, as they
-are and compiled, verified and then timed in turn as in throughput.py, each between two synchronisations with the card.
-All compute in the precision of their row: the peers' loops have TF32 off or on and autocast as distmeta has.
+It has not been run on a GPU yet, so the report has no table of it; it prints its own. One process, one GPU, random
+images (their content does not change the time). For each workload and precision: the meta-gradients of higher, TorchOpt
+and torch.func (loops over tasks) and of distmeta's loop and vmap, eager and compiled, compared and then timed in turn
+as in throughput.py. The GPU is synchronised before and after each measurement. All compute in their row's precision.
 
-Verified: a system that computes in float64 must give torch.func's meta-gradient there, within 1e-9; in the precision of
-its row each must be as near to it as torch.func in that precision is, but for a factor of 2 (in float32 within 5e-3).
-TFLOP/s: operations of one task's meta-gradient (torch.utils.flop_counter, on the eager loop: those that are needed, not
-those that a system does) × tasks/s. share: of the fastest of some large square matrix products in that precision.
+A system that computes in float64 must give torch.func's meta-gradient there within 1e-9. In the precision of its row
+its distance to that may be twice that of torch.func in that precision (in float32 up to 5e-3).
+TFLOP/s: operations of one task's meta-gradient (torch.utils.flop_counter, eager loop) × tasks/s. share: of the fastest
+of several large square matrix products in that precision.
 
-`--quick` is a smoke run with tiny sizes, for a CPU too (`--device cpu`, which has no TF32).
+`--quick` is a smoke run with tiny sizes, also on a CPU (`--device cpu`, which has no TF32).
 """
 
 from __future__ import annotations
@@ -25,25 +24,27 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-import report
 import torch
 import torch.nn.functional as F
-from memory import KINDS, STEPS, Gradient, peak_mb
+from memory import KINDS, STEPS, MetaGradient, peak_mb
+from raw_results import describe_environment, save_section
 from systems import NEAR, System, Way, Workload, distmeta_gradient, peer_gradient, synchronise
-from throughput import REFERENCE, SAME, distance, image_store, measure, rate_cells
+from throughput import SAME, image_store, measure_rates, relative_distance
 from torch.utils.flop_counter import FlopCounterMode
 
 from distmeta.compute.numerics import numerics
 from distmeta.errors import InputError
 from distmeta.protocols import Theta
-from distmeta.runtime.problem import Problem, numerics_of
+from distmeta.runtime.problem import Problem, apply_job_numerics
 from distmeta.tasks.image_preparation import Preparation
 
 PRECISIONS = ("float32", "tf32", "bf16")
 SIDES = (2048, 4096, 8192, 16384)
-"""Of the matrices whose product tells the card's rate."""
+"""Sides of the square matrices whose product measures the GPU's rate."""
 PEERS = {"higher": "higher", "torchopt": "TorchOpt", "torch.func": "torch.func"}
-BASELINE = "torch.func, gradient"
+BASELINES = ("torch.func, gradient", *(f"{title}, gradient" for title in PEERS.values()))
+
+Rows = list[dict[str, Any]]
 
 
 class Case(NamedTuple):
@@ -74,12 +75,12 @@ CASES = {
         (2, 8),
     ),
 }
-TINY = {
+TINY_CASES = {
     "conv4": CASES["conv4"]._replace(
-        title="quick conv4", model={"type": "conv4", "width": 4, "pool": "stride"}, queries=1, counts=(4,)
+        title="tiny conv4", model={"type": "conv4", "width": 4, "pool": "stride"}, queries=1, counts=(4,)
     ),
     "resnet12": CASES["resnet12"]._replace(
-        title="quick resnet12",
+        title="tiny resnet12",
         model={"type": "resnet12", "widths": [4, 4, 4, 4]},
         images=Preparation(size=12, channels=3),
         queries=1,
@@ -88,151 +89,153 @@ TINY = {
 }
 
 
-def workload_of(case: Case, store: str, count: int, precision: str, device: torch.device) -> Workload:
+def make_workload(case: Case, store: str, count: int, precision: str, device: torch.device) -> Workload:
+    run = {"tasks_per_step": count, "before_every": 0, "workers": 0, "gpus_per_worker": count_gpus(device)}
     tree = {
         "name": "gpu",
         "model": case.model,
         "tasks": {"type": "arrow", "path": store, "ways": 5, "shots": 1, "queries": case.queries},
         "algorithm": {"type": "maml", "inner_lr": case.inner_lr, "inner_steps": 1},
-        "run": {"tasks_per_step": count, "before_every": 0, "workers": 0, "gpus_per_worker": gpus(device)},
+        "run": run,
         "compute": {"precision": precision},
         "tracking": {"type": "none"},
     }
     return Workload(f"{case.title}, {count} tasks, {precision}", tree, F.cross_entropy)
 
 
-def gpus(device: torch.device) -> int:
+def count_gpus(device: torch.device) -> int:
     return int(device.type == "cuda")
 
 
-# throughput
+# --- Throughput ---------------------------------------------------------------------------------------------------
 
 
-class Tried(NamedTuple):
-    """The systems that there are, and why others are not."""
-
-    systems: list[System]
-    failed: dict[str, str]
-
-
-def tried(workload: Workload, compiling: bool) -> Tried:
-    """Makes all systems, each computed once; one that cannot (not installed, no memory, no compiler) is left out."""
+def make_systems(workload: Workload, compiled: bool) -> tuple[list[System], Rows]:
+    """Make all systems and compute each once. Return those that work, and a row with the reason for each other one."""
     precision = workload.tree["compute"]["precision"]
-    ways = [
-        Way(mode + " compiled" * compiled, {"execution": mode, "compile": compiled, "precision": precision})
-        for compiled in ((False, True) if compiling else (False,))
-        for mode in ("loop", "vmap")
-    ]
 
-    def settings(problem: Problem) -> Any:
-        return numerics_of(problem.job, problem.device)
+    def apply_numerics(problem: Problem) -> Any:
+        return apply_job_numerics(problem.job, problem.device)
 
-    makers: dict[str, Callable[[], System]] = {
-        f"{title}, gradient": lambda name=name, title=title: peer_gradient(name, title, workload, settings)
-        for name, title in PEERS.items()
-    }
-    makers |= {
-        f"distmeta {way.name}, gradient": lambda way=way: distmeta_gradient(way, workload) for way in ways
-    }
-    found = Tried([], {})
+    makers: dict[str, Callable[[], System]] = {}
+    for name, title in PEERS.items():
+        makers[f"{title}, gradient"] = lambda name=name, title=title: peer_gradient(
+            name, title, workload, apply_numerics
+        )
+    for compiles in (False, True) if compiled else (False,):
+        for mode in ("loop", "vmap"):
+            suffix = " compiled" if compiles else ""
+            way = Way(mode + suffix, {"execution": mode, "compile": compiles, "precision": precision})
+            makers[f"distmeta {way.name}, gradient"] = lambda way=way: distmeta_gradient(way, workload)
+    systems: list[System] = []
+    failed: Rows = []
     for name, make in makers.items():
         try:
-            found.systems.append(make())
-        except (ImportError, RuntimeError, InputError) as error:  # no memory is a RuntimeError
-            found.failed[name] = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"{name}: {found.failed[name]}", flush=True)
-        torch.cuda.empty_cache()  # nothing where there is no card
-    return found
+            systems.append(make())
+        except (ImportError, RuntimeError, InputError) as error:  # running out of memory is a RuntimeError
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            failed.append({"system": name, "failed": reason})
+        torch.cuda.empty_cache()
+    return systems, failed
 
 
-def verified(systems: Sequence[System], reference: Theta) -> list[dict[str, Any]]:
-    """How far each meta-gradient is from float64's, and whether it is the same but for rounding."""
-    rounded = {system.name: distance(system.gradient, reference) for system in systems}
-    peers = [BASELINE, *(f"{title}, gradient" for title in PEERS.values())]
-    base = next((rounded[name] for name in peers if name in rounded), 0.0)
-    limit, rows = max(NEAR, 2 * base), []
+def compare_gradients(systems: Sequence[System], reference: Theta) -> Rows:
+    """Return how far each meta-gradient is from float64's, and whether only rounding separates them."""
+    rounded = {system.name: relative_distance(system.gradient, reference) for system in systems}
+    baseline = next((rounded[name] for name in BASELINES if name in rounded), 0.0)
+    limit = max(NEAR, 2 * baseline)
+    rows = []
     for system in systems:
-        exact = None if system.exact is None else distance(system.exact, reference)
-        near = rounded[system.name] <= limit
-        same = near and (exact is None or exact < SAME)
+        exact = None if system.exact is None else relative_distance(system.exact, reference)
+        same = rounded[system.name] <= limit and (exact is None or exact < SAME)
         rows.append(
             {"system": system.name, "float64": exact, "in_its_precision": rounded[system.name], "same": same}
         )
-        if not same:
-            off = rounded[system.name] if exact is None or not near else exact
-            print(f"{system.name}: ANOTHER META-GRADIENT (off by {off:.1e}): not timed", flush=True)
     return rows
 
 
-def timed(
+def measure_workload(
     workload: Workload, reference: Theta, matrix_rate: float, given: argparse.Namespace
-) -> dict[str, Any]:
-    """One workload in one precision, its table printed. `reference`: its meta-gradient in float64."""
-    print(f"\n{workload.title}\n", flush=True)
-    systems, failed = tried(workload, not given.eager)
-    checks, flops = verified(systems, reference), flops_a_task(workload)
-    timing = [system for system, check in zip(systems, checks, strict=True) if check["same"]]
-    rates = measure(timing, workload.tree["run"]["tasks_per_step"], given.rounds, given.seconds)
-    for row in rates:
-        row["flops_per_second"] = flops * row["tasks_per_second"]
-        row["share_of_matrix_rate"] = row["flops_per_second"] / matrix_rate
-    print(shown(checks, rates, failed), flush=True)
-    found = {"title": workload.title, "flops_a_task": flops, "failed": failed}
-    return found | {"meta_gradient": checks, "throughput": rates}
+) -> Rows:
+    """Compare and time the systems of one workload in one precision.
+
+    Args:
+        reference: the meta-gradient in float64.
+        matrix_rate: operations per second of the fastest matrix product.
+    """
+    systems, failed = make_systems(workload, compiled=not given.eager)
+    rows = compare_gradients(systems, reference)
+    flops = count_flops_per_task(workload)
+    timed = [system for system, row in zip(systems, rows, strict=True) if row["same"]]
+    rates = measure_rates(timed, workload.tree["run"]["tasks_per_step"], given.rounds, given.seconds)
+    by_system = {rate["system"]: rate for rate in rates}
+    for row in rows:
+        if row["system"] in by_system:
+            row |= by_system[row["system"]]
+            row["flops_per_second"] = flops * row["tasks_per_second"]
+            row["share_of_matrix_rate"] = row["flops_per_second"] / matrix_rate
+    return rows + failed
 
 
-def exact_gradient(workload: Workload) -> Theta:
-    """torch.func's meta-gradient in float64. The workload is in float32."""
-    found = peer_gradient("torch.func", "torch.func", workload).exact
-    assert found is not None, "float32 comes with float64"
-    return found
+def compute_exact_gradient(workload: Workload) -> Theta:
+    """Return torch.func's meta-gradient in float64. The workload is in float32."""
+    exact = peer_gradient("torch.func", "torch.func", workload).exact
+    assert exact is not None, "a float32 peer also computes in float64"
+    return exact
 
 
-def flops_a_task(workload: Workload) -> int:
-    """Of one task's meta-gradient by the eager loop; a multiplication with its addition counts two."""
+def count_flops_per_task(workload: Workload) -> int:
+    """Count the operations of one task's meta-gradient by the eager loop. A multiply-add counts two."""
     tree = workload.tree | {"run": workload.tree["run"] | {"tasks_per_step": 1}}
-    one = Workload(workload.title, tree, workload.loss)
-    system = distmeta_gradient(Way("loop", {"execution": "loop", "precision": "float32"}), one)
+    one_task = Workload(workload.title, tree, workload.loss)
+    system = distmeta_gradient(Way("loop", {"execution": "loop", "precision": "float32"}), one_task)
     with FlopCounterMode(display=False) as counter:
         system.call()
     return counter.get_total_flops()
 
 
-def shown(checks: Sequence[dict[str, Any]], rates: Sequence[dict[str, Any]], failed: dict[str, str]) -> str:
-    of = {row["system"]: row for row in rates}
-    rows = []
-    for check in checks:
-        cells, row = ["not timed", "", "", "", ""], of.get(check["system"])
-        if row is not None:
-            tera = f"{row['flops_per_second'] / 1e12:.3g}"
-            cells = [*rate_cells(row), tera, f"{100 * row['share_of_matrix_rate']:.1f} %"]
-        exact = "" if check["float64"] is None else f"{check['float64']:.0e}"
-        rows.append([check["system"], *cells, exact, f"{check['in_its_precision']:.0e}"])
-    rows += [[name, "failed", "", "", "", "", "", ""] for name in failed]
-    header = ["system", "tasks/s", "range", f"× {REFERENCE}", "TFLOP/s", "share", "∆ float64", "∆"]
-    return report.table(header, rows)
+def print_rows(rows: Rows) -> None:
+    for row in rows:
+        if "failed" in row:
+            print(f"{row['system']:<40} failed: {row['failed']}", flush=True)
+        elif not row["same"]:
+            print(
+                f"{row['system']:<40} ANOTHER META-GRADIENT ({row['in_its_precision']:.1e}): not timed",
+                flush=True,
+            )
+        else:
+            print(
+                f"{row['system']:<40} {row['tasks_per_second']:>10,.1f} tasks/s "
+                f"({row['lowest']:,.1f}–{row['highest']:,.1f}) {row['times_torchopt_gradient']:>7.2f} × TorchOpt "
+                f"{row['flops_per_second'] / 1e12:>8.3g} TFLOP/s {row['share_of_matrix_rate']:>6.1%}",
+                flush=True,
+            )
 
 
-# the card
+# --- The GPU's rate -----------------------------------------------------------------------------------------------
 
 
-def matrix_rates(
+def measure_matrix_rates(
     device: torch.device, precision: str, sides: Sequence[int], seconds: float
 ) -> dict[int, float]:
-    """Operations per second of products of square matrices, by their side."""
-    dtype, found = torch.bfloat16 if precision == "bf16" else torch.float32, {}
+    """Return operations per second of products of square matrices, by side."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    rates = {}
     with numerics(1, deterministic=False, precision="tf32" if precision == "tf32" else "float32"):
         for side in sides:
-            a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-            took = seconds_of(device, lambda a=a, b=b: a @ b, 1)
-            found[side] = (
-                2 * side**3 / seconds_of(device, lambda a=a, b=b: a @ b, max(1, round(seconds / took)))
-            )
-    return found
+            a = torch.randn(side, side, device=device).to(dtype)
+            b = torch.randn(side, side, device=device).to(dtype)
+
+            def multiply(a: torch.Tensor = a, b: torch.Tensor = b) -> torch.Tensor:
+                return a @ b
+
+            calls = max(1, round(seconds / time_calls(device, multiply, 1)))
+            rates[side] = 2 * side**3 / time_calls(device, multiply, calls)
+    return rates
 
 
-def seconds_of(device: torch.device, call: Callable[[], object], calls: int) -> float:
-    """Seconds of a call, the median of three times `calls` in a row, after one that does not count."""
+def time_calls(device: torch.device, call: Callable[[], object], calls: int) -> float:
+    """Return the seconds of a call: the median of three times `calls` in a row, after one that does not count."""
     call()
     found = []
     for _ in range(3):
@@ -245,36 +248,34 @@ def seconds_of(device: torch.device, call: Callable[[], object], calls: int) -> 
     return statistics.median(found)
 
 
-# memory
+# --- Memory -------------------------------------------------------------------------------------------------------
 
 
-def memory_rows(
-    device: torch.device, store: str, precisions: Sequence[str], quick: bool
-) -> list[dict[str, Any]]:
-    """Peak memory and time of one task's meta-gradient against K, whole graph and constant memory (memory.py's)."""
-    overrides = [
-        "tasks.split_by=class",  # random images have no alphabets
-        "tasks.test=null",
-        f"run.gpus_per_worker={gpus(device)}",
-        *(["model.width=4", "tasks.queries=1"] if quick else []),
-    ]
+def measure_memory(device: torch.device, store: str, precisions: Sequence[str], quick: bool) -> Rows:
+    """Measure peak memory and time of one task's meta-gradient, by both kinds of differentiation (see memory.py)."""
+    overrides = ["tasks.split_by=class", "tasks.test=null", f"run.gpus_per_worker={count_gpus(device)}"]
+    if quick:
+        overrides += ["model.width=4", "tasks.queries=1"]
     rows = []
     for precision in precisions:
-        if precision == "tf32":  # takes what float32 takes
+        if precision == "tf32":  # needs as much as float32
             continue
-        gradient = Gradient(store, *overrides, f"compute.precision={precision}")
-        gradient(1, KINDS[0])  # libraries and their workspaces
+        gradient = MetaGradient(store, *overrides, f"compute.precision={precision}")
+        gradient.compute(1, KINDS[0])  # loads libraries and their workspaces
         for kind in KINDS:
             for steps in (1, *STEPS[kind])[: 2 if quick else None]:
-                call, figures = gradient.prepared(steps, kind), {"peak_mb": None, "seconds": None}
+                row = {"precision": precision, "differentiation": kind, "inner_steps": steps}
+                call = gradient.prepare(steps, kind)
                 with suppress(torch.OutOfMemoryError):
-                    figures = {"peak_mb": peak_of(device, call), "seconds": seconds_of(device, call, 1)}
-                rows.append({"precision": precision, "differentiation": kind, "inner_steps": steps} | figures)
+                    row["peak_mb"] = measure_peak(device, call)
+                    row["seconds"] = time_calls(device, call, 1)
+                rows.append(row)
+                print(row, flush=True)
     return rows
 
 
-def peak_of(device: torch.device, call: Callable[[], object]) -> float:
-    """MB that a call adds at its peak: on the card; on a CPU to the peak of the process, which never falls."""
+def measure_peak(device: torch.device, call: Callable[[], object]) -> float:
+    """Return the MB that a call adds at its peak: on the GPU, or to the peak of the process, which never falls."""
     if device.type != "cuda":
         before = peak_mb()
         call()
@@ -287,74 +288,64 @@ def peak_of(device: torch.device, call: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
-def memory_table(rows: Sequence[dict[str, Any]]) -> str:
-    cells = []
-    for row in rows:
-        figures = ["out of memory", ""]
-        if row["peak_mb"] is not None:
-            figures = [f"{row['peak_mb']:.0f}", f"{1e3 * row['seconds']:.1f}"]
-        cells.append([row["precision"], row["differentiation"], str(row["inner_steps"]), *figures])
-    return report.table(["in", "differentiation", "K", "peak, MB", "ms"], cells)
-
-
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [*(f"{name}-{count}" for name, case in CASES.items() for count in case.counts), "memory"]
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument(
-        "--quick", action="store_true", help="a smoke run with tiny sizes of its own; writes nothing"
-    )
+    parser.add_argument("--quick", action="store_true", help="a smoke run with tiny sizes; writes nothing")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="some of the workloads")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
-    parser.add_argument("--eager", action="store_true", help="without what is compiled")
+    parser.add_argument("--eager", action="store_true", help="without compiled systems")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of one system in one round, at least")
     given = parser.parse_args()
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.exit(2, "--device: got cuda, but torch sees no GPU here, expected cpu (with --quick)\n")
-    device, start, cases, sides = torch.device(given.device), report.environment(), CASES, SIDES
     if given.quick:
-        given.rounds, given.seconds, cases, sides = 1, 0.01, TINY, (64, 128)
+        given.rounds = 1
+        given.seconds = 0.01
+    return given
+
+
+def main() -> None:
+    """Measure workload after workload. Each is saved at once, since a borrowed GPU may be taken back."""
+    given = parse_arguments()
+    device = torch.device(given.device)
+    environment = describe_environment()
     torch.set_num_threads(1)
-    precisions = [name for name in given.precisions if name != "tf32" or gpus(device)]
-    rates = {name: matrix_rates(device, name, sides, given.seconds) for name in precisions}
-    for name, found in rates.items():
-        print(f"matrix products in {name}: {max(found.values()) / 1e12:.3g} TFLOP/s", flush=True)
-    workloads: dict[str, Any] = {}
-    memory: list[dict[str, Any]] = []
-    settings = {"rounds": given.rounds, "seconds_a_round": given.seconds}
-    parts = [part for part in given.only if given.only != names]
-    parts += [part for part in given.precisions if given.precisions != list(PRECISIONS)]
-
-    def keep() -> None:
-        """After every workload: a lent card may be called back before the last."""
-        result = {"settings": settings, "matrix_rates": rates, "workloads": workloads, "memory": memory}
-        report.write("-".join(["gpu" if gpus(device) else "gpu-on-cpu", *parts]), start, result, given.quick)
-
+    cases = TINY_CASES if given.quick else CASES
+    sides = (64, 128) if given.quick else SIDES
+    precisions = [name for name in given.precisions if name != "tf32" or device.type == "cuda"]
+    rates = {}
+    for name in precisions:
+        rates[name] = max(measure_matrix_rates(device, name, sides, given.seconds).values())
+        print(f"matrix products in {name}: {rates[name] / 1e12:.3g} TFLOP/s", flush=True)
+    settings = {"rounds": given.rounds, "seconds_a_round": given.seconds, "matrix_rates": rates}
     for name, case in cases.items():
         with image_store("", case.images) as (store, _):
             for count in case.counts:
                 asked = [one for one in given.only if one.startswith(f"{name}-")]
                 if not asked or (f"{name}-{count}" not in asked and not given.quick):
                     continue
-                plain = workload_of(case, store, count, "float32", device)
-                reference = exact_gradient(plain)
+                reference = compute_exact_gradient(make_workload(case, store, count, "float32", device))
                 for precision in precisions:
-                    workload = workload_of(case, store, count, precision, device)
-                    best = max(rates[precision].values())
+                    workload = make_workload(case, store, count, precision, device)
+                    print(f"\n{workload.title}", flush=True)
                     try:
-                        found = timed(workload, reference, best, given)
-                    except torch.OutOfMemoryError:  # all of them together
-                        found = {"title": workload.title, "failed": {"all": "out of memory"}}
-                    workloads[f"{name}-{count}-{precision}"] = found
-                    keep()
+                        rows = measure_workload(workload, reference, rates[precision], given)
+                    except torch.OutOfMemoryError:  # each fits, but not all of them together
+                        rows = [{"system": "all", "failed": "out of memory"}]
+                    print_rows(rows)
+                    part = f"{name}-{count}-{precision}"
+                    save_section(
+                        "gpu", part, environment, rows, given.quick, title=workload.title, **settings
+                    )
     if "memory" in given.only:
         with image_store("") as (store, _):
-            memory += memory_rows(device, store, precisions, given.quick)
-        print(f"\n{memory_table(memory)}", flush=True)
-        keep()
+            rows = measure_memory(device, store, precisions, given.quick)
+        save_section("gpu", "memory", environment, rows, given.quick)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""MAML as the users of three other tools write it: a Python loop over tasks, on a model of theirs.
+"""MAML as users of three other tools write it: a Python loop over tasks, on a model of their own.
 
-Each peer is made once, `peer = higher_peer(module, inner)`, and then called with episodes: `peer(episodes)`
-adds the gradient of the mean query loss after adaptation to the `.grad` of the module's parameters, and gives
-that loss. An outer step is `train_step(peer, optimizer, episodes)`, with any torch optimizer.
+A peer is made once, `peer = higher_peer(module, inner)`. Then `peer(episodes)` adds the gradient of the mean query loss
+after adaptation to the `.grad` of the module's parameters, and returns that loss. `train_step(peer, optimizer,
+episodes)` is an outer step with any torch optimizer.
 
-They run on the module of a distmeta job (`peer_module`), so that all start at the same weights. They compute
-what MAML needs and nothing more: no accuracy, no loss before adaptation. A tool is imported when its peer is made.
+The peers use the module of a distmeta job (`peer_module`), so that all start at the same weights. They compute what
+MAML needs and nothing else: no accuracy, no loss before adaptation. A tool is imported when its peer is made.
 
-Shapes: episodes stacked over tasks, [T, ...]; S support and Q query rows of one task.
+Shapes: episodes are stacked over tasks, [T, ...].
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from distmeta.protocols import Episode, Theta
 from distmeta.runtime.problem import Problem
 
 PREFIX = "model."
-"""What distmeta writes before a parameter's name in theta."""
+"""The prefix of parameter names in distmeta's theta."""
 
 
 class Inner(NamedTuple):
@@ -41,14 +41,15 @@ Peer = Callable[[Episode], Tensor]
 def higher_peer(module: nn.Module, inner: Inner) -> Peer:
     """higher 0.2.1: a differentiable copy of the module and of SGD for each task."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is of 2020, and warns of escape sequences in its docstrings
+        warnings.simplefilter("ignore")  # higher 0.2.1 has invalid escape sequences in its docstrings
         import higher
 
     optimizer = torch.optim.SGD(module.parameters(), lr=inner.lr)
 
     def accumulate(episodes: Episode) -> Tensor:
-        total, count = torch.zeros((), device=episodes.query.x.device), len(episodes.query.y)
-        for x_s, y_s, x_q, y_q in tasks_of(episodes):
+        total = torch.zeros((), device=episodes.query.x.device)
+        count = len(episodes.query.y)
+        for x_s, y_s, x_q, y_q in iterate_tasks(episodes):
             with higher.innerloop_ctx(
                 module, optimizer, copy_initial_weights=False, track_higher_grads=True
             ) as (adapted, differentiable):
@@ -63,16 +64,17 @@ def higher_peer(module: nn.Module, inner: Inner) -> Peer:
 
 
 def torchopt_peer(module: nn.Module, inner: Inner) -> Peer:
-    """TorchOpt 0.7.3: MetaSGD changes the module itself, whose state is put back after each task."""
+    """TorchOpt 0.7.3: MetaSGD changes the module itself. Its state is restored after each task."""
     import torchopt
 
     optimizer = torchopt.MetaSGD(module, lr=inner.lr)
 
     def accumulate(episodes: Episode) -> Tensor:
-        total, count = torch.zeros((), device=episodes.query.x.device), len(episodes.query.y)
+        total = torch.zeros((), device=episodes.query.x.device)
+        count = len(episodes.query.y)
         initial = torchopt.extract_state_dict(module, by="reference", detach_buffers=True)
         initial_optimizer = torchopt.extract_state_dict(optimizer, by="reference")
-        for x_s, y_s, x_q, y_q in tasks_of(episodes):
+        for x_s, y_s, x_q, y_q in iterate_tasks(episodes):
             for _ in range(inner.steps):
                 optimizer.step(inner.loss(module(x_s), y_s))
             loss = inner.loss(module(x_q), y_q) / count
@@ -86,7 +88,7 @@ def torchopt_peer(module: nn.Module, inner: Inner) -> Peer:
 
 
 def functional_peer(module: nn.Module, inner: Inner) -> Peer:
-    """PyTorch alone: torch.func.grad of a function that holds a torch.func.grad."""
+    """Only PyTorch: torch.func.grad of a function that contains torch.func.grad."""
     parameters = dict(module.named_parameters())
 
     def loss_at(phi: Theta, x: Tensor, y: Tensor) -> Tensor:
@@ -102,9 +104,10 @@ def functional_peer(module: nn.Module, inner: Inner) -> Peer:
     meta_gradient = torch.func.grad_and_value(query_loss)
 
     def accumulate(episodes: Episode) -> Tensor:
-        total, count = torch.zeros((), device=episodes.query.x.device), len(episodes.query.y)
+        total = torch.zeros((), device=episodes.query.x.device)
+        count = len(episodes.query.y)
         theta = {name: value.detach() for name, value in parameters.items()}
-        for task in tasks_of(episodes):
+        for task in iterate_tasks(episodes):
             gradient, loss = meta_gradient(theta, *task)
             for name, parameter in parameters.items():
                 part = gradient[name] / count
@@ -123,30 +126,31 @@ PEERS: dict[str, Callable[[nn.Module, Inner], Peer]] = {
 
 
 def train_step(peer: Peer, optimizer: torch.optim.Optimizer, episodes: Episode) -> Tensor:
-    """One outer step; the mean query loss."""
+    """Take one outer step and return the mean query loss."""
     optimizer.zero_grad()
     loss = peer(episodes)
     optimizer.step()
     return loss
 
 
-def tasks_of(episodes: Episode) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """One task after the other: support x and y, query x and y."""
+def iterate_tasks(episodes: Episode) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield support x and y, query x and y of each task."""
     return zip(*episodes.support, *episodes.query, strict=True)
 
 
 def peer_module(problem: Problem) -> nn.Module:
-    """The job's model at its initial weights, an ordinary module of the peer's own."""
+    """Return a copy of the job's model at its initial weights."""
     return copy.deepcopy(problem.model.module)
 
 
-def inner_of(problem: Problem, loss: Callable[[Tensor, Tensor], Tensor]) -> Inner:
-    """The job's inner loop. `problem.algorithm` is a MAML."""
-    return Inner(loss, problem.algorithm.inner_lr, problem.algorithm.inner_steps)
+def inner_loop(problem: Problem, loss: Callable[[Tensor, Tensor], Tensor]) -> Inner:
+    """Return the inner loop of a job with MAML."""
+    algorithm: Any = problem.algorithm
+    return Inner(loss, algorithm.inner_lr, algorithm.inner_steps)
 
 
-def gradient_of(peer: Peer, module: nn.Module, episodes: Episode) -> Theta:
-    """A peer's meta-gradient under distmeta's names."""
+def compute_gradient(peer: Peer, module: nn.Module, episodes: Episode) -> Theta:
+    """Return a peer's meta-gradient by distmeta's names."""
     parameters = dict(module.named_parameters())
     for parameter in parameters.values():
         parameter.grad = None
@@ -154,6 +158,6 @@ def gradient_of(peer: Peer, module: nn.Module, episodes: Episode) -> Theta:
     return {PREFIX + name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
 
 
-def theta_of(module: nn.Module) -> Theta:
-    """The module's parameters as distmeta's theta."""
+def read_theta(module: nn.Module) -> Theta:
+    """Return the module's parameters as distmeta's theta."""
     return {PREFIX + name: value.detach().clone() for name, value in module.named_parameters()}

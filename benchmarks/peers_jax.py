@@ -1,4 +1,4 @@
-"""MAML in JAX on an MLP, `jit(vmap(grad))`: what the fastest users of another framework write."""
+"""MAML in JAX on an MLP, `jit(vmap(grad))`, as users of JAX write it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from distmeta.protocols import Episode, Theta
 
 
 def meta_gradient(theta: Theta, episodes: Episode, inner: Inner) -> tuple[Callable[[], Any], Theta]:
-    """A call that computes the mean meta-gradient of the episodes, waited for; and what it found.
+    """Return a function that computes the mean meta-gradient of the episodes and waits for it, and its result.
 
-    theta: an MLP's layers one after the other, weight [out, in] and bias [out], ReLU between; mean squared error.
-    The episodes are JAX's own arrays before the first call. XLA takes all cores that the process may use.
+    The episodes are JAX arrays before the first call. XLA uses all cores that the process may use.
+
+    Args:
+        theta: weight [out, in] and bias [out] of the layers of an MLP with ReLU. The loss is the mean squared error.
     """
     names = list(theta)
     weights = [jnp.asarray(value.numpy()) for value in theta.values()]
@@ -46,5 +48,5 @@ def meta_gradient(theta: Theta, episodes: Episode, inner: Inner) -> tuple[Callab
     def call() -> Any:
         return jax.block_until_ready(compiled(weights, *data))
 
-    found = {name: torch.from_numpy(np.array(value)) for name, value in zip(names, call(), strict=True)}
-    return call, found
+    gradient = {name: torch.from_numpy(np.array(value)) for name, value in zip(names, call(), strict=True)}
+    return call, gradient

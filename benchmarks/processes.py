@@ -1,6 +1,6 @@
-"""Systems of two processes: distmeta twice with nothing between them, and TorchOpt's own distributed MAML.
+"""Systems that run in two processes: distmeta twice with nothing exchanged, and TorchOpt's own distributed MAML.
 
-A process is made once, does as many steps as it is told through a pipe, and says when it is done.
+A process is started once. It then takes as many steps as it is told through a pipe, and answers when they are done.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ import peers
 import torch
 import torchopt
 import torchopt.distributed as todist
-from systems import NEAR, System, Way, Workload, first_episodes, in_process_step, job_of, peer_step
+from systems import NEAR, System, Way, Workload, draw_first_episodes, make_job, peer_step, prepare_step
 from torch import Tensor, nn
 from torch.distributed import rpc
 
 from distmeta.protocols import Episode, Theta
-from distmeta.runtime.problem import build
+from distmeta.runtime.problem import build_problem
 from distmeta.seeding import task_ids
 
 PROCESSES = 2
 START_SECONDS = 300.0
-"""Longest wait for a process to be ready: it may compile."""
+"""Longest wait for a process to be ready. It may compile first."""
 
 
-class Outside(System):
-    """Steps that other processes take: a round ends when all of them are done."""
+class RemoteSystem(System):
+    """Steps that other processes take. A round ends when all of them are done."""
 
     def __init__(self, name: str, pipes: list[Connection], near: float):
         for pipe in pipes:
             assert pipe.poll(START_SECONDS), f"{name}: a process was not ready in time"
-        self._pipes, gradients = pipes, [pipe.recv() for pipe in pipes]
+        gradients = [pipe.recv() for pipe in pipes]
+        self._pipes = pipes
         super().__init__(name, lambda: self.seconds(1), gradients[0], None, near=near)
 
     def seconds(self, calls: int) -> float:
@@ -50,7 +51,7 @@ class Outside(System):
 
 
 def serve(pipe: Connection, gradient: Theta, call: Callable[[], object]) -> None:
-    """In a process: gives the gradient, then does as many calls as it is told; 0 ends it."""
+    """In a process: send the gradient, then make as many calls as told, until told 0."""
     pipe.send({name: value.detach().clone() for name, value in gradient.items()})
     while calls := pipe.recv():
         for _ in range(calls):
@@ -58,27 +59,29 @@ def serve(pipe: Connection, gradient: Theta, call: Callable[[], object]) -> None
         pipe.send(calls)
 
 
-def started(
+def start_processes(
     target: Callable[..., None], arguments: list[tuple[Any, ...]], stack: ExitStack
 ) -> list[Connection]:
-    """Processes, one for each row of arguments after the pipe; they end with the stack."""
-    context, pipes, processes = multiprocessing.get_context("spawn"), [], []
+    """Start one process per row of arguments, which `target` receives after its pipe. They end with the stack."""
+    context = multiprocessing.get_context("spawn")
+    pipes: list[Connection] = []
+    processes = []
     for rank, row in enumerate(arguments):
         here, there = context.Pipe()
         process = context.Process(target=target, args=(there, *row))
-        with environment(RANK=rank, WORLD_SIZE=len(arguments), LOCAL_RANK=rank, OMP_NUM_THREADS=1):
+        with environment_variables(RANK=rank, WORLD_SIZE=len(arguments), LOCAL_RANK=rank, OMP_NUM_THREADS=1):
             process.start()
         pipes.append(here)
         processes.append(process)
     for process in processes:
         stack.callback(process.join, 30.0)
-    for pipe in pipes:  # before any is waited for
+    for pipe in pipes:  # told to end before any is waited for
         stack.callback(pipe.send, 0)
     return pipes
 
 
 @contextmanager
-def environment(**variables: object) -> Iterator[None]:
+def environment_variables(**variables: object) -> Iterator[None]:
     before = dict(os.environ)
     os.environ.update({name: str(value) for name, value in variables.items()})
     try:
@@ -88,45 +91,64 @@ def environment(**variables: object) -> Iterator[None]:
         os.environ.update(before)
 
 
-def independent(way: Way, workload: Workload, stack: ExitStack) -> System:
-    """distmeta's in-process step in two processes that share nothing, each with half of the tasks: what two workers
-    would do if nothing had to travel."""
+# --- distmeta in two processes ------------------------------------------------------------------------------------
+
+
+def step_in_two_processes(way: Way, workload: Workload, stack: ExitStack) -> System:
+    """distmeta's in-process step in two processes that exchange nothing, with half of the tasks each.
+
+    It shows what two workers could do if communication were free. Its meta-gradient is another one.
+    """
     tasks = workload.tree["run"]["tasks_per_step"]
     halves = [len(range(rank, tasks, PROCESSES)) for rank in range(PROCESSES)]
-    pipes = started(alone, [(way, workload, half) for half in halves], stack)
-    return Outside(f"distmeta {way.name}, step, {PROCESSES} independent processes", pipes, near=float("inf"))
+    pipes = start_processes(serve_half, [(way, workload, half) for half in halves], stack)
+    return RemoteSystem(
+        f"distmeta {way.name}, step, {PROCESSES} independent processes", pipes, near=float("inf")
+    )
 
 
-def alone(pipe: Connection, way: Way, workload: Workload, tasks: int) -> None:
+def serve_half(pipe: Connection, way: Way, workload: Workload, tasks: int) -> None:
     torch.set_num_threads(1)
-    gradient, call = in_process_step(way, workload, tasks)
+    job = make_job(workload, tasks_per_step=tasks, shards=1).replace(compute=way.compute)
+    gradient, call = prepare_step(job, ExitStack())
     serve(pipe, gradient, call)
 
 
-def as_it_comes(name: str, title: str, workload: Workload, threads: int, stack: ExitStack) -> System:
-    """A peer's step in a process of its own, with the system's memory as it comes."""
-    pipes = started(peer_alone, [(name, title, workload, threads)], stack)
+# --- A peer in its own process ------------------------------------------------------------------------------------
+
+
+def peer_step_in_own_process(
+    name: str, title: str, workload: Workload, threads: int, stack: ExitStack
+) -> System:
+    """A peer's step in its own process, with torch's usual handling of freed memory."""
+    pipes = start_processes(serve_peer, [(name, title, workload, threads)], stack)
     suffix = "" if threads == 1 else f", {threads} threads"
-    return Outside(f"{title}, step{suffix}, own process", pipes, near=NEAR)
+    return RemoteSystem(f"{title}, step{suffix}, own process", pipes, near=NEAR)
 
 
-def peer_alone(pipe: Connection, name: str, title: str, workload: Workload, threads: int) -> None:
+def serve_peer(pipe: Connection, name: str, title: str, workload: Workload, threads: int) -> None:
     torch.set_num_threads(threads)
     system = peer_step(name, title, workload, threads)
     serve(pipe, system.gradient, system.call)
 
 
+# --- TorchOpt distributed -----------------------------------------------------------------------------------------
+
+
 def torchopt_distributed(workload: Workload, stack: ExitStack) -> System:
-    """TorchOpt's MAML over RPC: rank 0 draws the tasks, both ranks adapt to half of them, the gradient comes back
-    through torch's distributed autograd, rank 0 steps."""
+    """TorchOpt's MAML over RPC.
+
+    Rank 0 draws the tasks, both ranks adapt to half of them, the gradient returns through torch's distributed autograd,
+    and rank 0 takes the outer step.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with environment(
+    with environment_variables(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo", TP_SOCKET_IFNAME="lo"
     ):
-        pipes = started(rank_of, [(workload,)] * PROCESSES, stack)
-    return Outside(f"TorchOpt distributed, step, {PROCESSES} RPC workers", pipes[:1], near=NEAR)
+        pipes = start_processes(serve_rank, [(workload,)] * PROCESSES, stack)
+    return RemoteSystem(f"TorchOpt distributed, step, {PROCESSES} RPC workers", pipes[:1], near=NEAR)
 
 
 class _Rank(NamedTuple):
@@ -139,58 +161,61 @@ RANK: list[_Rank] = []
 
 
 class Weights:
-    """The meta-parameters on their way: opaque to TorchOpt, which would cut a plain list of tensors into batches."""
+    """The meta-parameters as one object. TorchOpt would split a plain list of tensors into batches."""
 
     def __init__(self, tensors: dict[str, Tensor]):
         self.tensors = tensors
 
 
 @todist.parallelize(partitioner=todist.batch_partitioner, reducer=todist.sum_reducer)
-def sum_of_losses(weights: Weights, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor) -> Tensor:
-    """On each rank: the sum of its tasks' query losses after adaptation, differentiable in the weights."""
+def sum_losses(weights: Weights, x_s: Tensor, y_s: Tensor, x_q: Tensor, y_q: Tensor) -> Tensor:
+    """On each rank: return the sum of its tasks' query losses after adaptation, differentiable in the weights."""
     module, inner = RANK[0]
     for name, value in weights.tensors.items():
         owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._parameters[leaf] = value  # type: ignore[assignment] - as MetaSGD itself does
+        # TorchOpt 0.7.3 needs non-leaf tensors as parameters, which register_parameter refuses; MetaSGD does the same
+        module.get_submodule(owner)._parameters[leaf] = value  # type: ignore[assignment]
     optimizer = torchopt.MetaSGD(module, lr=inner.lr)
     initial = torchopt.extract_state_dict(module, by="reference", detach_buffers=True)
-    first = torchopt.extract_state_dict(optimizer, by="reference")
+    initial_optimizer = torchopt.extract_state_dict(optimizer, by="reference")
     total = torch.zeros(())
-    for one in zip(x_s, y_s, x_q, y_q, strict=True):
+    for task_x_s, task_y_s, task_x_q, task_y_q in zip(x_s, y_s, x_q, y_q, strict=True):
         for _ in range(inner.steps):
-            optimizer.step(inner.loss(module(one[0]), one[1]))
-        total = total + inner.loss(module(one[2]), one[3])
+            optimizer.step(inner.loss(module(task_x_s), task_y_s))
+        total = total + inner.loss(module(task_x_q), task_y_q)
         torchopt.recover_state_dict(module, initial)
-        torchopt.recover_state_dict(optimizer, first)
+        torchopt.recover_state_dict(optimizer, initial_optimizer)
     return total
 
 
-def rank_of(pipe: Connection, workload: Workload) -> None:
+def serve_rank(pipe: Connection, workload: Workload) -> None:
     torch.set_num_threads(1)
     rank = todist.get_rank()
-    problem = build(job_of(workload))
-    RANK.append(_Rank(peers.peer_module(problem), peers.inner_of(problem, workload.loss)))
+    problem = build_problem(make_job(workload))
+    RANK.append(_Rank(peers.peer_module(problem), peers.inner_loop(problem, workload.loss)))
     rpc.init_rpc(f"worker{rank}", rank=rank, world_size=todist.get_world_size())
-    if rank == 0:
-        module = peers.peer_module(problem)  # the one that is trained
-        optimizer, steps = torch.optim.Adam(module.parameters(), lr=1e-3), iter(range(10**9))
-
-        def accumulate(episodes: Episode) -> None:
-            weights = Weights({name: value.view_as(value) for name, value in module.named_parameters()})
-            with todist.autograd.context() as context:
-                data = [leaf for batch in episodes for leaf in batch]
-                loss = sum_of_losses(weights, *data) / len(episodes.query.y)
-                todist.autograd.backward(context, loss)
-
-        def call() -> None:
-            ids = task_ids(problem.job.seed, "train", next(steps), problem.job.run.tasks_per_step)
-            optimizer.zero_grad()
-            accumulate(problem.family.draw("train", ids))
-            optimizer.step()
-
-        accumulate(first_episodes(problem)[0])
-        found = {peers.PREFIX + name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-        serve(pipe, found, call)
-    else:
+    if rank > 0:
         pipe.recv()
+        rpc.shutdown()
+        return
+    module = peers.peer_module(problem)  # the one that is trained
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
+    steps = iter(range(10**9))
+
+    def accumulate(episodes: Episode) -> None:
+        weights = Weights({name: value.view_as(value) for name, value in module.named_parameters()})
+        with todist.autograd.context() as context:
+            data = [*episodes.support, *episodes.query]
+            loss = sum_losses(weights, *data) / len(episodes.query.y)
+            todist.autograd.backward(context, loss)
+
+    def step() -> None:
+        ids = task_ids(problem.job.seed, "train", next(steps), problem.job.run.tasks_per_step)
+        optimizer.zero_grad()
+        accumulate(problem.family.draw("train", ids))
+        optimizer.step()
+
+    accumulate(draw_first_episodes(problem)[0])
+    gradient = {peers.PREFIX + name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    serve(pipe, gradient, step)
     rpc.shutdown()

@@ -1,17 +1,14 @@
-"""What `distmeta simulate` says a step takes, against what it took, on jobs that it was not calibrated on.
+"""The seconds per step that `distmeta simulate` predicts, against real runs of jobs that it was not calibrated on.
 
-    python benchmarks/simulator.py [--quick] [--repeats N] [--minutes M] [--wait SECONDS] [--jobs NAME …] [--claimed]
+    python benchmarks/simulator.py [--repeats N] [--minutes M] [--jobs NAME …] [--claimed]
 
-The machine's costs are measured with one job, as `--calibrate` does. Each of the others is then measured in this
-process alone, as `distmeta simulate` does with a job that its costs file lacks; predicted with `--link local`; and
-trained for real, with 1, 2 and 4 Ray workers: the median of `seconds_step` in its metrics.jsonl, without the first
-steps. Four workers share two cores here: reported, not claimed.
+The machine's costs are measured with one job, as `distmeta simulate --calibrate` does. Every other job is predicted
+with `--link local` and trained with 1, 2 and (only `driver`) 4 Ray workers. Measured: the median of `seconds_step` in
+its metrics.jsonl without the first steps. With four workers on two cores no accuracy is claimed.
 
-A machine that others share is half as fast again from one minute to the next. So a job's own computations are measured
-between the steps of its training, in turn with them; a round begins with a calibration of its own; figures are medians
-over rounds. `--wait`: at most so long, altogether, for the machine to be idle before a measurement.
-`--minutes`: no measurement begins after that; what was not begun is left out. Ray's workers run at this process's
-priority, so that what else runs on the machine slows both alike.
+On a shared machine the speed changes within minutes. So a job's own computations are measured between the steps of its
+training, and every round starts with a new calibration; a row has medians over rounds. Ray's workers run at the
+priority of this process, so that other work slows both alike.
 """
 
 from __future__ import annotations
@@ -20,37 +17,35 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import report
+from raw_results import describe_environment, save_section
+from training import note
 
 from distmeta.config.job import Job
-from distmeta.runtime import training as driver
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.ray_cluster import connect
+from distmeta.runtime.training import SilentReporter, train
 from distmeta.simulation.calibrate import Probes, calibrate, problem_of
 from distmeta.simulation.cluster import Cluster, Link
 from distmeta.simulation.costs import Costs, JobCosts
 from distmeta.simulation.model import simulate, work_of
 
 WORKERS = (1, 2, 4)
-CLAIMED = (1, 2)
+CLAIMED_WORKERS = (1, 2)
 SERVERS = 2
 STRATEGIES: dict[str, dict[str, Any]] = {
     "driver": {},
-    "sharded": {"strategy": "sharded", "servers": SERVERS},
-    "all-reduce": {"strategy": "all-reduce"},
+    "sharded": {"type": "sharded", "servers": SERVERS},
+    "all-reduce": {"type": "all-reduce"},
 }
-"""What a run of each has in its job: those whose steps are claimed to be predicted."""
-SKIPPED = 4
-"""Steps at the beginning that are not counted."""
-IDLE = 0.9
-"""Of all cores, for the machine to count as quiet."""
+"""The job's `strategy` section of each. Only for these strategies are predictions claimed."""
+SKIPPED_STEPS = 4
+"""Steps at the beginning that do not count."""
 
 
 def sinusoid(hidden: int, tasks: int, shards: int) -> dict[str, Any]:
@@ -62,7 +57,7 @@ def sinusoid(hidden: int, tasks: int, shards: int) -> dict[str, Any]:
     }
 
 
-CALIBRATED = sinusoid(256, 32, 8)
+CALIBRATION_JOB = sinusoid(256, 32, 8)
 JOBS: dict[str, dict[str, Any]] = {
     "wide": sinusoid(1000, 32, 8),
     "conv4": {
@@ -76,14 +71,16 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 
-def job_of(tree: dict[str, Any], steps: int, **run: Any) -> Job:
+def make_job(tree: dict[str, Any], steps: int, strategy: dict[str, Any] | None = None, **run: Any) -> Job:
     quiet = {"steps": steps, "eval_every": 0, "checkpoint_every": 0, "cpus_per_worker": 0.5}
     whole = tree | {"name": "simulated", "tracking": {"type": "none"}, "run": tree["run"] | quiet | run}
+    if strategy:
+        whole["strategy"] = strategy
     return Job.parse(whole)
 
 
-class Beside(driver.Silent):
-    """Measures a job's computations in this process after each step of a training."""
+class MeasureBetweenSteps(SilentReporter):
+    """A reporter that measures a job's own computations in this process after each step of a training."""
 
     def __init__(self, problem: Problem):
         self._probes = Probes(problem)
@@ -94,101 +91,61 @@ class Beside(driver.Silent):
             self._seconds[name].append(probe(record["step"]))
 
     def costs(self) -> JobCosts:
-        return self._probes.costs({k: statistics.median(row[SKIPPED:]) for k, row in self._seconds.items()})
+        medians = {name: statistics.median(row[SKIPPED_STEPS:]) for name, row in self._seconds.items()}
+        return self._probes.costs(medians)
 
 
-def measured(job: Job, beside: Beside) -> float:
-    """The median of `seconds_step` of a real training."""
+def measure_step(job: Job, reporter: SilentReporter) -> float:
+    """Train and return the median seconds per step."""
     with tempfile.TemporaryDirectory() as folder:
-        run = driver.train(Job.parse(job.tree() | {"output": folder}), None, beside).run
+        run = train(Job.parse(job.to_dict() | {"output": folder}), None, reporter).run
         lines = (run / "metrics.jsonl").read_text().splitlines()
-    return statistics.median(json.loads(line)["seconds_step"] for line in lines[SKIPPED:])
+    return statistics.median(json.loads(line)["seconds_step"] for line in lines[SKIPPED_STEPS:])
 
 
-def one_round(
-    steps: int, quiet: Callable[[], float], jobs: dict[str, dict[str, Any]], until: float, claimed: bool
+def run_round(
+    steps: int, jobs: dict[str, dict[str, Any]], until: float, claimed: bool
 ) -> list[dict[str, Any]]:
-    quiet()
-    costs, _ = calibrate(job_of(CALIBRATED, 1, workers=1), said)
+    """Calibrate, then predict and measure every job. Nothing starts after `until`."""
+    costs, _ = calibrate(make_job(CALIBRATION_JOB, 1, workers=1), note)
     rows = []
     for name, tree in jobs.items():
-        for strategy, settings in STRATEGIES.items():
-            for workers in WORKERS if strategy == "driver" and not claimed else CLAIMED:
+        for strategy in STRATEGIES:
+            for workers in WORKERS if strategy == "driver" and not claimed else CLAIMED_WORKERS:
                 if time.monotonic() > until:
                     return rows
-                idle = quiet()
-                row = cell(costs, tree, steps, strategy, workers, settings)
-                rows.append(
-                    {"job": name, "strategy": strategy, "workers": workers, "idle_before": idle} | row
-                )
-                said(f"{name}, {strategy}, {workers} workers: {row}")
+                row = {"job": name, "strategy": strategy, "workers": workers}
+                rows.append(row | compare(costs, tree, steps, strategy, workers))
     return rows
 
 
-def cell(
-    costs: Costs,
-    tree: dict[str, Any],
-    steps: int,
-    strategy: str,
-    workers: int,
-    settings: dict[str, Any],
-) -> dict[str, Any]:
-    beside = Beside(problem_of(job_of(tree, steps)))
-    took = measured(job_of(tree, steps, workers=workers, **settings), beside)
-    own, cluster = beside.costs(), Cluster(workers, Link(None), servers=SERVERS)
+def compare(costs: Costs, tree: dict[str, Any], steps: int, strategy: str, workers: int) -> dict[str, Any]:
+    """Return predicted and measured seconds per step."""
+    reporter = MeasureBetweenSteps(problem_of(make_job(tree, steps)))
+    measured = measure_step(make_job(tree, steps, STRATEGIES[strategy], workers=workers), reporter)
+    own = reporter.costs()
+    cluster = Cluster(workers, Link(None), servers=SERVERS)
     work = work_of(tree["run"]["tasks_per_step"], own.shards, workers, scale=False)
     predicted = simulate(strategy, cluster, costs.machine, own, work).seconds_step
     return {
         "parameters": own.parameters,
         "predicted": predicted,
-        "measured": took,
-        "ratio": predicted / took,
+        "measured": measured,
+        "ratio": predicted / measured,
     }
 
 
-def idle_share(seconds: float = 2.0) -> float:
-    """Of the machine's cores, over some seconds."""
-
-    def read() -> list[int]:
-        return [int(word) for word in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-
-    before = read()
-    time.sleep(seconds)
-    spent = [b - a for a, b in zip(before, read(), strict=True)]
-    return (spent[3] + spent[4]) / max(sum(spent), 1)
-
-
-def waiting(most: float) -> Callable[[], float]:
-    left = [most]
-
-    def quiet() -> float:
-        idle = idle_share()
-        while idle < IDLE and left[0] > 0:
-            idle = idle_share()
-            left[0] -= 2.0
-        return round(idle, 2)
-
-    return quiet
-
-
-def summary(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Medians over the rounds."""
-    found: list[dict[str, Any]] = []
+def take_medians(rounds: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     cells: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in (row for rows in rounds for row in rows):
         cells.setdefault((row["job"], row["strategy"], row["workers"]), []).append(row)
+    found = []
     for same in cells.values():
-        figures = {
-            key: statistics.median(row[key] for row in same)
-            for key in ("predicted", "measured", "ratio", "idle_before")
+        medians = {
+            key: statistics.median(row[key] for row in same) for key in ("predicted", "measured", "ratio")
         }
-        names = {key: same[0][key] for key in ("job", "parameters", "strategy", "workers")}
-        found.append(names | figures | {"ratios": [row["ratio"] for row in same]})
+        found.append(same[0] | medians | {"ratios": [row["ratio"] for row in same]})
     return found
-
-
-def said(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -197,49 +154,29 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a smoke run; writes nothing")
     parser.add_argument("--jobs", nargs="+", choices=list(JOBS), default=list(JOBS), help="some of the jobs")
-    parser.add_argument("--claimed", action="store_true", help="with 1 and 2 workers alone")
+    parser.add_argument("--claimed", action="store_true", help="only with 1 and 2 workers")
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
-    parser.add_argument("--wait", type=float, default=0.0, help="seconds, at most, for a quiet machine")
-    parser.add_argument("--minutes", type=float, default=60.0, help="after which nothing more is begun")
+    parser.add_argument("--minutes", type=float, default=60.0, help="nothing starts after that")
     given = parser.parse_args()
-    start = report.environment()
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - its name; at 15, others go first on a busy machine
+    environment = describe_environment()
+    os.chdir(Path(__file__).parents[1])
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling; by default other work goes first
     import ray
 
     leave = connect(ray, None, max(WORKERS))
-    jobs = {"many shards": JOBS["many shards"]} if given.quick else {name: JOBS[name] for name in given.jobs}
+    jobs = {name: JOBS[name] for name in (["many shards"] if given.quick else given.jobs)}
     steps = 8 if given.quick else 20
-    rounds, until, quiet = [], time.monotonic() + 60 * given.minutes, waiting(given.wait)
+    until = time.monotonic() + 60 * given.minutes
+    rounds = []
     try:
         for _ in range(1 if given.quick else given.repeats):
             if time.monotonic() < until:
-                rounds.append(one_round(steps, quiet, jobs, until, given.claimed))
+                rounds.append(run_round(steps, jobs, until, given.claimed))
     finally:
         leave()
-    rows = summary(rounds)
-    cells = [
-        [
-            row["job"], f"{row['parameters']:,}", row["strategy"], str(row["workers"]),
-            f"{1e3 * row['predicted']:.1f}", f"{1e3 * row['measured']:.1f}", f"{row['ratio']:.2f}",
-        ]
-        for row in rows
-    ]  # fmt: skip
-    header = [
-        "job",
-        "parameters",
-        "strategy",
-        "workers",
-        "predicted, ms",
-        "measured, ms",
-        "ratio",
-    ]
-    print(report.table(header, cells))
-    claimed = [row["ratio"] for row in rows if row["workers"] in CLAIMED]
-    within = sum(abs(ratio - 1) <= 0.2 for ratio in claimed)
-    print(f"\nwithin 20 %: {within} of {len(claimed)} with 1 or 2 workers")
-    report.write("simulator", start, {"steps": rows, "rounds": len(rounds)}, quick=given.quick)
+    rows = take_medians(rounds)
+    save_section("simulator", "local", environment, rows, given.quick, rounds=len(rounds))
 
 
 if __name__ == "__main__":
-    os.chdir(Path(__file__).parents[1])
     main()

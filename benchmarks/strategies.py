@@ -1,17 +1,15 @@
 """What a step of each strategy costs that computes nothing, against the same bytes moved by hand; and on slow links.
 
-    python benchmarks/strategies.py [steps] [--quick]
-    python benchmarks/strategies.py links [--quick]      # as root: network namespaces, `tc tbf`
-    python benchmarks/strategies.py plot                 # results/strategies.png again, from the results of both
+    python benchmarks/strategies.py steps
+    python benchmarks/strategies.py links     needs root: network namespaces and `tc tbf`
 
-steps: two workers, 4 shards, an algorithm whose gradient is 0 everywhere, SGD. By hand, in turn with it, medians:
-driver and async: one `put` of theta, a call a shard to two actors that give back a vector of the same size, one `get`
-of all, the adds, the step. sharded: the same calls give back two pieces each, which go to two more actors that add
-and step. all-reduce: a call to two actors that add their two vectors, all-reduce them by gloo and step, as many
-times as steps were taken at once. local: one `put`, a call a replica that gives back a vector, their mean, the step;
-divided by H.
+steps: two workers, four shards, an algorithm whose gradient is 0, SGD. By hand, in turn with it, medians of rounds:
+driver, async: one `put` of theta, one call per shard to two actors that return a vector of the same size, one `get` of
+all, the sum, the step. sharded: the same calls return two pieces each, which go to two more actors that add and step.
+all-reduce: one call to two actors that add their two vectors, all-reduce them with gloo and step. local: one `put`, one
+call per replica that returns a vector, their mean, the step; divided by the steps between two averages.
 
-links: the driver and two workers on hosts of their own, namespaces joined by links that `tc tbf` limits both ways.
+links: the driver and two workers in network namespaces, joined by links that `tc tbf` limits in both directions.
 """
 
 from __future__ import annotations
@@ -27,79 +25,95 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import report
+from raw_results import ROOT, describe_environment, load_study, save_section
 
-SHARDS, WORKERS, LENGTH = 4, 2, 10
-STEPS = {100_000: 30, 10_000_000: 7, 100_000_000: 3}
+SHARDS = 4
+WORKERS = 2
+LOCAL_STEPS = 10
+ROUNDS = {100_000: 30, 10_000_000: 7, 100_000_000: 3}
+"""Measured rounds by number of parameters."""
+
+
+class LinkCase(NamedTuple):
+    mbit: int
+    parameters: int
+    strategies: tuple[str, ...]
+    rounds: int
+
+
 LINKS = [
-    (1_000, 10_000_000, ("driver", "sharded", "all-reduce"), 2),
-    (200, 10_000_000, ("driver", "sharded", "all-reduce"), 2),
-    (100, 1_000_000, ("driver", "local"), 1),
-    (10, 250_000, ("driver", "local", "local int8"), 1),
+    LinkCase(1_000, 10_000_000, ("driver", "sharded", "all-reduce"), 2),
+    LinkCase(200, 10_000_000, ("driver", "sharded", "all-reduce"), 2),
+    LinkCase(100, 1_000_000, ("driver", "local"), 1),
+    LinkCase(10, 250_000, ("driver", "local", "local int8"), 1),
 ]
-"""Mbit/s, parameters, strategies, what is measured: as many steps, or rounds of LENGTH steps."""
+OPTIONS: dict[str, dict[str, Any]] = {"local": {"local_steps": LOCAL_STEPS}, "sharded": {"servers": 2}}
 
 
-def opened(named: str, size: int) -> tuple[Any, Any]:
-    """The problem that computes nothing, and its strategy, ready to advance."""
+def start_strategy(name: str, size: int) -> tuple[Any, Any]:
+    """Return a problem that computes nothing, and its strategy with workers. "local int8" compresses."""
     from distmeta.config.job import Job
-    from distmeta.runtime.problem import build
+    from distmeta.runtime.problem import build_problem
     from distmeta.runtime.resolve import resolve
-    from distmeta.strategies import open_strategy
+    from distmeta.runtime.startup import build_strategy
 
-    strategy, _, compress = named.partition(" ")
-    own = {"local": {"local_steps": LENGTH}, "sharded": {"servers": 2}}.get(strategy, {})
-    run = {
-        "steps": 10**6,
-        "tasks_per_step": SHARDS,
-        "shards": SHARDS,
-        "workers": WORKERS,
-        "cpus_per_worker": 1,
-        "eval_every": 0,
-    }
-    run |= {
-        "strategy": strategy,
-        "compress": compress or "none",
-        "checkpoint_every": 0,
-        **own,
-    }
+    kind, _, compress = name.partition(" ")
+    options = OPTIONS.get(kind, {})
+    if compress:
+        options = options | {"compress": compress}
     tree = {
-        "name": "null",
+        "name": "zero-gradient",
         "model": {"type": "mlp", "hidden": []},
         "tasks": {"type": "linear", "shots": 1, "queries": 1},
-        "algorithm": {"type": "driver:Null", "size": size},
+        "algorithm": {"type": "driver:ZeroGradient", "size": size},
         "outer": {"optimizer": "sgd", "lr": 0.1},
-        "run": run,
+        "strategy": {"type": kind, **options},
+        "run": {
+            "steps": 10**6,
+            "tasks_per_step": SHARDS,
+            "shards": SHARDS,
+            "workers": WORKERS,
+            "cpus_per_worker": 1,
+            "eval_every": 0,
+            "checkpoint_every": 0,
+        },
         "tracking": {"type": "none"},
     }
-    problem = resolve(build(Job.parse(tree)))
-    return problem, open_strategy(problem, problem.job.outer, None, lambda text: None)
+    problem = resolve(build_problem(Job.parse(tree)))
+    return problem, build_strategy(problem, problem.job.outer, None, lambda text: None)
 
 
-def advances(named: str, size: int, count: int, floor: Callable[[int], object] | None) -> Any:
-    """Seconds a step of `count` advances, each followed by its floor; the first of both is not counted."""
-    problem, strategy = opened(named, size)
-    ours, by_hand, step = [], [], 0
+def time_steps(
+    name: str, size: int, rounds: int, by_hand: Callable[[int], object] | None = None
+) -> tuple[list[float], list[float]]:
+    """Return the seconds per step of each round, of the strategy and of `by_hand`. The first round does not count."""
+    problem, strategy = start_strategy(name, size)
+    times: list[float] = []
+    times_by_hand: list[float] = []
+    step = 0
     try:
-        for _ in range(count + 1):
+        for _ in range(rounds + 1):
             started = time.perf_counter()
             records = strategy.advance(problem, step, lambda: None)
-            ours.append((time.perf_counter() - started) / len(records))
+            times.append((time.perf_counter() - started) / len(records))
             step += len(records)
-            if floor is not None:
+            if by_hand is not None:
                 started = time.perf_counter()
-                floor(len(records))
-                by_hand.append((time.perf_counter() - started) / len(records))
+                by_hand(len(records))
+                times_by_hand.append((time.perf_counter() - started) / len(records))
     finally:
         strategy.close()
-    return ours[1:], by_hand[1:]
+    return times[1:], times_by_hand[1:]
 
 
-class Echo:
-    """By hand: a worker."""
+# --- The same bytes by hand ---------------------------------------------------------------------------------------
+
+
+class EchoWorker:
+    """A worker that returns vectors it has."""
 
     def __init__(self, size: int):
         self.gradient = np.zeros(size, np.float32)
@@ -107,16 +121,17 @@ class Echo:
     def compute(self, *theta: np.ndarray) -> np.ndarray:
         return self.gradient
 
-    def compute_two(self, *theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def compute_halves(self, *theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         half = len(self.gradient) // 2
         return self.gradient[:half], self.gradient[half:]
 
 
-class Half:
-    """By hand: a parameter server of half of theta."""
+class HalfServer:
+    """A parameter server of half of theta."""
 
     def __init__(self, size: int):
-        self.theta, self.vectors = np.zeros(size, np.float32), []
+        self.theta = np.zeros(size, np.float32)
+        self.vectors: list[np.ndarray] = []
 
     def add(self, vector: np.ndarray) -> None:
         self.vectors.append(vector)
@@ -130,17 +145,15 @@ class Half:
         return None, self.theta
 
 
-class Summing:
-    """By hand: a rank."""
+class RingWorker:
+    """A rank of an all-reduce."""
 
     def __init__(self, size: int, rank: int, meeting: str):
         from torch import distributed
 
         distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORKERS)
-        self.theta, self.gradients = (
-            np.zeros(size, np.float32),
-            [np.zeros(size, np.float32) for _ in range(2)],
-        )
+        self.theta = np.zeros(size, np.float32)
+        self.gradients = [np.zeros(size, np.float32) for _ in range(2)]
 
     def steps(self, count: int) -> None:
         import torch
@@ -152,216 +165,157 @@ class Summing:
             self.theta -= 0.1 * total
 
 
-def floors(size: int) -> tuple[dict[str, Callable[[int], object]], Callable[[], None]]:
-    """The bytes of each strategy moved by hand; and what ends the actors."""
+def start_by_hand(size: int) -> tuple[dict[str, Callable[[int], object]], Callable[[], None]]:
+    """Return for each strategy a function that moves its bytes for some steps, and one that ends the actors."""
     import ray
 
-    echoes = [ray.remote(Echo).options(num_cpus=0).remote(size) for _ in range(WORKERS)]
-    halves = [ray.remote(Half).options(num_cpus=0).remote(size // 2) for _ in range(2)]
+    echoes = [ray.remote(EchoWorker).options(num_cpus=0).remote(size) for _ in range(WORKERS)]
+    servers = [ray.remote(HalfServer).options(num_cpus=0).remote(size // 2) for _ in range(2)]
+    meeting = str(Path(tempfile.mkdtemp()) / "meeting")
+    ranks = [ray.remote(RingWorker).options(num_cpus=0).remote(size, i, meeting) for i in range(WORKERS)]
     theta = np.zeros(size, np.float32)
     slices = [ray.put(theta[: size // 2]), ray.put(theta[size // 2 :])]
 
-    meeting = tempfile.mktemp()
-    ranks = [ray.remote(Summing).options(num_cpus=0).remote(size, i, meeting) for i in range(WORKERS)]
-
-    def through_here(calls: int) -> None:
+    def step_through_driver(calls: int) -> None:
         sent = ray.put(theta)
         vectors = ray.get([echoes[i % WORKERS].compute.remote(sent) for i in range(calls)])
         total = vectors[0] + vectors[1]
         for vector in vectors[2:]:
             total += vector
-        theta.__isub__(0.1 * total)
+        np.subtract(theta, 0.1 * total, out=theta)
 
-    def through_servers() -> None:
+    def step_through_servers() -> None:
         for i in range(SHARDS):
-            pieces = echoes[i % WORKERS].compute_two.options(num_returns=2).remote(*slices)
-            for half, piece in zip(halves, pieces, strict=True):
-                half.add.remote(piece)
-        calls = [half.step.options(num_returns=2).remote() for half in halves]
+            pieces = echoes[i % WORKERS].compute_halves.options(num_returns=2).remote(*slices)
+            for server, piece in zip(servers, pieces, strict=True):
+                server.add.remote(piece)
+        calls = [server.step.options(num_returns=2).remote() for server in servers]
         ray.get([done for done, _ in calls])
         slices[:] = [new for _, new in calls]
 
     def end() -> None:
-        for actor in [*echoes, *halves, *ranks]:
+        for actor in [*echoes, *servers, *ranks]:
             ray.kill(actor)
 
     by_hand = {
-        "driver": lambda steps: through_here(SHARDS),
-        "sharded": lambda steps: through_servers(),
+        "driver": lambda steps: step_through_driver(SHARDS),
+        "sharded": lambda steps: step_through_servers(),
         "all-reduce": lambda steps: ray.get([rank.steps.remote(steps) for rank in ranks]),
-        "async": lambda steps: through_here(SHARDS),
-        "local": lambda steps: through_here(WORKERS),
+        "async": lambda steps: step_through_driver(SHARDS),
+        "local": lambda steps: step_through_driver(WORKERS),
     }
     return by_hand, end
 
 
-def steps(sizes: dict[int, int], quick: bool) -> None:
+def measure_steps(rounds_by_size: dict[int, int], quick: bool) -> None:
     import ray
 
-    start = report.environment()
+    environment = describe_environment()
     ray.init(
         address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
     )
     rows: list[dict[str, Any]] = []
-    for size, count in sizes.items():
-        by_hand, end = floors(size)
-        for named, floor in by_hand.items():
-            ours, floor_times = advances(named, size, count, floor)
-            ratios = [a / b for a, b in zip(ours, floor_times, strict=True)]
+    for size, rounds in rounds_by_size.items():
+        by_hand, end = start_by_hand(size)
+        for name, step_by_hand in by_hand.items():
+            times, times_by_hand = time_steps(name, size, rounds, step_by_hand)
+            ratios = [ours / by_hand for ours, by_hand in zip(times, times_by_hand, strict=True)]
             rows.append(
                 {
                     "parameters": size,
-                    "strategy": named,
-                    "step_ms": 1e3 * statistics.median(ours),
-                    "by_hand_ms": 1e3 * statistics.median(floor_times),
+                    "strategy": name,
+                    "step_ms": 1e3 * statistics.median(times),
+                    "by_hand_ms": 1e3 * statistics.median(times_by_hand),
                     "ratio": statistics.median(ratios),
-                    "rounds": count,
+                    "rounds": rounds,
                 }
             )
-            print(json.dumps(rows[-1]), flush=True)
-            report.write("strategies-steps", start, {"local_steps": LENGTH, "steps": rows}, quick=quick)
+            save_section("strategies", "steps", environment, rows, quick, local_steps=LOCAL_STEPS)
         end()
     ray.shutdown()
-    header = ["parameters", "strategy", "step, ms", "by hand, ms", "ratio"]
-    cells = [
-        [
-            f"{r['parameters']:,}",
-            r["strategy"],
-            f"{r['step_ms']:.1f}",
-            f"{r['by_hand_ms']:.1f}",
-            f"{r['ratio']:.2f}",
-        ]
-        for r in rows
-    ]
-    print(report.table(header, cells))
 
 
-def links(cases: list[tuple[int, int, tuple[str, ...], int]], quick: bool) -> None:
-    sys.path.insert(0, str(report.ROOT / "tests"))
-    start = report.environment()
+# --- Slow links ---------------------------------------------------------------------------------------------------
+
+
+def measure_links(cases: list[LinkCase], quick: bool) -> None:
+    environment = describe_environment()
     home = Path(tempfile.mkdtemp(prefix="dm-", dir="/tmp"))  # short: Ray's socket paths have a limit
-    paths = [str(report.ROOT), str(report.ROOT / "benchmarks"), str(report.ROOT / "tests")]
+    tests = str(ROOT / "tests")
+    sys.path.insert(0, tests)
     os.environ |= {
-        "HOME": str(home), "RAY_TMPDIR": str(home), "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1",
-        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": home.name * 4, "RAY_USAGE_STATS_ENABLED": "0",
+        "HOME": str(home),
+        "RAY_TMPDIR": str(home),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmarks"), tests]),
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": home.name * 4,
+        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    }  # fmt: skip
-    from network import network
+    }
+    from support.network import network
 
-    path = report.RESULTS / "strategies-links.json"
-    measured = {(rate, size, named) for rate, size, strategies, _ in cases for named in strategies}
-    rows = json.loads(path.read_text())["links"] if path.exists() else []
-    rows = [row for row in rows if (row["mbit"], row["parameters"], row["strategy"]) not in measured]
+    section = load_study("strategies").get("links", {"rows": []})
+    asked = {(case.mbit, case.parameters, name) for case in cases for name in case.strategies}
+    rows = [row for row in section["rows"] if (row["mbit"], row["parameters"], row["strategy"]) not in asked]
     folder = home / "net"
     folder.mkdir()
     with network(folder) as hosts:
         driver = hosts.add(cpus=0)
         for _ in range(WORKERS):
             hosts.add(cpus=1)
-        line = [
-            "sh",
-            "-c",
-            f'mount --bind "{folder / driver}" "{folder}" && exec "$@"',
-            "sh",
-        ]  # its node's own disk
-        line += [sys.executable, str(Path(__file__).absolute()), "inside", "--address", hosts.address]
-        line += ["--own", hosts.ip_of(driver)]
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        with subprocess.Popen(hosts.run(driver, line), **pipes) as inside:
+        # the driver's host sees its own folder at the place of the cluster's, as if it were its own disk
+        bind = f'mount --bind "{folder / driver}" "{folder}" && exec "$@"'
+        script = [sys.executable, str(Path(__file__).absolute()), "inside"]
+        addresses = ["--address", hosts.address, "--own", hosts.ip_of(driver)]
+        command = hosts.run(driver, ["sh", "-c", bind, "sh", *script, *addresses])
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as inside:
             assert inside.stdin is not None
             assert inside.stdout is not None
-            for rate, size, strategies, count in cases:
-                hosts.limit(f"{rate}mbit")
-                for named in strategies:
-                    print(json.dumps([named, size, count]), file=inside.stdin, flush=True)
+            for case in cases:
+                hosts.limit(f"{case.mbit}mbit")
+                for name in case.strategies:
+                    print(json.dumps([name, case.parameters, case.rounds]), file=inside.stdin, flush=True)
                     seconds = json.loads(inside.stdout.readline())
-                    found = {"mbit": rate, "parameters": size, "strategy": named, "date": start["date"]}
-                    rows.append(found | {"step_s": statistics.median(seconds), "all_s": seconds})
-                    print(json.dumps(rows[-1]), flush=True)
-                    report.write(
-                        "strategies-links", start, {"local_steps": LENGTH, "links": rows}, quick=quick
-                    )
+                    row = {"mbit": case.mbit, "parameters": case.parameters, "strategy": name}
+                    rows.append(row | {"step_s": statistics.median(seconds), "all_s": seconds})
+                    save_section("strategies", "links", environment, rows, quick, local_steps=LOCAL_STEPS)
             inside.stdin.close()
-    rows.sort(key=lambda row: -row["mbit"])
-    base = {row["mbit"]: row["step_s"] for row in rows if row["strategy"] == "driver"}
-    cells = [
-        [
-            str(row["mbit"]),
-            f"{row['parameters']:,}",
-            row["strategy"],
-            f"{row['step_s']:.2f}",
-            f"{base[row['mbit']] / row['step_s']:.1f}",
-        ]
-        for row in rows
-    ]
-    print(report.table(["Mbit/s", "parameters", "strategy", "step, s", "times driver's speed"], cells))
 
 
-def inside(address: str, own: str) -> None:
-    """On the driver's host: measures what it is asked for, line by line."""
+def answer_requests(address: str, own: str) -> None:
+    """On the driver's host: read what to measure line by line, and answer with the seconds of each round."""
     import ray
 
-    # without a route to the outside Ray takes its own address for 127.0.0.1, and nobody finds what it owns
+    # without a route to the outside Ray takes 127.0.0.1 for its own address, and others cannot reach its objects
     ray.init(address=address, _node_ip_address=own, log_to_driver=False, logging_level=logging.ERROR)
     for line in sys.stdin:
-        named, size, count = json.loads(line)
-        print(json.dumps(advances(named, size, count, None)[0]), flush=True)
-
-
-def plot() -> None:
-    """A step's time against theta's size beside the same bytes by hand; and what each strategy gains on slow links."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    found = {name: report.RESULTS / f"strategies-{name}.json" for name in ("steps", "links")}
-    rows = {name: json.loads(path.read_text())[name] for name, path in found.items() if path.exists()}
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for i, named in enumerate(dict.fromkeys(row["strategy"] for row in rows.get("steps", []))):
-        own = [row for row in rows["steps"] if row["strategy"] == named]
-        sizes = [row["parameters"] for row in own]
-        left.plot(sizes, [row["step_ms"] for row in own], "o-", color=f"C{i}", label=named)
-        left.plot(sizes, [row["by_hand_ms"] for row in own], ":", color=f"C{i}")
-    left.set(
-        xscale="log", yscale="log", xlabel="parameters", ylabel="ms a step (dotted: the same bytes by hand)"
-    )
-    left.legend()
-    links = rows.get("links", [])
-    base = {row["mbit"]: row["step_s"] for row in links if row["strategy"] == "driver"}
-    names = [f"{row['strategy']}, {row['mbit']:,} Mbit/s, {row['parameters'] / 1e6:g} M" for row in links]
-    right.barh(names, [base[row["mbit"]] / row["step_s"] for row in links])
-    right.axvline(1, color="black", linewidth=0.7)
-    right.invert_yaxis()
-    right.set(xscale="log", xlabel="times the driver's speed on that link")
-    figure.savefig(report.RESULTS / "strategies.png", dpi=110, metadata={"Software": None})
-    pyplot.close(figure)
+        name, size, rounds = json.loads(line)
+        times, _ = time_steps(name, size, rounds)
+        print(json.dumps(times), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="?", choices=["steps", "links", "plot", "inside"], default="steps")
+    parser.add_argument("what", choices=["steps", "links", "inside"], help="`inside` is started by links")
     parser.add_argument("--quick", action="store_true", help="a smoke run; writes nothing")
-    parser.add_argument("--without", nargs="*", default=[], help="links: leave out strategies")
-    parser.add_argument("--mbit", type=int, help="links: this rate alone, beside the results that are there")
-    parser.add_argument("--most", type=int, default=10**9, help="leave out larger thetas")
-    parser.add_argument("--address", help="inside: the cluster of namespaces")
-    parser.add_argument("--own", help="inside: this host's address")
+    parser.add_argument("--mbit", type=int, help="links: only this rate; keep the other results")
+    parser.add_argument("--most", type=int, default=10**9, help="steps: leave out larger models")
+    parser.add_argument("--address", help="inside: address of the cluster")
+    parser.add_argument("--own", help="inside: address of this host")
     given = parser.parse_args()
-    os.chdir(Path(__file__).parent)  # workers find `driver:Null` in the working folder
+    os.chdir(Path(__file__).parent)  # workers find `driver:ZeroGradient` in the working folder
     if given.what == "inside":
-        inside(given.address, given.own)
-    elif given.what == "plot":
-        plot()
+        answer_requests(given.address, given.own)
     elif given.what == "links":
-        cases = [(1_000, 1_000_000, ("driver", "sharded"), 1)] if given.quick else LINKS
-        kept = [(r, n, tuple(s for s in names if s not in given.without), k) for r, n, names, k in cases]
-        links([case for case in kept if given.mbit in (None, case[0])], given.quick)
+        cases = [LinkCase(1_000, 1_000_000, ("driver", "sharded"), 1)] if given.quick else LINKS
+        measure_links([case for case in cases if given.mbit in (None, case.mbit)], given.quick)
+    elif given.quick:
+        measure_steps({100_000: 3}, quick=True)
     else:
-        sizes = {size: count for size, count in STEPS.items() if size <= given.most}
-        steps({100_000: 3} if given.quick else sizes, given.quick)
+        measure_steps({size: rounds for size, rounds in ROUNDS.items() if size <= given.most}, quick=False)
 
 
 if __name__ == "__main__":

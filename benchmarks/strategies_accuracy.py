@@ -1,14 +1,13 @@
-"""Whether `async` and `local` learn what `driver` learns, at the same number of tasks: sine waves, and real digits.
+"""Do `async`, `local` and compressed gradients learn what `driver` learns at the same number of tasks?
 
-    python benchmarks/strategies_accuracy.py [sinusoid|digits] [--only driver-0 …] [--quick]
+    python benchmarks/strategies_accuracy.py sinusoid     300 steps of 24 sine tasks, three seeds
+    python benchmarks/strategies_accuracy.py digits       200 steps of 16 tasks of digits, two seeds
 
-sinusoid: jobs/sinusoid-maml.yaml, 300 steps of 24 tasks, a rate of 0.003, three seeds; mean squared error on 600 unseen
-waves after ten gradient steps; tasks until the query loss, its mean over 20 steps, is below 2.
-digits: jobs/digits-maml.yaml with a width of 32, 200 steps of 16 tasks, two seeds; accuracy on 600 tasks of digits that
-were never trained on; tasks until the query loss is below 0.5.
+Scored: squared error on 600 unseen waves after ten gradient steps, or accuracy on 600 tasks of digits that were never
+trained on; and the tasks until the query loss, its mean over 20 steps, is below the study's goal.
 
-All in one process: async has three workers that take 3, 4 and 7 ticks for a shard by a script (tests/scripted.py), so
-that the figures are those of everybody. `--only` adds runs to the results that are there.
+Everything runs in one process. `async` has three workers that take 3, 4 and 7 ticks for a shard by a script
+(tests/support), so results can be reproduced. `--only` replaces single runs in the results.
 """
 
 from __future__ import annotations
@@ -22,19 +21,21 @@ import tempfile
 from functools import partial
 from typing import Any, NamedTuple
 
-import report
+from raw_results import ROOT, describe_environment, load_study, save_section
 
 WINDOW = 20
+"""Steps over which the query loss is averaged."""
+TICKS = (3, 4, 7)
 
 
 class Study(NamedTuple):
-    """A job, what is changed in it, and what is looked at."""
+    """What is trained, and what is scored."""
 
     steps: int
-    tasks: int
+    tasks_per_step: int
     overrides: list[str]
     seeds: tuple[int, ...]
-    figure: str
+    metric: str
     goal: float
     """A query loss."""
 
@@ -43,68 +44,61 @@ STUDIES = {
     "sinusoid": Study(300, 24, ["outer.lr=0.003"], (0, 1, 2), "loss_after", 2.0),
     "digits": Study(200, 16, ["model.width=32"], (0, 1), "accuracy_after", 0.5),
 }
+ASYNC = ["strategy.type=async", "run.workers=3", "strategy.max_staleness=2"]
 CASES = {
-    "driver": ["run.strategy=driver"],
-    "int8": ["run.strategy=driver", "run.compress=int8"],
-    "async": ["run.strategy=async", "run.workers=3", "run.max_staleness=2"],
-    "async-aware": ["run.strategy=async", "run.workers=3", "run.max_staleness=2", "run.staleness_aware=true"],
-    "local": ["run.strategy=local", "run.local_steps=10"],
-    "local-int8": ["run.strategy=local", "run.local_steps=10", "run.compress=int8"],
+    "driver": ["strategy.type=driver"],
+    "int8": ["strategy.type=driver", "strategy.compress=int8"],
+    "async": ASYNC,
+    "async-aware": [*ASYNC, "strategy.staleness_aware=true"],
+    "local": ["strategy.type=local", "strategy.local_steps=10"],
+    "local-int8": ["strategy.type=local", "strategy.local_steps=10", "strategy.compress=int8"],
 }
-TICKS = (3, 4, 7)
 
 
-def trained(name: str, case: str, seed: int, quick: bool) -> dict[str, Any]:
-    sys.path.insert(0, str(report.ROOT / "tests"))
-    from scripted import ScriptedPool
+def train_and_score(name: str, case: str, seed: int, quick: bool) -> dict[str, Any]:
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support.scripted_pool import ScriptedPool
 
     import distmeta
     from distmeta.config.job import Job
     from distmeta.strategies import asynchronous
 
-    setattr(asynchronous, "RayPool", partial(ScriptedPool, TICKS))  # noqa: B010 - a pool by a script
+    setattr(asynchronous, "RayPool", partial(ScriptedPool, TICKS))  # noqa: B010 - replaces a class
     study = STUDIES[name]
-    fixed = [
+    overrides = [
         f"run.steps={30 if quick else study.steps}",
-        f"run.tasks_per_step={study.tasks}",
+        f"run.tasks_per_step={study.tasks_per_step}",
         "run.shards=4",
         "run.workers=0",
         f"seed={seed}",
         *study.overrides,
+        "run.eval_every=0",
+        "run.checkpoint_every=0",
+        "tracking.type=none",
     ]
-    quiet = ["run.eval_every=0", "run.checkpoint_every=0", "tracking.type=none"]
     with tempfile.TemporaryDirectory() as folder:
-        job = Job.load(
-            report.ROOT / "jobs" / f"{name}-maml.yaml", [*fixed, *quiet, f"output={folder}", *CASES[case]]
-        )
+        path = ROOT / "jobs" / f"{name}-maml.yaml"
+        job = Job.load(path, [*overrides, f"output={folder}", *CASES[case]])
         run = distmeta.train(job).run
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        found = distmeta.evaluate(run)
-    losses = [row["loss_after"] for row in rows]
-    means = [statistics.mean(losses[i - WINDOW : i]) for i in range(WINDOW, len(losses) + 1)]
-    below = next((WINDOW + i for i, mean in enumerate(means) if mean < study.goal), None)
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        scored = distmeta.evaluate(run)
     return {
-        study.figure: found.figures[study.figure],
-        "ci95": found.ci95,
-        "tasks_to_goal": None if below is None else below * study.tasks,
-        "staleness": statistics.mean(row.get("staleness", 0.0) for row in rows),
-        "tasks_stale": sum(row.get("tasks_stale", 0) for row in rows),
+        "case": case,
+        "seed": seed,
+        study.metric: scored.figures[study.metric],
+        "ci95": scored.ci95,
+        "tasks_to_goal": count_tasks_to_goal(study, [record["loss_after"] for record in records]),
+        "staleness": statistics.mean(record.get("staleness", 0.0) for record in records),
+        "tasks_stale": sum(record.get("tasks_stale", 0) for record in records),
     }
 
 
-def table(study: Study, known: dict[str, Any]) -> str:
-    cells = []
-    for case in CASES:
-        rows = [known[name] for seed in study.seeds if (name := f"{case}-{seed}") in known]
-        if not rows:
-            continue
-        each = [f"{row[study.figure]:.3f} ± {row['ci95']:.3f}" for row in rows]
-        goals = [f"{row['tasks_to_goal']:,}" if row["tasks_to_goal"] else "never" for row in rows]
-        mean = f"{statistics.mean(row[study.figure] for row in rows):.3f}"
-        cells.append([case, mean, "; ".join(each), "; ".join(goals)])
-    return report.table(
-        ["strategy", study.figure, "of each seed", f"tasks to a loss of {study.goal:g}"], cells
-    )
+def count_tasks_to_goal(study: Study, losses: list[float]) -> int | None:
+    """Return the tasks until the mean loss of a window is below the goal; None if it never is."""
+    for end in range(WINDOW, len(losses) + 1):
+        if statistics.mean(losses[end - WINDOW : end]) < study.goal:
+            return end * study.tasks_per_step
+    return None
 
 
 def main() -> None:
@@ -113,18 +107,18 @@ def main() -> None:
     )
     parser.add_argument("study", nargs="?", choices=STUDIES, default="sinusoid")
     parser.add_argument("--quick", action="store_true", help="a smoke run; writes nothing")
-    parser.add_argument("--only", nargs="+", help="runs, CASE-SEED each, beside the results that are there")
+    parser.add_argument("--only", nargs="+", metavar="CASE-SEED", help="run these; keep the other results")
     given = parser.parse_args()
-    start, study, written = report.environment(), STUDIES[given.study], f"strategies-accuracy-{given.study}"
-    path = report.RESULTS / f"{written}.json"
-    known = json.loads(path.read_text())["runs"] if given.only and path.exists() else {}
+    environment = describe_environment()
+    study = STUDIES[given.study]
+    section = load_study("strategies_accuracy").get(given.study, {"rows": []})
+    rows = section["rows"] if given.only and not given.quick else []
     for name in given.only or [f"{case}-{seed}" for seed in study.seeds for case in CASES]:
         case, _, seed = name.rpartition("-")
-        known[name] = trained(given.study, case, int(seed), given.quick)
-        print(name, json.dumps(known[name]), flush=True)
-        found = {"steps": study.steps, "tasks_per_step": study.tasks, "runs": known}
-        report.write(written, start, found, quick=given.quick)
-    print(table(study, known))
+        rows = [row for row in rows if (row["case"], row["seed"]) != (case, int(seed))]
+        rows.append(train_and_score(given.study, case, int(seed), given.quick))
+        settings = {"steps": study.steps, "tasks_per_step": study.tasks_per_step}
+        save_section("strategies_accuracy", given.study, environment, rows, given.quick, **settings)
 
 
 if __name__ == "__main__":
