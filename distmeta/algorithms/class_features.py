@@ -1,4 +1,4 @@
-"""What methods that compare examples share: the classes of a support set, features of both sets in one pass.
+"""Helpers of the methods that compare features: both sets in one pass, class means, distances, logits.
 
 Shapes: S support rows, Q query rows, F features, W ways.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from distmeta.compute.gradient import to_float32
 from distmeta.errors import InputError
-from distmeta.protocols import Batch, Model, Score, Theta, one_hot, to_float32, ways_of
+from distmeta.protocols import Batch, Model, Score, Theta, one_hot, ways_of
 
 
-def required_ways(score: Score, method: str) -> int:
-    """Classes of the task at hand.
+def require_ways(score: Score, method: str) -> int:
+    """Return the number of classes of the scored task.
 
     Raises:
         InputError: the tasks have no classes.
@@ -27,87 +28,93 @@ def required_ways(score: Score, method: str) -> int:
     return ways
 
 
-def features_of_both(model: Model, theta: Theta, support: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Features of the support's rows [S, F] and of x [Q, F], computed as one batch.
+def check_ways(score: Score, outputs: int, method: str) -> None:
+    """Refuse tasks with more classes than a method with a fixed number of outputs was trained with."""
+    ways = ways_of(score) or 0
+    if ways > outputs:
+        raise InputError(
+            f"ways: got {ways}, expected at most {outputs} (the outputs that {method} was trained with): train with "
+            "tasks.ways of at least that many"
+        )
 
-    Together, because a batch norm then sees one set of statistics for what is compared (as the reference code of
-    prototypical networks does), also for a single query row.
+
+def embed_together(model: Model, theta: Theta, support: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the features of the support rows [S, F] and of x [Q, F], computed as one batch.
+
+    A batch norm then uses the same statistics for everything that is compared, even for a single query, as in the
+    reference code of prototypical networks.
     """
     features = model.features(theta, torch.cat([support.x, x]))
     return features[: len(support.x)], features[len(support.x) :]
 
 
 def class_means(features_SF: Tensor, y: Tensor, ways: int) -> tuple[Tensor, Tensor]:
-    """Mean features of each class [W, F], zero where it has no row, and its number of rows [W]."""
+    """Return each class's mean features [W, F], zero for a class without rows, and its number of rows [W]."""
     classes_SW = one_hot(y, ways, features_SF.dtype)
     counts_W = classes_SW.sum(0)
     return classes_SW.T @ features_SF / counts_W.clamp(min=1)[:, None], counts_W
 
 
-def without_absent(logits_QW: Tensor, counts_W: Tensor) -> Tensor:
-    """The logits, those of classes without a support row as good as −∞."""
-    return logits_QW.masked_fill(counts_W == 0, torch.finfo(logits_QW.dtype).min / 2)
+def mask_absent_classes(logits_QW: Tensor, counts_W: Tensor) -> Tensor:
+    """Return the logits with the lowest useful value for classes without a support row."""
+    return logits_QW.masked_fill(counts_W == 0, lowest_logit(logits_QW.dtype))
 
 
-def only(mask: Tensor, values: Tensor) -> Tensor:
-    """The values, as good as −∞ where the mask does not hold."""
-    return torch.where(mask, values, torch.finfo(values.dtype).min / 2)
+def mask_logits(logits: Tensor, keep: Tensor) -> Tensor:
+    """Return the logits with the lowest useful value where `keep` is false."""
+    return torch.where(keep, logits, lowest_logit(logits.dtype))
 
 
-def feature_size(model: Model, given: int | None = None) -> int:
-    """Length of the model's features: `given`, or what enters its linear head.
+def lowest_logit(dtype: torch.dtype) -> float:
+    """Return a logit with probability 0. Unlike −∞, it gives no NaN if all logits are this low."""
+    return torch.finfo(dtype).min / 2
+
+
+def find_feature_size(model: Model, given: int | None = None) -> int:
+    """Return the number of the model's features: `given`, or the inputs of its linear head.
 
     Raises:
-        InputError: not given, and the model has no linear head.
+        InputError: nothing is given, and the model has no linear head.
     """
     if given is not None:
         return given
     if not model.head:
         raise InputError(
-            f"algorithm.features: missing, expected the length of what {type(model.module).__name__} puts out "
-            "(it has no linear head to tell)"
+            f"algorithm.features: missing, expected the number of outputs of {type(model.module).__name__}, which has "
+            "no linear head"
         )
-    return head_shape(model, "")[1]
+    return find_head_shape(model, "")[1]
 
 
-def head_shape(model: Model, method: str) -> tuple[int, int]:
-    """(outputs, features) of the model's last linear layer.
+def find_head_shape(model: Model, method: str) -> tuple[int, int]:
+    """Return (outputs, features) of the model's last linear layer.
 
     Raises:
-        InputError: it has none.
+        InputError: the model has no such layer.
     """
     if not model.head:
         raise InputError(
-            f"model.type: got {type(model.module).__name__}, which has no last linear layer, expected one: it tells "
-            f"{method} the outputs and the features"
+            f"model.type: got {type(model.module).__name__}, which has no last linear layer, expected a model that has "
+            f"one: {method} takes the number of outputs and features from it"
         )
     outputs, features = model.module.get_parameter(model.head[0].removeprefix("model.")).shape
     return outputs, features
 
 
-def check_ways(score: Score, outputs: int, method: str) -> None:
-    """Refuses tasks of more classes than a method with fixed outputs was trained with."""
-    ways = ways_of(score) or 0
-    if ways > outputs:
-        raise InputError(
-            f"ways: got {ways}, expected at most {outputs} (the outputs that {method} was trained with): train with "
-            "tasks.ways of at least the ways asked"
-        )
-
-
 def squared_distances(a_NF: Tensor, b_MF: Tensor) -> Tensor:
-    """‖a − b‖² of every pair of rows, [N, M].
+    """Return ‖a − b‖² of every pair of rows, [N, M].
 
-    From the differences: ‖a‖² − 2a·b + ‖b‖² cancels where rows are near each other and far from zero.
+    The sum of squared differences is exact where ‖a‖² − 2a·b + ‖b‖² cancels: for rows that are close to each other
+    and far from zero.
     """
     return (a_NF[:, None] - b_MF).square().sum(-1)
 
 
 def cosines(a_NF: Tensor, b_MF: Tensor) -> Tensor:
-    """Cosine of the angle between every pair of rows, [N, M]; 0 for a row of zeros."""
-    return to_float32(_unit(a_NF) @ _unit(b_MF).T)
+    """Return the cosine of the angle between every pair of rows, [N, M]; 0 for a row of zeros."""
+    return to_float32(normalize(a_NF) @ normalize(b_MF).T)
 
 
-def _unit(rows_NF: Tensor) -> Tensor:
-    """Rows of length 1. The small term keeps the gradient of a row of zeros finite."""
+def normalize(rows_NF: Tensor) -> Tensor:
+    """Return rows of length 1. The small constant keeps the gradient of a row of zeros finite."""
     return rows_NF * (rows_NF.square().sum(-1, keepdim=True) + 1e-12).rsqrt()

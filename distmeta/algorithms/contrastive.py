@@ -9,35 +9,38 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from distmeta.algorithms.adaptation import adapted_names, begin_phi, support_gradient
+from distmeta.algorithms.adaptation import begin_phi, select_adapted, sqrt_or_zero, support_gradient
 from distmeta.protocols import Episode, Metrics, Model, Score, Theta, Unroll
 
 
 class Contrastive:
-    """MAML on pairs of tasks: two draws of one task should adapt to the same parameters, two tasks to different ones.
+    """MAML on pairs of tasks: two draws of a task should adapt to the same parameters, two tasks to different ones.
 
-        φ_s(t), φ_q(t): θ adapted to the support and to the query set of task t, by K steps −α∇L each
+        φ_s(t), φ_q(t): θ adapted to the support and to the query set of task t, each by K steps −α∇L
         pull = ½ Σ_t ‖φ_s(t) − φ_q(t)‖,   push = mean over a, b ∈ {s, q} of max(0, m − ‖φ_a(1) − φ_b(2)‖)
         meta-loss = w_query · ½ Σ_t L_query(φ_s(t)) + w · (pull + push)
 
-    This is ConML's objective (the loss + λ(D_in − D_out), distances within and between tasks, of adapted models) for
-    MAML, with the Euclidean distance of all adapted parameters, and a push that ends at the margin m of Hadsell, Chopra
-    & LeCun 2006 (CVPR, "Dimensionality reduction by learning an invariant mapping"), so that it cannot win by
-    blowing parameters up. Deviations from ConML: it uses cosine distances and all pairs of a step's tasks, here a
-    task meets one other. Defaults of `margin` and `weight` are ours: the size of a distance depends on the model and α.
+    This is ConML's objective for MAML: the loss + λ(D_in − D_out), where D_in and D_out are distances of adapted models
+    within and between tasks. Here the distance is Euclidean, over all adapted parameters, and the push ends at the
+    margin m (Hadsell, Chopra & LeCun 2006, CVPR, "Dimensionality reduction by learning an invariant mapping"), so
+    growing parameters cannot lower the loss forever.
 
-    The query labels adapt φ_q in training only. In classification a task's classes are numbered at random, so that the
-    same classes in another order end in another head: `adapt: body` compares what does not depend on the order as much.
+    Deviations: ConML uses cosine distances and all pairs of a step's tasks; here each task is compared with one other.
 
-    Metrics, one number a task [2]: the query's after the support; the distances `within` a task and `between` the two
-    (the mean over a, b).
+    The query labels adapt φ_q in training only. In classification the classes of a task are numbered at random, so
+    the same classes in another order lead to another head. `adapt: body` compares parameters that depend less on it.
+
+    Metrics have one value per task, [2]: those of the query set after adapting to the support set, the distance
+    `within` the task, and `between` the two tasks (mean over a, b).
 
     Args:
-        inner_lr, inner_steps: α and K. The rate's default is MAML's for 5-way Omniglot.
-        margin: m, the distance at which different tasks are far enough apart.
-        weight: w of the contrastive term.
-        query_weight: w_query of the query loss; 0 trains on the contrastive term alone.
-        adapt: which parameters the inner loop moves, as for `maml`.
+        inner_lr: α > 0. The default is MAML's for 5-way Omniglot.
+        inner_steps: K ≥ 1.
+        margin: m ≥ 0, the distance from which different tasks no longer repel each other. A good value depends on the
+            model and on α; the default is ours.
+        weight: w ≥ 0 of the contrastive term. The default is ours.
+        query_weight: w_query ≥ 0 of the query loss; 0: train only with the contrastive term.
+        adapt: the parameters that the inner loop changes, as in `maml`.
     """
 
     group_size = 2
@@ -53,10 +56,14 @@ class Contrastive:
         query_weight: Annotated[float, Field(ge=0)] = 1.0,
         adapt: str = "all",
     ):
-        self.model, self.score = model, score
-        self.inner_lr, self.inner_steps = inner_lr, inner_steps
-        self.margin, self.weight, self.query_weight = margin, weight, query_weight
-        self.names = adapted_names(model, adapt)
+        self.model = model
+        self.score = score
+        self.inner_lr = inner_lr
+        self.inner_steps = inner_steps
+        self.margin = margin
+        self.weight = weight
+        self.query_weight = query_weight
+        self.names = select_adapted(model, adapt)
 
     def init(self, generator: torch.Generator) -> Theta:
         return self.model.init(generator)
@@ -74,22 +81,23 @@ class Contrastive:
     def meta_loss(
         self, theta: Theta, episode: Episode, unroll: Unroll, score: Score
     ) -> tuple[Tensor, Metrics]:
-        rows, adapted = [], []
+        metrics_per_task = []
+        adapted = []
         for task in range(2):
             one = tree_map(lambda leaf, task=task: leaf[task], episode)
-            pair = unroll(self, theta, one.support), unroll(self, theta, one.query)
-            loss, metrics = score(self.predict(theta, pair[0], one.query.x), one.query)
-            rows.append({"loss": loss, **metrics, "within": distance(*pair)})
-            adapted.append(pair)
-        columns = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        apart = torch.stack([distance(a, b) for a in adapted[0] for b in adapted[1]])
-        contrast = columns["within"].mean() + torch.relu(self.margin - apart).mean()
-        columns["between"] = apart.mean().expand(2)
-        return self.query_weight * columns["loss"].mean() + self.weight * contrast, columns
+            phi_support = unroll(self, theta, one.support)
+            phi_query = unroll(self, theta, one.query)
+            loss, metrics = score(self.predict(theta, phi_support, one.query.x), one.query)
+            within = distance(phi_support, phi_query)
+            metrics_per_task.append({"loss": loss, **metrics, "within": within})
+            adapted.append((phi_support, phi_query))
+        metrics = {name: torch.stack([m[name] for m in metrics_per_task]) for name in metrics_per_task[0]}
+        between = torch.stack([distance(a, b) for a in adapted[0] for b in adapted[1]])
+        contrast = metrics["within"].mean() + torch.relu(self.margin - between).mean()
+        metrics["between"] = between.mean().expand(2)
+        return self.query_weight * metrics["loss"].mean() + self.weight * contrast, metrics
 
 
 def distance(a: Theta, b: Theta) -> Tensor:
-    """‖a − b‖ over all entries; its gradient where a = b is taken as 0."""
-    square = torch.stack([(a[name] - b[name]).square().sum() for name in a]).sum()
-    zero = square == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+    """Return ‖a − b‖ over all entries, with derivative 0 at a = b."""
+    return sqrt_or_zero(torch.stack([(a[name] - b[name]).square().sum() for name in a]).sum())

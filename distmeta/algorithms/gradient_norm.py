@@ -1,4 +1,4 @@
-"""MAML with a penalty on the query loss's gradient: the adapted parameters should end where the loss is flat."""
+"""MAML with a penalty on the gradient of the query loss: explicit gradient regularization, arXiv 2009.11162."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from distmeta.protocols import Episode, Metrics, Model, Score, Theta, Unroll
 
 
 class GradientNorm:
-    """MAML's loss and the squared norm of its gradient at φ_K, a regularizer that prefers flat minima.
+    """MAML's loss plus the squared norm of its gradient at φ_K, a regularizer that prefers flat minima.
 
         φ_0 = θ,   φ_{k+1} = φ_k − α ∇L_support(φ_k)
         meta-loss = L_query(φ_K) + λ/2 ‖∇_φ L_query(φ_K)‖²
 
     λ = 0 is MAML. The penalty is that of explicit gradient regularization (Barrett & Dherin 2021, arXiv 2009.11162:
-    L + μ‖∇L‖²; here μ = λ/2), put on MAML's meta-loss (Finn et al. 2017, arXiv 1703.03400); its gradient costs
-    another pass through the query loss's Hessian. The norm is over all entries of φ. No paper gives λ for this pair:
-    the default is ours.
+    L + μ‖∇L‖² with μ = λ/2), applied to MAML's meta-loss (Finn et al. 2017, arXiv 1703.03400). The norm is over all
+    entries of φ. Its gradient costs another pass through the Hessian of the query loss.
 
-    The metric `loss` is the query loss alone; `gradient_norm` is ‖∇_φ L_query(φ_K)‖.
+    The metric `loss` is the query loss without the penalty; `gradient_norm` is ‖∇_φ L_query(φ_K)‖.
 
     Args:
-        inner_lr: α. The default is MAML's for 5-way Omniglot.
-        inner_steps: K.
-        lam: λ.
+        inner_lr: α > 0. The default is MAML's for 5-way Omniglot.
+        inner_steps: K ≥ 1.
+        lam: λ ≥ 0. No paper gives a value for this combination; the default is ours.
     """
 
     group_size = 1
@@ -41,8 +40,11 @@ class GradientNorm:
         inner_steps: Annotated[int, Field(ge=1)] = 1,
         lam: Annotated[float, Field(ge=0)] = 0.01,
     ):
-        self.model, self.score = model, score
-        self.inner_lr, self.inner_steps, self.lam = inner_lr, inner_steps, lam
+        self.model = model
+        self.score = score
+        self.inner_lr = inner_lr
+        self.inner_steps = inner_steps
+        self.lam = lam
 
     def init(self, generator: torch.Generator) -> Theta:
         return self.model.init(generator)
@@ -62,11 +64,11 @@ class GradientNorm:
     ) -> tuple[Tensor, Metrics]:
         phi = unroll(self, theta, episode.support)
 
-        def loss_at(p: Theta) -> tuple[Tensor, tuple[Tensor, Metrics]]:
+        def query_loss(p: Theta) -> tuple[Tensor, tuple[Tensor, Metrics]]:
             loss, metrics = score(self.predict(theta, p, episode.query.x), episode.query)
             return loss, (loss, metrics)
 
-        gradient, (loss, metrics) = torch.func.grad(loss_at, has_aux=True)(phi)
-        square = torch.stack([g.square().sum() for g in gradient.values()]).sum()
-        norm = square.detach().sqrt()
-        return loss + 0.5 * self.lam * square, {"loss": loss, **metrics, "gradient_norm": norm}
+        gradient, (loss, metrics) = torch.func.grad(query_loss, has_aux=True)(phi)
+        squared_norm = torch.stack([g.square().sum() for g in gradient.values()]).sum()
+        norm = squared_norm.detach().sqrt()
+        return loss + 0.5 * self.lam * squared_norm, {"loss": loss, **metrics, "gradient_norm": norm}

@@ -9,39 +9,40 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.adaptation import NORMS, adapted_names, begin_phi, rate_of, support_gradient
+from distmeta.algorithms.adaptation import NORM_LAYERS, begin_phi, select_adapted, support_gradient
+from distmeta.algorithms.learned_rates import inner_lr_key
 from distmeta.errors import InputError
 from distmeta.protocols import Episode, Metrics, Model, Score, Theta, Unroll
 
 SMALLEST_WEIGHT = 0.03
-"""Of a step's loss before the last while the weights are annealed, times 1/K: the authors' code."""
+"""Smallest weight, times 1/K, of every step but the last while the weights are annealed (the authors' code)."""
 
 
 class MAMLPlusPlus:
     """MAML with the paper's remedies for its instability (§4).
 
-        φ_{k+1} = φ_k − α_k ∇L_support(φ_k),   α_k learned for each parameter tensor and step      (LSLR)
+        φ_{k+1} = φ_k − α_k ∇L_support(φ_k),   α_k learned per parameter tensor and step           (LSLR)
         meta-loss = Σ_k w_k L_query(φ_k), k = 1 … K                                                (MSL)
 
-    - MSL: over the first `msl_steps` outer steps w goes from uniform 1/K towards the last step, by the rule of the
-      authors' code, max((1 − t)/K, 0.03/K) for all but the last with t the fraction gone (their epochs, here steps);
-      afterwards and in evaluation the last counts alone.
-    - DA: first order until outer step `first_order_steps`, then exact. 0, the default, is the authors' Omniglot
-      configuration; the paper's text has the first 50 epochs (of 500 steps).
-    - BNWB: a norm's weights and biases have a value for every step (keys `norm.<parameter>`, [K+1, …]: row k is that
-      of φ_k), which the inner loop does not move.
-    - LSLR: `inner_lr.<parameter>`, [K]. Past the trained steps, the last rate and the last row stay.
+    - MSL: during the first `msl_steps` outer steps, w moves from uniform 1/K to the last step. By the rule of the
+      authors' code, w_k = max((1 − t)/K, 0.03/K) for k < K, where t is the fraction of these steps that is over (their
+      epochs are steps here). Later, and in evaluation, only the last step counts.
+    - DA: first order until outer step `first_order_steps`, then exact. The default 0 is the authors' configuration for
+      Omniglot. The paper's text has the first 50 epochs (of 500 steps).
+    - BNWB: the weights and biases of norms have one value per step (keys `norm.<parameter>`, [K+1, …]; row k belongs to
+      φ_k). The inner loop does not change them.
+    - LSLR: keys `inner_lr.<parameter>`, [K]. Steps after the K-th use the last rate and the last row.
     - CA: cosine annealing of the outer rate is the job's `outer.schedule`.
 
-    Deviations: no per-step running statistics (BNRS): norms use the statistics of the batch at hand, always. The
-    authors' code scores φ_{k+1} under row k of the norms, here under its own, k + 1.
+    Deviations: there are no running statistics per step (BNRS); norms always use the statistics of the batch. The
+    authors' code scores φ_{k+1} with row k of the norms, we score it with row k + 1.
 
     Args:
-        inner_lr: the first value of every rate. The default, as K and `msl_steps` (10 epochs of 500), is that of the
-            authors' configuration for 5-way 1-shot Omniglot.
-        inner_steps: K.
-        msl_steps: outer steps with a multi-step loss; 0: the last step's alone.
-        first_order_steps: outer steps that take ∇L_support as a constant.
+        inner_lr: initial value of every rate, > 0. Its default and those of K and `msl_steps` (10 epochs of 500) are
+            the authors' configuration for 5-way 1-shot Omniglot.
+        inner_steps: K ≥ 1.
+        msl_steps: outer steps with a multi-step loss; 0: the loss is always that of the last step.
+        first_order_steps: outer steps that treat ∇L_support as a constant.
     """
 
     group_size = 1
@@ -55,40 +56,37 @@ class MAMLPlusPlus:
         msl_steps: Annotated[int, Field(ge=0)] = 5000,
         first_order_steps: Annotated[int, Field(ge=0)] = 0,
     ):
-        self.model, self.score = model, score
-        self.inner_lr, self.inner_steps = inner_lr, inner_steps
-        self.msl_steps, self.first_order_steps = msl_steps, first_order_steps
-        self.norms = norm_names(model)
-        self.names = tuple(name for name in adapted_names(model, "all") if name not in self.norms)
+        self.model = model
+        self.score = score
+        self.inner_lr = inner_lr
+        self.inner_steps = inner_steps
+        self.msl_steps = msl_steps
+        self.first_order_steps = first_order_steps
+        self.norms = find_norm_keys(model)
+        self.names = tuple(name for name in select_adapted(model, "all") if name not in self.norms)
         if not self.names:
             raise InputError(
-                "model.type: got norm layers alone, expected parameters that an inner loop can move"
+                "model.type: got only norm layers, expected parameters that an inner loop can change"
             )
-        self.scheduled = _weights(msl_steps, inner_steps, msl_steps)
-        """w [K], float64."""
-        self.multi_step, self.first_order = False, False
-
-    def at(self, step: int) -> MAMLPlusPlus:
-        """With the weights of the multi-step loss and the order of derivatives of outer step `step`."""
-        now = copy.copy(self)
-        now.scheduled = _weights(step, self.inner_steps, self.msl_steps)
-        now.multi_step, now.first_order = step < self.msl_steps, step < self.first_order_steps
-        return now
+        self.scheduled = step_weights(msl_steps, inner_steps, msl_steps)
+        """w, [K], float64."""
+        self.multi_step = False
+        self.first_order = False
 
     def init(self, generator: torch.Generator) -> Theta:
         start = self.model.init(generator)
         theta = {name: value for name, value in start.items() if name not in self.norms}
-        theta |= {rate_of(name): torch.full((self.inner_steps,), self.inner_lr) for name in self.names}
+        theta |= {inner_lr_key(name): torch.full((self.inner_steps,), self.inner_lr) for name in self.names}
         rows = self.inner_steps + 1
-        return theta | {row_of(name): torch.stack([start[name]] * rows) for name in self.norms}
+        return theta | {norm_key(name): torch.stack([start[name]] * rows) for name in self.norms}
 
     def begin(self, theta: Theta, support: Any) -> Theta:
         return begin_phi(self.model, self.score, theta | self._norms_at(theta, 0), support)
 
     def step(self, theta: Theta, phi: Theta, support: Any, k: int) -> Theta:
         gradient = support_gradient(self.model, self.score, phi, support, self.names, self.first_order)
-        last = min(k, self.inner_steps - 1)
-        moved = {name: phi[name] - theta[rate_of(name)][last] * g for name, g in gradient.items()}
+        row = min(k, self.inner_steps - 1)
+        moved = {name: phi[name] - theta[inner_lr_key(name)][row] * g for name, g in gradient.items()}
         return phi | moved | self._norms_at(theta, k + 1)
 
     def predict(self, theta: Theta, phi: Theta, x: Tensor) -> Tensor:
@@ -98,36 +96,45 @@ class MAMLPlusPlus:
         self, theta: Theta, episode: Episode, unroll: Unroll, score: Score
     ) -> tuple[Tensor, Metrics]:
         states = unroll(self, theta, episode.support, every=True)
-        counted = states if self.multi_step else states[-1:]  # the others' weights are 0
-        scored = [score(self.predict(theta, phi, episode.query.x), episode.query) for phi in counted]
+        if not self.multi_step:
+            states = states[-1:]  # the weights of the others are 0
+        scored = [score(self.predict(theta, phi, episode.query.x), episode.query) for phi in states]
         losses = torch.stack([loss for loss, _ in scored])
-        weights = self.scheduled[-len(counted) :].to(losses.device, losses.dtype)
-        loss, more = scored[-1]
-        return (weights * losses).sum(), {"loss": loss, **more}
+        weights = self.scheduled[-len(states) :].to(losses.device, losses.dtype)
+        last_loss, metrics = scored[-1]
+        return (weights * losses).sum(), {"loss": last_loss, **metrics}
+
+    def at(self, step: int) -> MAMLPlusPlus:
+        """Return the algorithm with the loss weights and the order of derivatives of outer step `step`."""
+        algorithm = copy.copy(self)
+        algorithm.scheduled = step_weights(step, self.inner_steps, self.msl_steps)
+        algorithm.multi_step = step < self.msl_steps
+        algorithm.first_order = step < self.first_order_steps
+        return algorithm
 
     def _norms_at(self, theta: Theta, k: int) -> Theta:
-        return {name: theta[row_of(name)][min(k, self.inner_steps)] for name in self.norms}
+        return {name: theta[norm_key(name)][min(k, self.inner_steps)] for name in self.norms}
 
 
-def step_weights(step: int, inner_steps: int, length: int) -> tuple[float, ...]:
-    """Weights of the query losses after inner steps 1 … K in an outer step, annealed over `length`; their sum is 1."""
-    if step >= length:
-        return (0.0,) * (inner_steps - 1) + (1.0,)
-    early = max(1 - step / length, SMALLEST_WEIGHT) / inner_steps
-    return (early,) * (inner_steps - 1) + (1 - (inner_steps - 1) * early,)
+def step_weights(step: int, inner_steps: int, msl_steps: int) -> Tensor:
+    """Return w, [K], float64: the weights of the query losses after inner steps 1 … K in outer step `step`.
+
+    They are annealed over `msl_steps` outer steps. Their sum is 1.
+    """
+    early = 0.0
+    if step < msl_steps:
+        early = max(1 - step / msl_steps, SMALLEST_WEIGHT) / inner_steps
+    weights = [early] * (inner_steps - 1)
+    return torch.tensor([*weights, 1 - (inner_steps - 1) * early], dtype=torch.float64)
 
 
-def _weights(step: int, inner_steps: int, length: int) -> Tensor:
-    return torch.tensor(step_weights(step, inner_steps, length), dtype=torch.float64)
+def find_norm_keys(model: Model) -> tuple[str, ...]:
+    """Return the keys of phi that are weights and biases of norm layers."""
+    layers = [name for name, module in model.module.named_modules() if isinstance(module, NORM_LAYERS)]
+    parameters = [f"{name}.{kind}".lstrip(".") for name in layers for kind in ("weight", "bias")]
+    return tuple(name for name in model.adaptable if name.removeprefix("model.") in parameters)
 
 
-def norm_names(model: Model) -> tuple[str, ...]:
-    """Keys of phi that are weights and biases of norm layers."""
-    layers = [name for name, module in model.module.named_modules() if isinstance(module, NORMS)]
-    keys = [f"{name}.{kind}".lstrip(".") for name in layers for kind in ("weight", "bias")]
-    return tuple(name for name in model.adaptable if name.removeprefix("model.") in keys)
-
-
-def row_of(name: str) -> str:
-    """The key of a norm parameter's values for every step: `norm.<parameter>`."""
+def norm_key(name: str) -> str:
+    """Return the key of a norm parameter's values for all steps in theta: `norm.<parameter>`."""
     return "norm." + name.removeprefix("model.")

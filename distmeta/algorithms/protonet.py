@@ -1,4 +1,4 @@
-"""Prototypical networks: Snell, Swersky & Zemel 2017, arXiv 1703.05175; and the distances that its kin share.
+"""Prototypical networks: Snell, Swersky & Zemel 2017, arXiv 1703.05175.
 
 Shapes: S support rows, Q query rows, F features, W ways.
 """
@@ -15,10 +15,10 @@ from torch import Tensor
 from distmeta.algorithms.class_features import (
     class_means,
     cosines,
-    features_of_both,
-    required_ways,
+    embed_together,
+    mask_absent_classes,
+    require_ways,
     squared_distances,
-    without_absent,
 )
 from distmeta.protocols import Batch, Model, Score, Theta
 
@@ -26,18 +26,19 @@ LOG_SCALE = "metric.log_scale"
 
 
 class ProtoNet:
-    """A query belongs to the class whose prototype, the mean of its support features, is nearest.
+    """Assign a query to the class with the nearest prototype, the mean of the class's support features.
 
         p_c = mean of f_θ(x) over the support of class c,   logits_c = −s · d(f_θ(x), p_c)      (equations 1 and 2)
 
-    No inner loop. Support and query are embedded as one batch, which matters to a batch norm alone. Any number of
-    ways; the paper trains on more than it tests on (§2.6): `tasks.ways: 60`, `tasks.eval_ways: 5`.
+    There is no inner loop, and any number of ways works. Support and query are embedded as one batch, which matters
+    only to batch norms. The paper trains with more ways than it tests with (§2.6): `tasks.ways: 60`,
+    `tasks.eval_ways: 5`.
 
     Args:
-        distance: `euclidean`, squared: d = ‖f − p‖², the paper's choice (§2.7); or `cosine`: d = 1 − cos(f, p).
-        scale: s, the inverse temperature. The paper has none: 1.
-        learn_scale: s is in theta, as `metric.log_scale`, and `scale` is where it starts (Oreshkin, Rodríguez López &
-            Lacoste 2018, arXiv 1805.10123, §3.1); else it is fixed.
+        distance: `euclidean`: d = ‖f − p‖², the paper's choice (§2.7); or `cosine`: d = 1 − cos(f, p).
+        scale: the inverse temperature s > 0. The paper has none, which is 1.
+        learn_scale: learn s, starting at `scale` (key `metric.log_scale`): Oreshkin, Rodríguez López & Lacoste 2018,
+            arXiv 1805.10123, §3.1.
 
     Raises:
         InputError: the tasks have no classes.
@@ -54,11 +55,14 @@ class ProtoNet:
         scale: Annotated[float, Field(gt=0)] = 1.0,
         learn_scale: bool = False,
     ):
-        self.model, self.score = model, score
-        self.distance, self.scale, self.learn_scale = distance, scale, learn_scale
+        self.model = model
+        self.score = score
+        self.distance = distance
+        self.scale = scale
+        self.learn_scale = learn_scale
 
     def init(self, generator: torch.Generator) -> Theta:
-        return self.model.init_body() | initial_scale(self.scale, self.learn_scale)
+        return self.model.init_body() | init_scale(self.scale, self.learn_scale)
 
     def begin(self, theta: Theta, support: Batch) -> Batch:
         return support
@@ -67,21 +71,21 @@ class ProtoNet:
         return state
 
     def predict(self, theta: Theta, state: Batch, x: Tensor) -> Tensor:
-        ways = required_ways(self.score, "protonet")
-        features_SF, features_QF = features_of_both(self.model, theta, state, x)
+        ways = require_ways(self.score, "protonet")
+        features_SF, features_QF = embed_together(self.model, theta, state, x)
         prototypes_WF, counts_W = class_means(features_SF, state.y, ways)
         if self.distance == "euclidean":
-            nearness_QW = -squared_distances(features_QF, prototypes_WF)
+            similarity_QW = -squared_distances(features_QF, prototypes_WF)
         else:
-            nearness_QW = cosines(features_QF, prototypes_WF) - 1
-        return without_absent(scale_in(theta, self.scale) * nearness_QW, counts_W)
+            similarity_QW = cosines(features_QF, prototypes_WF) - 1
+        return mask_absent_classes(read_scale(theta, self.scale) * similarity_QW, counts_W)
 
 
-def initial_scale(scale: float, learned: bool) -> Theta:
-    """What theta holds of the scale of a similarity: its logarithm, so that it stays positive; nothing if fixed."""
-    return {LOG_SCALE: torch.tensor([math.log(scale)])} if learned else {}
+def init_scale(scale: float, learn: bool) -> Theta:
+    """Return the entry of theta for a learned scale; its logarithm, so that it stays positive. None if it is fixed."""
+    return {LOG_SCALE: torch.tensor([math.log(scale)])} if learn else {}
 
 
-def scale_in(theta: Theta, fixed: float) -> Tensor | float:
-    """The scale: theta's where it is learned."""
+def read_scale(theta: Theta, fixed: float) -> Tensor | float:
+    """Return the learned scale, or `fixed` if theta has none."""
     return theta[LOG_SCALE].exp() if LOG_SCALE in theta else fixed

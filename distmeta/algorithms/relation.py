@@ -14,35 +14,36 @@ from torch import Tensor
 
 from distmeta.algorithms.class_features import (
     class_means,
-    feature_size,
-    features_of_both,
-    required_ways,
-    without_absent,
+    embed_together,
+    find_feature_size,
+    mask_absent_classes,
+    require_ways,
 )
 from distmeta.protocols import PADDING, Batch, Episode, Metrics, Model, Score, Theta, Unroll, one_hot
 
 
 class RelationNet:
-    """The metric is learned as well: a network scores how a query relates to each class, from 0 to 1.
+    """Learn the metric as well: a network scores how strongly a query relates to each class, from 0 to 1.
 
         r_c = σ( g_φ[ Σ_{i in c} f_θ(x_i), f_θ(x) ] ),   loss = mean over pairs of (r_c − 1[c = y])²    (§3.2)
 
-    No inner loop. The outputs are the scores before the sigmoid σ, so that they serve as logits; `loss` among the
-    metrics is the family's query loss of these, and what is minimised stands beside it as `mse`. Any number of ways.
+    There is no inner loop, and any number of ways works. The outputs are the scores before the sigmoid σ, so they
+    serve as logits. The metric `loss` is the task family's query loss of these; `mse` is what training minimises.
 
-    Deviations: the paper's g_φ is two blocks of convolution and batch norm over feature maps, then two linear layers.
-    Features here are flat, so the blocks are linear layers of their width (64) with ReLU, without batch norm; they
-    start as in He et al. 2015, arXiv 1502.01852. The mean over pairs is the authors' code's; the paper writes a sum.
+    Deviations: the paper's g_φ has two blocks of convolution and batch norm on feature maps, then two linear layers.
+    Here features are flat, so the blocks are linear layers of the same width (64) with ReLU and without batch norm.
+    They start as in He et al. 2015, arXiv 1502.01852. The mean over pairs is that of the authors' code; the paper
+    writes a sum.
 
     Args:
-        hidden: units of g_φ's hidden layers: the blocks' 64 and 64, the linear layer's 8.
-        combine: a class's feature is the `sum` of its rows' (the paper's), or their `mean`, which does not grow with
-            the shots: for tasks whose shots differ.
+        hidden: units of g_φ's hidden layers: 64 and 64 for the blocks, 8 for the linear layer.
+        combine: a class's feature is the `sum` over its support rows (the paper's) or the `mean`, which does not depend
+            on the number of shots.
         loss: `mse`, the paper's; or `cross-entropy` of the outputs.
-        features: length of the model's features; null: what enters its linear head.
+        features: number of the model's features; null: the inputs of its linear head.
 
     Raises:
-        InputError: tasks without classes; a model without a linear head, `features` not given.
+        InputError: the tasks have no classes; or the model has no linear head and `features` is not given.
     """
 
     group_size = 1
@@ -57,9 +58,11 @@ class RelationNet:
         loss: Literal["mse", "cross-entropy"] = "mse",
         features: Annotated[int, Field(ge=1)] | None = None,
     ):
-        self.model, self.score = model, score
-        self.sizes = [2 * feature_size(model, features), *hidden, 1]
-        self.combine, self.loss = combine, loss
+        self.model = model
+        self.score = score
+        self.sizes = [2 * find_feature_size(model, features), *hidden, 1]
+        self.combine = combine
+        self.loss = loss
 
     def init(self, generator: torch.Generator) -> Theta:
         theta = self.model.init_body()
@@ -76,14 +79,14 @@ class RelationNet:
         return state
 
     def predict(self, theta: Theta, state: Batch, x: Tensor) -> Tensor:
-        ways = required_ways(self.score, "relation")
-        features_SF, features_QF = features_of_both(self.model, theta, state, x)
+        ways = require_ways(self.score, "relation")
+        features_SF, features_QF = embed_together(self.model, theta, state, x)
         classes_WF, counts_W = class_means(features_SF, state.y, ways)
         if self.combine == "sum":
             classes_WF = classes_WF * counts_W[:, None]
         shape = (len(features_QF), ways, -1)
         pairs_QWF = torch.cat([classes_WF.expand(shape), features_QF[:, None].expand(shape)], -1)
-        return without_absent(self._relation(theta, pairs_QWF), counts_W)
+        return mask_absent_classes(self._score_pairs(theta, pairs_QWF), counts_W)
 
     def meta_loss(
         self, theta: Theta, episode: Episode, unroll: Unroll, score: Score
@@ -93,22 +96,26 @@ class RelationNet:
         loss, metrics = score(outputs_QW, episode.query)
         if self.loss == "cross-entropy":
             return loss, {"loss": loss, **metrics}
-        mse = _squared_error(outputs_QW, episode)
+        mse = squared_error(outputs_QW, episode)
         return mse, {"loss": loss, "mse": mse, **metrics}
 
-    def _relation(self, theta: Theta, pairs_QWF: Tensor) -> Tensor:
-        """g_φ, [Q, W]."""
-        h, last = pairs_QWF, len(self.sizes) - 2
+    def _score_pairs(self, theta: Theta, pairs_QWF: Tensor) -> Tensor:
+        """Return g_φ of every pair of a query and a class, [Q, W]."""
+        h = pairs_QWF
+        last = len(self.sizes) - 2
         for layer in range(last + 1):
             h = h @ theta[f"relation.{layer}.weight"] + theta[f"relation.{layer}.bias"]
-            h = h if layer == last else h.relu()
+            if layer < last:
+                h = h.relu()
         return h[..., 0]
 
 
-def _squared_error(outputs_QW: Tensor, episode: Episode) -> Tensor:
-    """Mean of (σ(outputs) − one-hot labels)² over the pairs of a real query row and a class that the support has."""
-    ways, dtype = outputs_QW.shape[1], outputs_QW.dtype
+def squared_error(outputs_QW: Tensor, episode: Episode) -> Tensor:
+    """Return the mean of (σ(outputs) − one-hot labels)² over pairs of a query row and a class of the support set."""
+    ways = outputs_QW.shape[1]
+    dtype = outputs_QW.dtype
     present_W = one_hot(episode.support.y, ways, dtype).sum(0) > 0
-    counts_QW = ((episode.query.y != PADDING)[:, None] & present_W).to(dtype)
+    real_Q1 = (episode.query.y != PADDING)[:, None]
+    counts_QW = (real_Q1 & present_W).to(dtype)
     errors_QW = (outputs_QW.sigmoid() - one_hot(episode.query.y, ways, dtype)).square()
     return (errors_QW * counts_QW).sum() / counts_QW.sum()

@@ -5,34 +5,32 @@ from __future__ import annotations
 import math
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
+from distmeta.compute.gradient import to_float32
 from distmeta.errors import InputError
-from distmeta.protocols import to_float32
 
 Norm = Literal["batch", "group", "layer", "none"]
 Width = Annotated[int, Field(ge=1)]
 
 
 class Conv4(nn.Module):
-    """x [N, C, H, W] -> [N, out_features]: four blocks of 3×3 convolution, norm, ReLU, halving; one linear layer.
+    """x [N, C, H, W] -> [N, out_features]: four blocks of 3×3 convolution, norm, ReLU and halving; one linear layer.
+
+    Convolutions have no bias before a norm. A batch norm would cancel it, so its gradient would be noise.
 
     Args:
-        width: channels of each block, or of the four; 64 for Omniglot, 32 for miniImageNet in the MAML paper.
-        norm: `batch` uses the statistics of the batch at hand in training and evaluation alike, as MAML's code
-            does: no running statistics exist, so none leak between tasks. Scoring a query set with its own
-            statistics is *transductive*: a prediction depends on the other queries. `group`, `layer` and `none`
-            are not.
-        pool: `max` halves by 2×2 max pooling, as often as the image allows; `stride` by strided convolutions, and
-            averages the last map, as the MAML paper does on Omniglot (§5.2), with fewer operations.
-        halvings: how many blocks halve, from the first on. With 3 the last map of a 28×28 image is 3×3, or 4×4 by
-            strides: features know where in the image they are.
-        average: the features are the average of the last map; else the map itself. Default: as `pool` says.
-
-    Convolutions have no bias before a batch norm, which would cancel it: its gradient is pure noise.
+        width: channels of every block, or a list of four; 64 for Omniglot and 32 for miniImageNet in the MAML paper.
+        norm: `batch` uses the statistics of the batch in training and in evaluation, as MAML's code does. There are no
+            running statistics that could leak from task to task. A query set that is scored with its own statistics is
+            *transductive*: a prediction depends on the other queries. `group`, `layer` and `none` are not.
+        pool: `max`: halve by 2×2 max pooling, as often as the image allows. `stride`: halve by strided convolutions and
+            average the last map, as the MAML paper does for Omniglot (§5.2); it needs fewer operations.
+        halvings: how many blocks halve, counted from the first. With 3, the last map of a 28×28 image is 3×3 (4×4 with
+            strides), so the features know where in the image they are.
+        average: average the last map to get the features, or use the map itself; null: average with `pool: stride`.
 
     Raises:
         InputError: the inputs are not images.
@@ -54,28 +52,30 @@ class Conv4(nn.Module):
                 f"model.type: got conv4 for inputs of shape {in_shape}, expected images (C, H, W)"
             )
         widths = [width] * 4 if isinstance(width, int) else width
-        channels, sides = in_shape[0], list(in_shape[1:])
+        in_channels = in_shape[0]
+        sides = list(in_shape[1:])
         self.average = pool == "stride" if average is None else average
         blocks = []
-        for k, wide in enumerate(widths):
-            halves = k < halvings and (pool == "stride" or min(sides) >= 2)  # no pool makes one pixel fewer
+        for k, out_channels in enumerate(widths):
+            halves = k < halvings and (pool == "stride" or min(sides) >= 2)  # a pool cannot halve one pixel
             stride = 2 if halves and pool == "stride" else 1
             blocks.append(
                 nn.Sequential(
-                    nn.Conv2d(channels, wide, 3, stride=stride, padding=1, bias=norm == "none"),
-                    norm_of(norm, wide),
+                    nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=norm == "none"),
+                    build_norm(norm, out_channels),
                     nn.ReLU(),
                     nn.MaxPool2d(2) if halves and pool == "max" else nn.Identity(),
                 )
             )
-            channels = wide
+            in_channels = out_channels
             if halves:
                 sides = [side // 2 if pool == "max" else (side + 1) // 2 for side in sides]
         self.blocks = nn.Sequential(*blocks)
-        self.head = nn.Linear(channels * (1 if self.average else math.prod(sides)), out_features)
+        map_size = 1 if self.average else math.prod(sides)
+        self.head = nn.Linear(in_channels * map_size, out_features)
 
     def features(self, x_NCHW: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, features]."""
+        """Return the inputs of the head, [N, features]."""
         maps = self.blocks(x_NCHW)
         return maps.mean((2, 3)) if self.average else maps.flatten(1)
 
@@ -84,15 +84,18 @@ class Conv4(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Under vmap in float32: of bfloat16 its vmapped derivative mixes two types, which torch (2.13) refuses (pytorch
-    issue 184890)."""
+    """A batch norm that computes in float32 under vmap.
+
+    In torch 2.13 the derivative of a vmapped batch norm of bfloat16 mixes two types and fails (pytorch issue 184890).
+    Use nn.BatchNorm2d again when that is fixed.
+    """
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
-        return super().forward(to_float32(x_NCHW) if _vmapped(x_NCHW) else x_NCHW)
+        return super().forward(to_float32(x_NCHW) if is_vmapped(x_NCHW) else x_NCHW)
 
 
-def _vmapped(x: Tensor) -> bool:
-    """Whether any of the transforms around x is vmap."""
+def is_vmapped(x: Tensor) -> bool:
+    """Return whether any of the transforms around x is vmap. torch 2.13 has no public function for this."""
     while is_functorch_wrapped_tensor(x):
         if is_batchedtensor(x):
             return True
@@ -100,12 +103,13 @@ def _vmapped(x: Tensor) -> bool:
     return False
 
 
-def norm_of(norm: str, width: int) -> nn.Module:
+def build_norm(norm: str, channels: int) -> nn.Module:
     if norm == "batch":
-        return BatchNorm(width, track_running_stats=False)
-    if norm == "group":  # groups of 4 channels or more: one channel of one pixel has no variance
-        groups = next(g for g in (8, 4, 2, 1) if width % g == 0 and (width >= 4 * g or g == 1))
-        return nn.GroupNorm(groups, width)
+        return BatchNorm(channels, track_running_stats=False)
+    if norm == "group":
+        # Groups have at least 4 channels: one channel of a map of one pixel has no variance.
+        groups = next(g for g in (8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
+        return nn.GroupNorm(groups, channels)
     if norm == "layer":
-        return nn.GroupNorm(1, width)
-    return torch.nn.Identity()
+        return nn.GroupNorm(1, channels)
+    return nn.Identity()

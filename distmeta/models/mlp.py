@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
@@ -15,9 +15,11 @@ ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
 class MLP(nn.Sequential):
     """x [..., *in_shape] -> [..., out_features]: linear layers with an activation between them.
 
-    The default is the regressor of MAML §5.1: two hidden layers of 40, ReLU. Weights start as in the MAML
-    paper's code, from a normal distribution of deviation 0.01 cut at two deviations, biases at zero, when
-    `init` is `normal`; the default is PyTorch's own initialisation.
+    Args:
+        hidden: units of the hidden layers. The default is the regressor of MAML (arXiv 1703.03400, §5.1).
+        activation: `relu` or `tanh`.
+        init: `torch`, as torch.nn.Linear starts; or `normal`, as in the MAML paper's code: weights from a normal
+            distribution with standard deviation 0.01, cut at two deviations, and biases 0.
     """
 
     def __init__(
@@ -38,6 +40,3 @@ class MLP(nn.Sequential):
                 if isinstance(layer, nn.Linear):
                     nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
                     nn.init.zeros_(layer.bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input)

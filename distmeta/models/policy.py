@@ -1,4 +1,4 @@
-"""A Gaussian policy. (`mlp` is a categorical one: its outputs are logits.)"""
+"""A Gaussian policy. (`mlp` is a categorical policy: its outputs are logits.)"""
 
 from __future__ import annotations
 
@@ -15,15 +15,20 @@ from distmeta.models.mlp import ACTIVATIONS
 
 
 class Gaussian(nn.Module):
-    """x [..., *in_shape] -> [..., 2A]: means by a multi-layer perceptron, and learned logarithms of deviations.
+    """x [..., *in_shape] -> [..., 2A]: means from a multi-layer perceptron, and learned log standard deviations.
 
-    The deviations do not depend on x; they are parameters, adapted as all others. The default is the policy of
-    MAML §5.3: two hidden layers of 100, ReLU; its code starts at `std` 1.
+    The deviations do not depend on x. They are parameters, adapted like all others. The default is the policy of MAML
+    (arXiv 1703.03400, §5.3), whose code starts with standard deviation 1.
 
     Args:
-        out_features: 2A, of a task family with A real actions.
-        std: deviation at the start.
-        min_std: none is smaller.
+        out_features: 2A for tasks with A real actions.
+        hidden: units of the hidden layers.
+        activation: `relu` or `tanh`.
+        std: initial standard deviation, > 0.
+        min_std: the smallest standard deviation, > 0.
+
+    Raises:
+        InputError: `out_features` is odd, so the actions are not real numbers.
     """
 
     def __init__(
@@ -47,12 +52,12 @@ class Gaussian(nn.Module):
             layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(sizes[-1], out_features // 2)
-        with torch.no_grad():  # all means start near zero: an untrained policy does not run off
+        with torch.no_grad():  # All means start near zero, so that an untrained policy does not run away.
             for parameter in self.head.parameters():
                 parameter.mul_(0.01)
         self.log_std = nn.Parameter(torch.full((out_features // 2,), math.log(std)))
-        self.smallest = math.log(min_std)
+        self.min_log_std = math.log(min_std)
 
     def forward(self, x: Tensor) -> Tensor:
         mean = self.head(self.body(x))
-        return torch.cat([mean, self.log_std.clamp(min=self.smallest).expand_as(mean)], -1)
+        return torch.cat([mean, self.log_std.clamp(min=self.min_log_std).expand_as(mean)], -1)

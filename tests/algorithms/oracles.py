@@ -11,11 +11,11 @@ from conftest import tree
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from distmeta.compute.gradient import Execution, shard_gradient
-from distmeta.compute.unroll import unroll
+from distmeta.compute.execution import Execution, shard_gradient
+from distmeta.compute.gradient import unroll
 from distmeta.config.job import Job
 from distmeta.protocols import Episode, Theta
-from distmeta.runtime.problem import Problem, build
+from distmeta.runtime.problem import Problem, build_problem
 from distmeta.seeding import task_ids
 
 LOOP, VMAP = Execution("loop", 1), Execution("vmap", 2**31)
@@ -44,7 +44,7 @@ def setting(
 ) -> Setting:
     """A small problem with the algorithm, its first theta and four tasks; `model` are options of its model."""
     job = KINDS[kind] | {"model": KINDS[kind]["model"] | model}
-    problem = build(Job.parse(tree(algorithm, **job)))
+    problem = build_problem(Job.parse(tree(algorithm, **job)))
     theta = {name: value.to(dtype) for name, value in problem.init().items()}
     problem.model.to(dtype=dtype)
     ids = task_ids(0, "train", 0, TASKS)

@@ -9,7 +9,7 @@ import torch
 from oracles import distance, gradient, loss, maml, setting, tasks
 from torch import nn
 
-from distmeta.compute.unroll import unroll
+from distmeta.compute.gradient import unroll
 from distmeta.protocols import Batch
 
 STEPS, RATE = 3, 0.1

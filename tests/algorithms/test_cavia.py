@@ -10,11 +10,11 @@ from conftest import tree
 from oracles import TASKS, VMAP, distance, gradient, loss, setting, tasks
 from torch import nn
 
-from distmeta.compute.unroll import unroll
+from distmeta.compute.gradient import unroll
 from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.protocols import Batch
-from distmeta.runtime.problem import build
+from distmeta.runtime.problem import build_problem
 
 RATE, STEPS, SIZE = 0.5, 2, 4
 CAVIA = {"type": "cavia", "inner_lr": RATE, "inner_steps": STEPS, "context": SIZE}
@@ -173,4 +173,4 @@ def test_a_layer_that_is_not_there_is_an_error() -> None:
     job = tree(CAVIA)
     job["model"] |= {"freeze": "*.bias"}
     with pytest.raises(InputError, match=r"algorithm\.layer: got null, and the model has no trainable"):
-        build(Job.parse(job))
+        build_problem(Job.parse(job))

@@ -9,8 +9,8 @@ import torch
 from oracles import LOOP, VMAP, distance, gradient, loss, maml, setting, slope_and_gradient, tasks
 
 from distmeta.algorithms.contrastive import Contrastive
-from distmeta.compute.gradient import shard_gradient
-from distmeta.compute.unroll import unroll
+from distmeta.compute.execution import shard_gradient
+from distmeta.compute.gradient import unroll
 from distmeta.protocols import Batch, Episode
 
 RATE, MARGIN = 0.1, 0.5

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import LOOP, VMAP, distance, gradient, loss, maml, setting, slope_and_gradient, tasks
 
-from distmeta.compute.gradient import shard_gradient
+from distmeta.compute.execution import shard_gradient
 
 OPTIONS = {"inner_lr": 0.1, "inner_steps": 3}
 

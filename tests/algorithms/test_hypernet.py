@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from distmeta.algorithms.hypernet import Hypernet
-from distmeta.compute.gradient import Execution
+from distmeta.compute.execution import Execution
 from distmeta.compute.scoring import score_tasks
-from distmeta.compute.unroll import unroll
+from distmeta.compute.gradient import unroll
 from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.protocols import Algorithm, Batch, Episode, Theta
-from distmeta.runtime.problem import Problem, build, with_score
+from distmeta.runtime.problem import Problem, build_problem, with_score
 from distmeta.seeding import task_ids
 from distmeta.tasks.few_shot import ClassificationScore
 
@@ -25,7 +25,7 @@ WEIGHT, BIAS = "model.3.weight", "model.3.bias"
 
 
 def setting(changes: dict[str, Any] = CLASSES, **options: Any) -> tuple[Problem, Hypernet, Theta, Episode]:
-    problem = build(Job.parse(tree({"type": "hypernet"} | options, **changes)))
+    problem = build_problem(Job.parse(tree({"type": "hypernet"} | options, **changes)))
     theta = {name: value.double() for name, value in problem.init().items()}
     problem.model.to(dtype=torch.float64)
     episode = tree_map(lambda leaf: leaf[0], problem.family.draw("train", task_ids(0, "train", 0, 1)))
@@ -165,7 +165,7 @@ def test_more_ways_in_evaluation() -> None:
     problem, _, theta, _ = setting(inner_steps=1)
     job = tree({"type": "hypernet", "inner_steps": 1}, **CLASSES)
     job["tasks"] = job["tasks"] | {"eval_ways": 6}
-    wide = build(Job.parse(job))
+    wide = build_problem(Job.parse(job))
     ids = task_ids(0, "test", 0, 2)
     theta = {name: value.float() for name, value in theta.items()}
     scores = score_tasks(
@@ -191,7 +191,7 @@ def test_theta_has_no_head() -> None:
 def test_a_model_without_a_last_layer_is_an_error() -> None:
     job = Job.parse(tree({"type": "hypernet"}, **(CLASSES | {"model": {"type": "torch.nn:Flatten"}})))
     with pytest.raises(InputError, match=r"model\.type: got Flatten, which has no last linear layer"):
-        build(job)
+        build_problem(job)
 
 
 def test_adapting_nothing_is_an_error() -> None:

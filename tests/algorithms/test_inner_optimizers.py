@@ -7,12 +7,12 @@ import torch
 from conftest import tree
 from torch import nn
 
-from distmeta.compute.gradient import Execution, shard_gradient
-from distmeta.compute.unroll import unroll
+from distmeta.compute.execution import Execution, shard_gradient
+from distmeta.compute.gradient import unroll
 from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.protocols import Batch
-from distmeta.runtime.problem import build
+from distmeta.runtime.problem import build_problem
 from distmeta.seeding import task_ids
 
 LOOP = Execution("loop", 1)
@@ -29,7 +29,7 @@ def setting(name: str, steps: int = 6, **options):
         algorithm |= {"betas": [0.7, 0.95], "eps": 1e-3}
     if name == "momentum":
         algorithm |= {"momentum": 0.8}
-    problem = build(Job.parse(tree(algorithm)))
+    problem = build_problem(Job.parse(tree(algorithm)))
     theta = {key: value.double() for key, value in problem.init().items()}
     problem.model.to(dtype=torch.float64)
     ids = task_ids(0, "train", 0, 3)
@@ -79,7 +79,7 @@ def test_adam_has_no_nan_where_a_gradient_is_zero(execution: Execution) -> None:
     """Dead units have no gradient at all: √s is at 0, where its derivative is infinite."""
     job = tree({"type": "maml", "inner_lr": 0.01, "inner_steps": 3, "inner_optimizer": "adam"})
     job["model"] = {"type": "mlp", "hidden": [16], "activation": "relu"}
-    problem = build(Job.parse(job))
+    problem = build_problem(Job.parse(job))
     theta = problem.init()
     theta["model.1.bias"] = torch.where(torch.arange(16) < 8, -100.0, 0.1)  # half of the units are dead
     ids = task_ids(0, "train", 0, 4)

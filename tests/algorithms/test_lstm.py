@@ -11,11 +11,11 @@ from conftest import CLASSES, tree
 from torch.utils._pytree import tree_map
 
 from distmeta.algorithms.lstm import LSTMLearner, flatten, preprocess, unflatten, update
-from distmeta.compute.gradient import Execution, shard_gradient
-from distmeta.compute.unroll import unroll
+from distmeta.compute.execution import Execution, shard_gradient
+from distmeta.compute.gradient import unroll
 from distmeta.config.job import Job
 from distmeta.protocols import Batch, Episode, Theta
-from distmeta.runtime.problem import Problem, build, with_score
+from distmeta.runtime.problem import Problem, build_problem, with_score
 from distmeta.seeding import task_ids
 from distmeta.tasks.few_shot import ClassificationScore
 
@@ -24,7 +24,7 @@ LOOP = Execution("loop", 1)
 
 def setting(algorithm: dict[str, Any], **changes: Any) -> tuple[Problem, Theta, Episode]:
     """A problem, theta and the episode of one task, in float64."""
-    problem = build(Job.parse(tree({"type": "lstm"} | algorithm, **changes)))
+    problem = build_problem(Job.parse(tree({"type": "lstm"} | algorithm, **changes)))
     theta = {name: value.double() for name, value in problem.init().items()}
     problem.model.to(dtype=torch.float64)
     episode = tree_map(lambda leaf: leaf[0], problem.family.draw("train", task_ids(0, "train", 0, 1)))

@@ -9,9 +9,9 @@ import torch
 from conftest import tree
 from torch import nn
 
-from distmeta.compute.gradient import Execution, shard_gradient
+from distmeta.compute.execution import Execution, shard_gradient
 from distmeta.config.job import Job
-from distmeta.runtime.problem import build
+from distmeta.runtime.problem import build_problem
 from distmeta.seeding import task_ids
 
 LR, STEPS = 0.1, 3
@@ -29,7 +29,7 @@ MODELS = {
 
 def setting(kind: str, dtype: torch.dtype):
     algorithm = {"type": "maml", "inner_lr": LR, "inner_steps": STEPS}
-    problem = build(Job.parse(tree(algorithm, **MODELS[kind])))
+    problem = build_problem(Job.parse(tree(algorithm, **MODELS[kind])))
     theta = {name: value.to(dtype) for name, value in problem.init().items()}
     problem.model.to(dtype=dtype)
     ids = task_ids(0, "train", 0, 3)
@@ -114,7 +114,7 @@ def test_meta_gradient_equals_a_peers(peer, kind: str, dtype: torch.dtype, toler
 
 def test_first_order_is_the_query_gradient_at_phi() -> None:
     algorithm = {"type": "maml", "inner_lr": LR, "inner_steps": STEPS, "first_order": True}
-    problem = build(Job.parse(tree(algorithm, **MODELS["mlp"])))
+    problem = build_problem(Job.parse(tree(algorithm, **MODELS["mlp"])))
     theta, ids = problem.init(), task_ids(0, "train", 0, 1)
     episodes = problem.family.draw("train", ids)
     x, y, x_q, y_q = (v[0] for v in (*episodes.support, *episodes.query))

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 import distmeta
-from distmeta.algorithms.memory.mann import MANN, by_instance
-from distmeta.compute.gradient import Execution, shard_gradient
+from distmeta.algorithms.memory.mann import MANN, accuracy_by_instance
+from distmeta.compute.execution import Execution, shard_gradient
 from distmeta.compute.scoring import score_tasks
-from distmeta.compute.unroll import unroll
+from distmeta.compute.gradient import unroll
 from distmeta.config.job import Job
 from distmeta.errors import InputError
-from distmeta.models.functional import Functional
+from distmeta.models.functional import FunctionalModel
 from distmeta.protocols import PADDING, Batch, Episode
 from distmeta.runtime.parameter_server import ParameterServer
-from distmeta.runtime.problem import build
+from distmeta.runtime.problem import build_problem
 from distmeta.seeding import task_ids
 from distmeta.tasks.few_shot import ClassificationScore
 
@@ -39,7 +39,7 @@ def learner(classes: bool = True, **options: Any) -> tuple[MANN, dict[str, Tenso
     small = {"controller": 5, "slots": 4, "width": 3, "reads": 2}
     score = ClassificationScore(2) if classes else Squared()
     outputs = 3 if classes else 2
-    model = Functional(
+    model = FunctionalModel(
         lambda: torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, outputs)),
         torch.Generator().manual_seed(0),
         out_features=outputs,
@@ -150,9 +150,9 @@ def test_accuracy_by_instance() -> None:
     y = torch.tensor([0, 1, PADDING, 0, 0, 1, 1])
     outputs = torch.nn.functional.one_hot(torch.tensor([1, 1, 0, 0, 0, 0, 1]), 3).float()
     outputs[:, 2] = 9.0  # an output beyond the task's ways
-    result = {name: float(value) for name, value in by_instance(outputs, y, 2).items()}
+    result = {name: float(value) for name, value in accuracy_by_instance(outputs, y, 2).items()}
     assert result == {"accuracy_1st": 0.5, "accuracy_2nd": 0.5}
-    assert by_instance(outputs, y, None) == {}
+    assert accuracy_by_instance(outputs, y, None) == {}
 
 
 def test_fewer_ways_at_evaluation_and_no_more() -> None:
@@ -179,7 +179,7 @@ def test_users_mistakes() -> None:
         learner(reads=5)
     with pytest.raises(InputError, match=r"^algorithm\.sequence: got 2 with algorithm\.sequential: true"):
         learner(sequence=2, sequential=True)
-    flat = Functional(torch.nn.Flatten, torch.Generator().manual_seed(0))
+    flat = FunctionalModel(torch.nn.Flatten, torch.Generator().manual_seed(0))
     with pytest.raises(InputError, match=r"^model\.type: got Flatten, .* mann"):
         MANN(flat, Squared())
     with pytest.raises(InputError, match=r"^algorithm\.memory: got 'tape', expected 'lrua', 'ntm' or 'dnc'"):
@@ -200,7 +200,7 @@ COPY: dict[str, Any] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_sequential_vmap_equals_loop(kind: str) -> None:
     changes = {"algorithm": COPY["algorithm"] | {"memory": kind}, "tasks": COPY["tasks"] | {"min_length": 1}}
-    problem = build(Job.parse(tree(**(COPY | changes))))
+    problem = build_problem(Job.parse(tree(**(COPY | changes))))
     theta, ids = problem.init(), task_ids(0, "train", 0, 4)
     problem.model.to(dtype=DOUBLE)
     theta = {name: value.double() for name, value in theta.items()}
@@ -216,7 +216,7 @@ def test_sequential_vmap_equals_loop(kind: str) -> None:
 
 def trained(job: dict[str, Any]) -> dict[str, np.ndarray]:
     """The scores of 100 validation tasks after the job's steps, each one vectorised shard."""
-    problem = build(Job.parse(job))
+    problem = build_problem(Job.parse(job))
     server, run = ParameterServer(problem.init(), problem.job.outer), problem.job.run
     execution = Execution("vmap", run.tasks_per_step)
     for step in range(run.steps):

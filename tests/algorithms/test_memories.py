@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from distmeta.algorithms.memory import dnc as memory_dnc
 from distmeta.algorithms.memory import lrua as memory_lrua
 from distmeta.algorithms.memory import ntm as memory_ntm
-from distmeta.algorithms.memory.addressing import content, cosine
-from distmeta.algorithms.memory.mann import memory_of
+from distmeta.algorithms.memory.addressing import address_by_content, cosine_similarity
+from distmeta.algorithms.memory.mann import build_memory
 
 DOUBLE = torch.float64
 
@@ -42,12 +42,12 @@ def test_content_is_the_softmax_of_the_cosine() -> None:
     expected = (
         strength[:, None] * torch.nn.functional.cosine_similarity(keys[:, None], memory[None], dim=-1)
     ).softmax(-1)
-    torch.testing.assert_close(content(keys, memory, strength), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(address_by_content(keys, memory, strength), expected, rtol=1e-5, atol=0)
 
 
 def test_an_empty_slot_is_like_nothing_and_has_a_gradient() -> None:
     keys, memory = random(2, 4).requires_grad_(), torch.zeros(3, 4, dtype=DOUBLE, requires_grad=True)
-    likeness = cosine(keys, memory)
+    likeness = cosine_similarity(keys, memory)
     assert not likeness.any()
     assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(likeness.sum(), (keys, memory)))
 
@@ -57,7 +57,7 @@ def test_an_empty_slot_is_like_nothing_and_has_a_gradient() -> None:
 
 def test_lrua_by_hand() -> None:
     """Three slots, one head: which slot is written, what is zeroed, and every weight, worked out on paper."""
-    memory = memory_of("lrua", 3, 2, 1, 0.5, 1)
+    memory = build_memory("lrua", 3, 2, 1, 0.5, 1)
     state = memory.begin(torch.zeros(1, dtype=DOUBLE))
     key, alpha = torch.tensor([0.6, 0.8], dtype=DOUBLE), torch.zeros(1, dtype=DOUBLE)  # σ(0) = ½
     emitted = torch.cat([key.atanh(), alpha])
@@ -92,8 +92,8 @@ def test_lrua_by_hand() -> None:
 def test_lrua_gives_each_head_a_slot_of_its_own() -> None:
     usage = torch.tensor([0.3, 0.0, 0.2, 0.0])
     expected = torch.tensor([[0.0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
-    assert torch.equal(memory_lrua.least_used(usage, 3), expected)
-    memory = memory_of("lrua", 4, 2, 2, 0.9, 1)
+    assert torch.equal(memory_lrua.find_least_used(usage, 3), expected)
+    memory = build_memory("lrua", 4, 2, 2, 0.9, 1)
     emitted = torch.tensor(
         [1.0, 0.0, 0.0, -1.0, -100.0, -100.0], dtype=DOUBLE
     )  # keys, alphas: all to the least used
@@ -113,29 +113,29 @@ def test_ntm_shift_moves_a_weight_round() -> None:
         ([1.0, 0.0, 0.0], [0.2, 0.3, 0.4, 0.1]),
         ([0.5, 0.0, 0.5], [0.3, 0.2, 0.3, 0.2]),
     ):
-        moved = memory_ntm.shifted(weights, torch.tensor([shift], dtype=DOUBLE))
+        moved = memory_ntm.shift(weights, torch.tensor([shift], dtype=DOUBLE))
         torch.testing.assert_close(moved, torch.tensor([expected], dtype=DOUBLE))
-    two = memory_ntm.shifted(weights, torch.tensor([[0.0, 0, 0, 0, 1]], dtype=DOUBLE))
+    two = memory_ntm.shift(weights, torch.tensor([[0.0, 0, 0, 0, 1]], dtype=DOUBLE))
     torch.testing.assert_close(two, torch.tensor([[0.3, 0.4, 0.1, 0.2]], dtype=DOUBLE))
 
 
 def test_ntm_sharpening_and_interpolation() -> None:
     weights = torch.tensor([[0.5, 0.3, 0.2, 0.0]], dtype=DOUBLE)
-    sharp = memory_ntm.sharpened(weights, torch.tensor([[3.0]], dtype=DOUBLE))
+    sharp = memory_ntm.sharpen(weights, torch.tensor([[3.0]], dtype=DOUBLE))
     torch.testing.assert_close(sharp, weights**3 / (weights**3).sum())
-    same = memory_ntm.sharpened(weights, torch.ones(1, 1, dtype=DOUBLE))
+    same = memory_ntm.sharpen(weights, torch.ones(1, 1, dtype=DOUBLE))
     torch.testing.assert_close(same, weights)
-    uniform = memory_ntm.sharpened(torch.full((1, 128), 1 / 128), torch.tensor([[60.0]]))
+    uniform = memory_ntm.sharpen(torch.full((1, 128), 1 / 128), torch.tensor([[60.0]]))
     torch.testing.assert_close(uniform, torch.full((1, 128), 1 / 128))  # (1/128)^60 is no float32
     before = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=DOUBLE)
-    mixed = memory_ntm.interpolated(weights, before, torch.tensor([[0.25]], dtype=DOUBLE))
+    mixed = memory_ntm.interpolate(weights, before, torch.tensor([[0.25]], dtype=DOUBLE))
     torch.testing.assert_close(mixed, torch.tensor([[0.125, 0.075, 0.05, 0.75]], dtype=DOUBLE))
 
 
 def test_ntm_access_is_the_papers() -> None:
     """Equations 2 to 9 in plain numpy, over three accesses."""
     slots, width, reads = 5, 3, 2
-    memory = memory_of("ntm", slots, width, reads, 0.95, 1)
+    memory = build_memory("ntm", slots, width, reads, 0.95, 1)
     state, ours = memory.begin(torch.zeros(1, dtype=DOUBLE)), []
     content_NW = np.full((slots, width), 1e-6)
     heads = [np.eye(slots)[0] for _ in range(reads + 1)]
@@ -152,7 +152,7 @@ def test_ntm_access_is_the_papers() -> None:
         return moved**power / (moved**power).sum()
 
     for t in range(3):
-        emitted = random(memory.emits, seed=t)
+        emitted = random(memory.emitted_size, seed=t)
         state, read = memory.access(state, emitted)
         ours.append(read)
         e = emitted.numpy()
@@ -184,14 +184,14 @@ def test_dnc_allocation_is_the_papers(slots: int, seed: int) -> None:
     usage = np.random.default_rng(seed).random(slots)
     usage[usage < 0.2] = 0.0  # slots never used: the product ends there
     usage[usage > 0.9] = 1.0
-    result = memory_dnc.allocation(torch.from_numpy(usage))
+    result = memory_dnc.allocation_weights(torch.from_numpy(usage))
     np.testing.assert_allclose(result.numpy(), allocated(usage), rtol=1e-12, atol=1e-15)
 
 
 def test_dnc_allocation_has_the_derivative_of_its_formula() -> None:
     usage = torch.tensor([0.4, 0.0, 0.9, 0.3], dtype=DOUBLE, requires_grad=True)
-    torch.autograd.gradcheck(memory_dnc.allocation, (usage[None].expand(2, -1) + 0.05,))
-    (gradient,) = torch.autograd.grad(memory_dnc.allocation(usage)[3], usage)
+    torch.autograd.gradcheck(memory_dnc.allocation_weights, (usage[None].expand(2, -1) + 0.05,))
+    (gradient,) = torch.autograd.grad(memory_dnc.allocation_weights(usage)[3], usage)
     torch.testing.assert_close(gradient, torch.tensor([0.0, 0.7, 0.0, 0.0], dtype=DOUBLE))  # (1 − u₃) u₁
 
 
@@ -199,11 +199,11 @@ def test_dnc_links_follow_the_order_of_writing() -> None:
     link, precedence = torch.zeros(4, 4), torch.zeros(4)
     for slot in (2, 0, 3):
         write = torch.eye(4)[slot]
-        link, precedence = memory_dnc.linked(link, precedence, write), write
+        link, precedence = memory_dnc.update_links(link, precedence, write), write
     expected = torch.zeros(4, 4)
     expected[0, 2] = expected[3, 0] = 1
     torch.testing.assert_close(link, expected)
-    link = memory_dnc.linked(
+    link = memory_dnc.update_links(
         link, precedence, torch.eye(4)[2]
     )  # written anew: what followed slot 2 is forgotten
     expected[0, 2], expected[2, 3] = 0, 1
@@ -213,14 +213,14 @@ def test_dnc_links_follow_the_order_of_writing() -> None:
 def test_dnc_usage() -> None:
     usage, write = torch.tensor([0.5, 0.0, 1.0]), torch.tensor([0.5, 0.2, 0.0])
     read = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
-    result = memory_dnc.used(usage, write, read, torch.tensor([0.75, 0.0]))
+    result = memory_dnc.update_usage(usage, write, read, torch.tensor([0.75, 0.0]))
     torch.testing.assert_close(result, torch.tensor([0.75, 0.2, 0.25]))
 
 
 def test_dnc_access_is_the_papers() -> None:
     """The Methods' equations in plain numpy, over four accesses."""
     slots, width, reads = 4, 3, 2
-    memory = memory_of("dnc", slots, width, reads, 0.95, 1)
+    memory = build_memory("dnc", slots, width, reads, 0.95, 1)
     state = memory.begin(torch.zeros(1, dtype=DOUBLE))
     m, usage, write, precedence = np.zeros((slots, width)), np.zeros(slots), np.zeros(slots), np.zeros(slots)
     link, heads = np.zeros((slots, slots)), np.zeros((reads, slots))
@@ -229,7 +229,7 @@ def test_dnc_access_is_the_papers() -> None:
         return softmax((1 + np.log1p(np.exp(beta))) * np.array([similar(key, row) for row in m]))
 
     for t in range(4):
-        emitted = random(memory.emits, seed=10 + t)
+        emitted = random(memory.emitted_size, seed=10 + t)
         state, read = memory.access(state, emitted)
         cuts = np.cumsum([reads * width, reads, width, 1, width, width, reads, 1, 1])
         keys, betas, key, beta, erase, add, free, allocate, gate, modes = np.split(emitted.numpy(), cuts)
@@ -262,9 +262,9 @@ def test_dnc_access_is_the_papers() -> None:
 
 @pytest.mark.parametrize("kind", ["lrua", "ntm", "dnc"])
 def test_a_batch_of_memories_is_one_after_the_other(kind: str) -> None:
-    memory = memory_of(kind, 6, 4, 2, 0.9, 1)
+    memory = build_memory(kind, 6, 4, 2, 0.9, 1)
     empty = memory.begin(torch.zeros(1, dtype=DOUBLE))
-    states, emitted = tree_map(lambda leaf: leaf.expand(3, *leaf.shape), empty), random(2, 3, memory.emits)
+    states, emitted = tree_map(lambda leaf: leaf.expand(3, *leaf.shape), empty), random(2, 3, memory.emitted_size)
     for e in emitted:
         states, together = memory.access(states, e)
     for n in range(3):

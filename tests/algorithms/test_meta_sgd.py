@@ -12,7 +12,7 @@ from oracles import VMAP, distance, gradient, loss, maml, noisy, setting, tasks
 import distmeta
 from distmeta.config.job import Job
 from distmeta.runtime.parameter_server import ParameterServer
-from distmeta.runtime.problem import build
+from distmeta.runtime.problem import build_problem
 from distmeta.seeding import torch_generator
 
 
@@ -56,7 +56,7 @@ def test_gradient_equals_highers(kind: str, dtype: torch.dtype, tolerance: float
 
 
 def test_rates_start_as_one_draw_of_the_papers_interval() -> None:
-    algorithm = build(Job.parse(tree("meta-sgd"))).algorithm
+    algorithm = build_problem(Job.parse(tree("meta-sgd"))).algorithm
 
     def first(seed: int) -> torch.Tensor:
         theta = algorithm.init(torch_generator(seed, "init"))

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from torch.func import grad
 from torch.nn import functional
 
-from distmeta.algorithms.imp import IMP, infer_clusters, threshold
+from distmeta.algorithms.imp import IMP, infer_clusters, distance_limit
 from distmeta.algorithms.matching import MatchingNet
 from distmeta.algorithms.protonet import ProtoNet
 from distmeta.algorithms.relation import RelationNet
-from distmeta.compute.unroll import unroll
+from distmeta.compute.gradient import unroll
 from distmeta.errors import InputError
-from distmeta.models.functional import Functional
-from distmeta.protocols import PADDING, Batch, Episode, Theta, query_loss
+from distmeta.models.functional import FunctionalModel
+from distmeta.compute.gradient import query_loss
+from distmeta.protocols import PADDING, Batch, Episode, Theta
 from distmeta.tasks.few_shot import ClassificationScore
 from distmeta.tasks.regression import Sinusoid
 
@@ -26,9 +27,9 @@ WAYS, WIDTH = 3, 4
 SCORE = ClassificationScore(WAYS)
 
 
-def embedding() -> Functional:
+def embedding() -> FunctionalModel:
     """A linear embedding of four features, without a head; float64."""
-    model = Functional(
+    model = FunctionalModel(
         lambda: nn.Linear(5, WIDTH, bias=False), torch.Generator().manual_seed(0), out_features=99
     )
     return model.to(dtype=torch.float64)
@@ -229,7 +230,7 @@ def test_relation_gradient_equals_finite_differences(loss: Any) -> None:
 
 @pytest.mark.parametrize("options", [{"clusters": 1}, {"concentration": 1e-200}])
 def test_one_cluster_a_class_is_protonet(options: dict[str, Any]) -> None:
-    """Exactly, where nothing may be opened; and where the threshold is out of reach."""
+    """Exactly, where nothing may be opened; and where the limit is out of reach."""
     imp = IMP(embedding(), SCORE, sigma=0.5, learn_sigma=False, **options)
     protonet = ProtoNet(embedding(), SCORE)
     for seed in range(5):
@@ -310,7 +311,7 @@ def test_threshold_by_hand() -> None:
     counts, sigma = torch.tensor([1.0, 3.0, 0.0]), torch.tensor([5.0], dtype=torch.float64)
     rho = (2 + 8) / 2  # the third class is absent
     expected = -2 * 5 * math.log(0.1) + 2 * 5 * math.log(1 + rho / 5)
-    assert float(threshold(means, counts, sigma, 0.1)) == pytest.approx(expected, rel=1e-12)
+    assert float(distance_limit(means, counts, sigma, 0.1)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_sigma_is_learned_from_the_logits() -> None:

@@ -11,14 +11,15 @@ from conftest import ALGORITHMS, tree
 from torch import Tensor
 
 import distmeta
-from distmeta.compute.gradient import Execution, shard_gradient
+from distmeta.compute.execution import Execution, shard_gradient
 from distmeta.compute.scoring import score_tasks
-from distmeta.compute.unroll import unroll
+from distmeta.compute.gradient import unroll
 from distmeta.config.job import Job
 from distmeta.errors import InputError
-from distmeta.protocols import PADDING, Batch, Episode, Theta, query_loss
+from distmeta.compute.gradient import query_loss
+from distmeta.protocols import PADDING, Batch, Episode, Theta
 from distmeta.runtime.parameter_server import ParameterServer
-from distmeta.runtime.problem import build, with_score
+from distmeta.runtime.problem import build_problem, with_score
 from distmeta.seeding import task_ids
 from distmeta.tasks.few_shot import ClassificationScore
 
@@ -50,7 +51,7 @@ def job(method: str, **tasks: Any) -> Job:
 @pytest.mark.parametrize("method", METHODS)
 def test_any_ways_in_evaluation(method: str) -> None:
     for ways in (2, 6):
-        problem = build(job(method, eval_ways=ways))
+        problem = build_problem(job(method, eval_ways=ways))
         theta, ids = problem.init(), task_ids(0, "test", 0, 3)
         assert not set(problem.model.head) & set(theta)
         drawn = problem.family.draw("test", ids)
@@ -76,7 +77,7 @@ def test_a_run_is_evaluated_at_other_ways(method: str, workplace: Path) -> None:
 
 
 def test_a_run_is_deployed_at_other_ways(workplace: Path) -> None:
-    drawn = build(job("protonet", ways=6)).family.draw("test", task_ids(0, "test", 0, 1))
+    drawn = build_problem(job("protonet", ways=6)).family.draw("test", task_ids(0, "test", 0, 1))
     adapted = distmeta.load(trained("protonet")).adapt(drawn.support.x[0], drawn.support.y[0] + 10)
     assert adapted(drawn.support.x[0]).shape == (12, 6)
     assert set(adapted.predict(drawn.query.x[0]).tolist()) <= set(range(10, 16))
@@ -84,7 +85,7 @@ def test_a_run_is_deployed_at_other_ways(workplace: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_class_without_support_is_never_chosen(method: str) -> None:
-    problem = build(job(method))
+    problem = build_problem(job(method))
     theta, drawn = problem.init(), problem.family.draw("train", task_ids(0, "train", 0, 1))
     support = Batch(drawn.support.x[0], torch.where(drawn.support.y[0] == 1, PADDING, drawn.support.y[0]))
     query = Batch(drawn.query.x[0], torch.where(drawn.query.y[0] == 1, PADDING, drawn.query.y[0]))
@@ -103,7 +104,7 @@ def test_a_class_without_support_is_never_chosen(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_padding_counts_nowhere(method: str) -> None:
     """The loss and the gradient of a filled-up task are those of the smaller task itself."""
-    problem = build(job(method, ways=4, shots=3, min_ways=2, min_shots=1, unbalanced=True))
+    problem = build_problem(job(method, ways=4, shots=3, min_ways=2, min_shots=1, unbalanced=True))
     theta = {name: value.double() for name, value in problem.init().items()}
     problem.model.to(dtype=torch.float64)
     algorithm, ids = problem.algorithm, task_ids(0, "train", 0, 6)
@@ -139,7 +140,7 @@ def doubled(episode: Episode) -> Episode:
 )
 def test_learns_digits(method: str) -> None:
     """Sixty small steps bring the loss on unseen drawings down, and the accuracy well above chance (1/3)."""
-    problem = build(job(method, shots=1, eval_queries=10))
+    problem = build_problem(job(method, shots=1, eval_queries=10))
     server, ids = ParameterServer(problem.init(), problem.job.outer), task_ids(1, "val", 0, 60)
     drawn = problem.family.draw("val", ids)
 
@@ -162,7 +163,7 @@ def test_learns_digits(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["protonet", "relation", "imp"])
 def test_classes_are_needed(method: str) -> None:
-    problem = build(Job.parse(tree(ALGORITHMS[method])))
+    problem = build_problem(Job.parse(tree(ALGORITHMS[method])))
     drawn = problem.family.draw("train", task_ids(0, "train", 0, 1))
     episode = Episode(*(Batch(batch.x[0], batch.y[0]) for batch in drawn))
     with pytest.raises(InputError, match=rf"algorithm\.type: got {method} for tasks without classes"):
@@ -180,4 +181,4 @@ def test_options_are_checked() -> None:
         with pytest.raises(InputError, match=message):
             Job.parse(tree(options))
     with pytest.raises(InputError, match=r"model\.head: got shared for a method without a linear head"):
-        build(Job.parse(tree("protonet", model={"head": "shared"}))).init()
+        build_problem(Job.parse(tree("protonet", model={"head": "shared"}))).init()

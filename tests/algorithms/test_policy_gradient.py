@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.func import grad
 
 from distmeta.algorithms.maml_rl import PolicyMAML
-from distmeta.compute.unroll import unroll
+from distmeta.compute.gradient import unroll
 from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.protocols import Episode, PerStep, Theta
-from distmeta.runtime.problem import build
-from distmeta.trajectories import Trajectories, divergence, log_prob, sample, surrogate
+from distmeta.runtime.problem import build_problem
+from distmeta.trajectories import Trajectories, kl_divergence, log_prob, sample_action, surrogate_loss
 
 PAYS = torch.tensor([0.1, 0.7, 0.4], dtype=torch.float64)
 RATE = 0.8
@@ -35,7 +35,7 @@ def expected_return(theta: Theta) -> Tensor:
 def problem(**options: Any) -> tuple[PolicyMAML, Theta, Any]:
     tasks = {"type": "bandit", "arms": 3, "horizon": 1, "history": False}
     algorithm = {"type": "maml-rl", "inner_lr": RATE, **options}
-    built = build(Job.parse(tree(algorithm, tasks=tasks, model={"type": "mlp", "hidden": []})))
+    built = build_problem(Job.parse(tree(algorithm, tasks=tasks, model={"type": "mlp", "hidden": []})))
     generator = torch.Generator().manual_seed(3)
     theta = {
         name: torch.randn(value.shape, generator=generator, dtype=torch.float64)
@@ -87,7 +87,7 @@ def assert_near(found: Theta, expected: Theta) -> None:
 def test_the_surrogates_gradient_is_the_gradient_of_the_expected_return(clip: float | None) -> None:
     algorithm, theta, _ = problem()
     batch = expectation(theta)
-    found = grad(lambda t: -surrogate(algorithm.model(t, batch.x), batch, clip))(theta)
+    found = grad(lambda t: -surrogate_loss(algorithm.model(t, batch.x), batch, clip))(theta)
     assert_near(found, differences(expected_return, theta))
     weighted = batch.real * batch.advantage
     scores = grad(lambda t: (log_prob(algorithm.model(t, batch.x), batch.action) * weighted).sum())(theta)
@@ -169,7 +169,7 @@ def test_first_order_stops_at_the_inner_gradient() -> None:
     episode = Episode(PerStep((support,)), query)
     found = grad(lambda t: algorithm.meta_loss(t, episode, unroll, family.score)[0])(theta)
     phi = algorithm.step(theta, dict(theta), support, 0)
-    assert_near(found, grad(lambda p: surrogate(algorithm.model(p, query.x), query))(phi))
+    assert_near(found, grad(lambda p: surrogate_loss(algorithm.model(p, query.x), query))(phi))
 
 
 def test_distributions_are_torchs() -> None:
@@ -185,10 +185,10 @@ def test_distributions_are_torchs() -> None:
     for (old, new), action in ((normals, m2), (classes, arms)):
         torch.testing.assert_close(log_prob(outputs, action), old.log_prob(action))
         torch.testing.assert_close(
-            divergence(outputs, other, action), torch.distributions.kl_divergence(old, new)
+            kl_divergence(outputs, other, action), torch.distributions.kl_divergence(old, new)
         )
     uniform = torch.rand(20_000, generator=generator, dtype=torch.float64)
-    drawn = sample(outputs[:1].expand(20_000, 6), uniform)
+    drawn = sample_action(outputs[:1].expand(20_000, 6), uniform)
     torch.testing.assert_close(
         drawn.bincount(minlength=6) / 20_000, outputs[0].softmax(-1).float(), atol=0.015, rtol=0
     )

@@ -7,13 +7,13 @@ import torch
 from conftest import tree
 from torch import nn
 
-from distmeta.algorithms.adaptation import minibatch
-from distmeta.algorithms.imaml import IMAML, conjugate_gradients
-from distmeta.compute.gradient import Execution, shard_gradient
-from distmeta.compute.unroll import unroll
+from distmeta.algorithms.adaptation import select_minibatch
+from distmeta.algorithms.imaml import IMAML, solve_conjugate_gradients
+from distmeta.compute.execution import Execution, shard_gradient
+from distmeta.compute.gradient import unroll
 from distmeta.config.job import Job
 from distmeta.protocols import Batch, Episode
-from distmeta.runtime.problem import build
+from distmeta.runtime.problem import build_problem
 from distmeta.seeding import task_ids
 
 LOOP = Execution("loop", 1)
@@ -22,7 +22,7 @@ LOOP = Execution("loop", 1)
 @pytest.mark.parametrize("steps", [1, 4])
 def test_reptile_is_the_way_gone(steps: int) -> None:
     """θ − φ_K; after one step α∇L_support(θ)."""
-    problem = build(
+    problem = build_problem(
         Job.parse(tree({"type": "reptile", "inner_lr": 0.03, "inner_steps": steps, "inner_optimizer": "sgd"}))
     )
     theta, ids = problem.init(), task_ids(0, "train", 0, 1)
@@ -42,9 +42,9 @@ def test_reptile_is_the_way_gone(steps: int) -> None:
 
 def test_minibatches_go_round_the_support_set() -> None:
     batch = Batch(torch.arange(5.0)[:, None], torch.arange(5))
-    assert [minibatch(batch, k, 2).y.tolist() for k in range(3)] == [[0, 1], [2, 3], [4, 0]]
-    assert minibatch(batch, 7, None) is batch
-    assert minibatch(batch, 0, 6) is batch
+    assert [select_minibatch(batch, k, 2).y.tolist() for k in range(3)] == [[0, 1], [2, 3], [4, 0]]
+    assert select_minibatch(batch, 7, None) is batch
+    assert select_minibatch(batch, 0, 6) is batch
 
 
 class Quadratic:
@@ -109,5 +109,5 @@ def test_imaml_equals_reverse_mode_through_a_long_inner_loop() -> None:
 
 def test_conjugate_gradients_stay_at_a_zero_residual() -> None:
     b = {"w": torch.tensor([1.0, 2.0])}
-    solved = conjugate_gradients(lambda v: {"w": 2 * v["w"]}, b, steps=5)
+    solved = solve_conjugate_gradients(lambda v: {"w": 2 * v["w"]}, b, steps=5)
     torch.testing.assert_close(solved["w"], torch.tensor([0.5, 1.0]))

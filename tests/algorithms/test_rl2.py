@@ -11,11 +11,11 @@ from distmeta.algorithms.rl2 import RL2
 from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.protocols import Theta
-from distmeta.runtime.problem import build
+from distmeta.runtime.problem import build_problem
 
 
 def parts() -> tuple[RL2, Theta, torch.Tensor]:
-    problem = build(Job.parse(tree("rl2", model={"type": "mlp", "hidden": []})))
+    problem = build_problem(Job.parse(tree("rl2", model={"type": "mlp", "hidden": []})))
     generator = torch.Generator().manual_seed(1)
     theta = {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in problem.init().items()}
     assert isinstance(problem.algorithm, RL2)

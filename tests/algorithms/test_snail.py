@@ -12,11 +12,11 @@ from conftest import CLASSES, tree
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from distmeta.algorithms.snail import SNAIL, dense
+from distmeta.algorithms.snail import SNAIL, convolve
 from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.protocols import Algorithm, Batch, Episode, Theta
-from distmeta.runtime.problem import Problem, build, with_score
+from distmeta.runtime.problem import Problem, build_problem, with_score
 from distmeta.seeding import task_ids
 from distmeta.tasks.few_shot import ClassificationScore
 
@@ -28,7 +28,7 @@ REGRESSION = {
 
 
 def setting(changes: dict[str, Any] = CLASSES, **options: Any) -> tuple[Problem, SNAIL, Theta, Episode]:
-    problem = build(Job.parse(tree({"type": "snail"} | SMALL | options, **changes)))
+    problem = build_problem(Job.parse(tree({"type": "snail"} | SMALL | options, **changes)))
     theta = {name: value.double() for name, value in problem.init().items()}
     problem.model.to(dtype=torch.float64)
     episode = tree_map(lambda leaf: leaf[0], problem.family.draw("train", task_ids(0, "train", 0, 1)))
@@ -108,7 +108,7 @@ def test_a_block_of_convolutions_sees_two_to_the_layers_rows() -> None:
     def last(s: Tensor) -> Tensor:
         q = s.new_ones(1, channels)
         for layer in range(3):
-            s, q = dense(theta, f"snail.tc.1.{layer}", 2**layer, s, q, real)
+            s, q = convolve(theta, f"snail.tc.1.{layer}", 2**layer, s, q, real)
         return q[:, channels:].sum()
 
     reached = torch.func.grad(last)(s_SC).abs().sum(1) > 0
@@ -124,7 +124,7 @@ def test_the_papers_omniglot_network() -> None:
     """5-way 1-shot: 64 + 5 channels, + 32, + 3·128, + 128, + 3·128, + 256."""
     job = tree({"type": "snail", "length": 6}, **CLASSES)
     job["tasks"] = job["tasks"] | {"ways": 5, "shots": 1}
-    theta = build(Job.parse(job)).init()
+    theta = build_problem(Job.parse(job)).init()
     assert theta["snail.embedding.weight"].shape == (12, 64)
     assert theta["snail.tc.1.0.weight"].shape == (2 * (69 + 32), 2 * 128)
     assert theta["snail.attention.1.key.weight"].shape == (69 + 32 + 3 * 128, 256)
@@ -185,7 +185,7 @@ def test_fewer_ways_in_evaluation_but_not_more() -> None:
 def test_a_model_without_a_last_layer_is_an_error() -> None:
     job = Job.parse(tree({"type": "snail"}, **(CLASSES | {"model": {"type": "torch.nn:Flatten"}})))
     with pytest.raises(InputError, match=r"model\.type: got Flatten, which has no last linear layer"):
-        build(job)
+        build_problem(job)
 
 
 def test_a_wrong_attention_is_an_error() -> None:

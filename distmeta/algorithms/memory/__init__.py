@@ -1,1 +1,1 @@
-"""Memory-augmented networks."""
+"""Memory-augmented networks: `mann` is the algorithm, `lrua`, `ntm` and `dnc` are its memories."""

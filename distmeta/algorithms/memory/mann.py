@@ -1,7 +1,7 @@
 """Memory-augmented networks: Santoro et al. 2016, arXiv 1605.06065; with the memories of the NTM and the DNC.
 
-Shapes: S support rows, Q query rows, N rows of a sequence, F features, D outputs, H units of the controller, R heads
-that read W numbers each; any leading axes (`...`) in a single step.
+Shapes: S support rows, Q query rows, N rows of a sequence, F features, D outputs, H units of the controller, R read
+heads of W numbers each; any leading axes (`...`) in a single step.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from distmeta.algorithms.class_features import check_ways, features_of_both, head_shape
+from distmeta.algorithms.class_features import check_ways, embed_together, find_head_shape
 from distmeta.algorithms.memory.addressing import Memory
-from distmeta.algorithms.memory.dnc import dnc
-from distmeta.algorithms.memory.lrua import lrua
-from distmeta.algorithms.memory.ntm import ntm
+from distmeta.algorithms.memory.dnc import build_dnc
+from distmeta.algorithms.memory.lrua import build_lrua
+from distmeta.algorithms.memory.ntm import build_ntm
+from distmeta.compute.gradient import query_loss
 from distmeta.errors import InputError
 from distmeta.protocols import (
     PADDING,
@@ -29,7 +30,6 @@ from distmeta.protocols import (
     Theta,
     Unroll,
     one_hot,
-    query_loss,
     ways_of,
 )
 
@@ -37,59 +37,64 @@ Size = Annotated[int, Field(ge=1)]
 INSTANCES = {1: "1st", 2: "2nd", 5: "5th", 10: "10th"}
 
 
-class Reading(NamedTuple):
+class ControllerState(NamedTuple):
     """What is carried from one row to the next."""
 
     hidden: Tensor
-    """[..., H], as the cell."""
+    """Output of the LSTM, [..., H]."""
     cell: Tensor
+    """Its cell state, [..., H]."""
     read: Tensor
-    """[..., R·W], what the heads read last."""
+    """What the heads read last, [..., R·W]."""
     memory: Any
-    last: Tensor
-    """[..., D], the last row's label, one-hot, or its target; zeros before the first row."""
+    """State of the memory."""
+    label: Tensor
+    """The last row's label, one-hot, or its target, [..., D]; zeros before the first row."""
 
 
-class Read(NamedTuple):
-    """A task after its support set was read; the support is kept for batch norms (`features_of_both`)."""
+class MANNState(NamedTuple):
+    """A task after its support set was read."""
 
-    reading: Reading
+    controller: ControllerState
     support: Batch
+    """Kept for batch norms, which see support and queries together."""
 
 
 class MANN:
-    """A recurrent controller with an external memory reads a task row after row, and learns it on the way.
+    """Read a task row by row with a recurrent controller and an external memory, and learn it along the way.
 
         h_t, c_t = LSTM([e(x_t), y_{t−1}, r_{t−1}], h_{t−1}, c_{t−1})
-        M_t, r_t = access(M_{t−1}, W_m h_t + b_m)                            (memory_lrua, memory_ntm, memory_dnc)
+        M_t, r_t = access(M_{t−1}, W_m h_t + b_m)                                             (lrua.py, ntm.py, dnc.py)
         outputs  = W_o [h_t, r_t] + b_o                                                               (§2, §3)
 
-    A row's label comes one row late, so that it must be bound to its example in the memory. y is one-hot, with as many
-    classes as the model's head has outputs: evaluation may have fewer, not more. Targets of a regression enter as they
-    are. Rows of padding change nothing. e is the model's features; the paper feeds raw pixels, as the model
-    `{type: mlp, hidden: []}` does. A batch norm in it sees the support by itself, the queries together with it.
+    A row's label comes one row late, so the memory must bind it to its example. y is one-hot, with as many classes as
+    the model's head has outputs; evaluation may have fewer classes, not more. Targets of a regression are used as they
+    are. Rows of padding change nothing. e are the model's features; the paper uses raw pixels, as does the model
+    `{type: mlp, hidden: []}`. A batch norm in the model sees the support set alone when it is read, and together with
+    the queries afterwards.
 
-    Training reads support and query rows as one sequence, with the loss of every position, as the paper does.
-    Prediction reads each query row alone, from the state after the support, so that it depends on no other query;
-    training's `loss` and `accuracy` are those of such predictions. `accuracy_1st`, `_2nd`, `_5th` and `_10th` are the
-    training sequence's, at the first, second, … row of a class (the paper's table 1). Rows should come in random order:
+    Training reads support and query rows as one sequence, with the loss of every position, as in the paper. Prediction
+    reads each query row from the state after the support set, so it does not depend on other queries. Training's `loss`
+    and `accuracy` are those of such predictions. `accuracy_1st`, `_2nd`, `_5th` and `_10th` are the training
+    sequence's, at the first, second, … row of a class (the paper's table 1). Rows should come in random order:
     `tasks.order: random`.
 
-    Weights start normal with variance 1 / inputs, biases at 0, those of the forget gates at 1.
+    Weights start normal with variance 1 / inputs, biases at 0, the biases of the forget gates at 1.
 
     Args:
         memory: `lrua` (the paper's), `ntm` (Graves et al. 2014) or `dnc` (Graves et al. 2016).
-        controller: H.
-        slots, width: rows and columns of the memory.
-        reads: R.
-        decay: γ, of usage in lrua; the default is that of a reproduction (tristandeleu/ntm-one-shot).
-        shift: furthest move of an ntm head in one access.
-        sequence: query rows that a training sequence goes on with after the support; null: all.
-        sequential: the query rows are one sequence too, read one after the other without their labels; training has
-            the query loss alone. For tasks that are sequences (`copy`).
+        controller: H ≥ 1.
+        slots: rows of the memory, ≥ 1.
+        width: columns of the memory, ≥ 1.
+        reads: R, at most `slots`.
+        decay: γ in [0, 1] of lrua's usage. The default is that of a reproduction (tristandeleu/ntm-one-shot).
+        shift: furthest move of an ntm head in one access, in slots, ≥ 1.
+        sequence: query rows in a training sequence after the support rows, ≥ 1; null: all.
+        sequential: read the query rows as one sequence too, without their labels, and train with the query loss only.
+            For tasks that are sequences (`copy`).
 
     Raises:
-        InputError: the model has no last linear layer; more read heads than slots.
+        InputError: the model has no last linear layer, or there are more read heads than slots.
     """
 
     group_size = 1
@@ -113,48 +118,53 @@ class MANN:
             raise InputError(f"algorithm.reads: got {reads}, expected at most algorithm.slots = {slots}")
         if sequential and sequence is not None:
             raise InputError(
-                f"algorithm.sequence: got {sequence} with algorithm.sequential: true, which reads all query rows: "
-                "leave one out"
+                f"algorithm.sequence: got {sequence} with algorithm.sequential: true, which reads all query rows, "
+                "expected only one of them"
             )
-        self.model, self.score = model, score
-        self.outputs, self.inputs = head_shape(model, "mann")
-        self.controller, self.read = controller, reads * width
-        self.options = (memory, slots, width, reads, decay, shift)
-        self.sequence, self.sequential = sequence, sequential
+        self.model = model
+        self.score = score
+        self.outputs, self.inputs = find_head_shape(model, "mann")
+        self.controller = controller
+        self.read = reads * width
+        self.memory_options = (memory, slots, width, reads, decay, shift)
+        self.sequence = sequence
+        self.sequential = sequential
 
     def init(self, generator: torch.Generator) -> Theta:
-        known, units = self.controller + self.read, self.controller
-        emits = memory_of(*self.options).emits
-
         def normal(fan_in: int, rows: int, columns: int) -> Tensor:
             return torch.randn(rows, columns, generator=generator) / fan_in**0.5
 
-        forget = torch.cat([torch.zeros(units), torch.ones(units), torch.zeros(2 * units)])
+        units = self.controller
+        known = units + self.read
         fan_in = self.inputs + known + self.outputs
+        emitted_size = build_memory(*self.memory_options).emitted_size
+        bias_of_forget_gates = torch.cat([torch.zeros(units), torch.ones(units), torch.zeros(2 * units)])
         return self.model.init_body() | {
             "controller.input": normal(fan_in, self.inputs, 4 * units),
             "controller.recurrent": normal(fan_in, known + self.outputs, 4 * units),
-            "controller.bias": forget,
-            "heads.weight": normal(units, units, emits),
-            "heads.bias": torch.zeros(emits),
+            "controller.bias": bias_of_forget_gates,
+            "heads.weight": normal(units, units, emitted_size),
+            "heads.bias": torch.zeros(emitted_size),
             "readout.weight": normal(known, known, self.outputs),
             "readout.bias": torch.zeros(self.outputs),
         }
 
-    def begin(self, theta: Theta, support: Batch) -> Read:
+    def begin(self, theta: Theta, support: Batch) -> MANNState:
         check_ways(self.score, self.outputs, "mann")
         features_SF = self.model.features(theta, support.x)
-        return Read(self._sequence(theta, self._start(theta), features_SF, support.y)[0], support)
+        controller, _ = self._read_sequence(theta, self._start(theta), features_SF, support.y)
+        return MANNState(controller, support)
 
-    def step(self, theta: Theta, state: Read, support: Batch, k: int) -> Read:
+    def step(self, theta: Theta, state: MANNState, support: Batch, k: int) -> MANNState:
         raise AssertionError("there is no inner step")
 
-    def predict(self, theta: Theta, state: Read, x: Tensor) -> Tensor:
-        _, features_QF = features_of_both(self.model, theta, state.support, x)
+    def predict(self, theta: Theta, state: MANNState, x: Tensor) -> Tensor:
+        _, features_QF = embed_together(self.model, theta, state.support, x)
         if self.sequential:
             unknown_QD = features_QF.new_zeros(len(x), self.outputs)
-            return self._sequence(theta, state.reading, features_QF, unknown_QD)[1]
-        return self._each(theta, state.reading, features_QF)
+            _, outputs = self._read_sequence(theta, state.controller, features_QF, unknown_QD)
+            return outputs
+        return self._read_each(theta, state.controller, features_QF)
 
     def meta_loss(
         self, theta: Theta, episode: Episode, unroll: Unroll, score: Score
@@ -162,82 +172,92 @@ class MANN:
         if self.sequential:
             return query_loss(self, theta, episode, unroll, score)
         support, query = episode
-        go_on = Batch(*(leaf[: self.sequence] for leaf in query))
-        features_SF = self.model.features(theta, support.x)  # as `begin` reads them
-        _, features_QF = features_of_both(self.model, theta, support, query.x)
-        reading, first_SD = self._sequence(theta, self._start(theta), features_SF, support.y)
-        _, others_ND = self._sequence(theta, reading, features_QF[: self.sequence], go_on.y)
-        rows = Batch(*(torch.cat(pair) for pair in zip(support, go_on, strict=True)))
-        outputs_ND = torch.cat([first_SD, others_ND])
+        continuation = Batch(*(leaf[: self.sequence] for leaf in query))
+        features_SF = self.model.features(theta, support.x)  # as in `begin`
+        _, features_QF = embed_together(self.model, theta, support, query.x)
+        controller, support_SD = self._read_sequence(theta, self._start(theta), features_SF, support.y)
+        _, query_ND = self._read_sequence(theta, controller, features_QF[: self.sequence], continuation.y)
+        rows = Batch(*(torch.cat(pair) for pair in zip(support, continuation, strict=True)))
+        outputs_ND = torch.cat([support_SD, query_ND])
         loss, _ = score(outputs_ND, rows)
-        fixed = tree_map(lambda leaf: leaf.detach(), (theta, reading, features_QF))
-        query_value, metrics = score(self._each(*fixed), query)
-        return loss, {"loss": query_value, **metrics, **by_instance(outputs_ND, rows.y, ways_of(score))}
+        constants = tree_map(lambda leaf: leaf.detach(), (theta, controller, features_QF))
+        loss_of_predictions, metrics = score(self._read_each(*constants), query)
+        by_instance = accuracy_by_instance(outputs_ND, rows.y, ways_of(score))
+        return loss, {"loss": loss_of_predictions, **metrics, **by_instance}
 
-    def _start(self, theta: Theta) -> Reading:
+    def _start(self, theta: Theta) -> ControllerState:
         like = theta["readout.bias"]
-        units_H = like.new_zeros(self.controller)
-        nothing = memory_of(*self.options).begin(like)
-        return Reading(units_H, units_H, like.new_zeros(self.read), nothing, like.new_zeros(self.outputs))
+        zeros_H = like.new_zeros(self.controller)
+        return ControllerState(
+            hidden=zeros_H,
+            cell=zeros_H,
+            read=like.new_zeros(self.read),
+            memory=build_memory(*self.memory_options).begin(like),
+            label=like.new_zeros(self.outputs),
+        )
 
-    def _sequence(
-        self, theta: Theta, reading: Reading, features_NF: Tensor, y: Tensor
-    ) -> tuple[Reading, Tensor]:
-        """Reads rows with their labels, one after the other: the state after the last, and the outputs [N, D]."""
-        classes = not y.is_floating_point()
-        labels_ND = one_hot(y, self.outputs, features_NF.dtype) if classes else y
+    def _read_sequence(
+        self, theta: Theta, controller: ControllerState, features_NF: Tensor, y: Tensor
+    ) -> tuple[ControllerState, Tensor]:
+        """Read rows with their labels, one after the other. Return the state after the last, and the outputs [N, D]."""
+        has_classes = not y.is_floating_point()
+        labels_ND = one_hot(y, self.outputs, features_NF.dtype) if has_classes else y
         known = []
-        for n, driven in enumerate(self._driven(theta, features_NF)):
-            after = self._step(theta, reading, driven)._replace(last=labels_ND[n])
+        for n, inputs in enumerate(self._project_inputs(theta, features_NF)):
+            after = self._read_row(theta, controller, inputs)._replace(label=labels_ND[n])
             known.append(torch.cat([after.hidden, after.read], -1))
-            reading = chosen(y[n] != PADDING, after, reading) if classes else after
-        return reading, torch.stack(known) @ theta["readout.weight"] + theta["readout.bias"]
+            controller = skip_padding(y[n] != PADDING, after, controller) if has_classes else after
+        return controller, torch.stack(known) @ theta["readout.weight"] + theta["readout.bias"]
 
-    def _each(self, theta: Theta, reading: Reading, features_QF: Tensor) -> Tensor:
-        """Outputs [Q, D] of rows that are each read from the same state."""
-        copies = tree_map(lambda leaf: leaf.expand(len(features_QF), *leaf.shape), reading)
-        after = self._step(theta, copies, self._driven(theta, features_QF))
+    def _read_each(self, theta: Theta, controller: ControllerState, features_QF: Tensor) -> Tensor:
+        """Return the outputs [Q, D] of rows that are each read from the same state."""
+        copies = tree_map(lambda leaf: leaf.expand(len(features_QF), *leaf.shape), controller)
+        after = self._read_row(theta, copies, self._project_inputs(theta, features_QF))
         known_QK = torch.cat([after.hidden, after.read], -1)
         return known_QK @ theta["readout.weight"] + theta["readout.bias"]
 
-    def _driven(self, theta: Theta, features_NF: Tensor) -> Tensor:
-        """What the rows themselves add to the controller's gates, [N, 4H]."""
+    def _project_inputs(self, theta: Theta, features_NF: Tensor) -> Tensor:
+        """Return what the rows themselves contribute to the gates of the LSTM, [N, 4H]."""
         return features_NF @ theta["controller.input"] + theta["controller.bias"]
 
-    def _step(self, theta: Theta, reading: Reading, driven: Tensor) -> Reading:
-        """One row: the controller, then the memory."""
-        known = torch.cat([reading.hidden, reading.read, reading.last], -1)
-        gates = driven + known @ theta["controller.recurrent"]
-        enter_H, keep_H, show_H, new_H = gates.split(self.controller, -1)
-        cell_H = keep_H.sigmoid() * reading.cell + enter_H.sigmoid() * new_H.tanh()
-        hidden_H = show_H.sigmoid() * cell_H.tanh()
+    def _read_row(self, theta: Theta, controller: ControllerState, inputs: Tensor) -> ControllerState:
+        """Return the state after one row: the LSTM first, then the memory. `label` stays as it was."""
+        recurrent = torch.cat([controller.hidden, controller.read, controller.label], -1)
+        gates = inputs + recurrent @ theta["controller.recurrent"]
+        input_H, forget_H, output_H, candidate_H = gates.split(self.controller, -1)
+        cell_H = forget_H.sigmoid() * controller.cell + input_H.sigmoid() * candidate_H.tanh()
+        hidden_H = output_H.sigmoid() * cell_H.tanh()
         emitted = hidden_H @ theta["heads.weight"] + theta["heads.bias"]
-        content, read = memory_of(*self.options).access(reading.memory, emitted)
-        return Reading(hidden_H, cell_H, read, content, reading.last)
+        memory, read = build_memory(*self.memory_options).access(controller.memory, emitted)
+        return ControllerState(hidden_H, cell_H, read, memory, controller.label)
 
 
-def memory_of(kind: str, slots: int, width: int, reads: int, decay: float, shift: int) -> Memory:
-    """The memory of a name."""
+def build_memory(kind: str, slots: int, width: int, reads: int, decay: float, shift: int) -> Memory:
     if kind == "lrua":
-        return lrua(slots, width, reads, decay)
-    return ntm(slots, width, reads, shift) if kind == "ntm" else dnc(slots, width, reads)
+        return build_lrua(slots, width, reads, decay)
+    if kind == "ntm":
+        return build_ntm(slots, width, reads, shift)
+    return build_dnc(slots, width, reads)
 
 
-def chosen(real: Tensor, after: Reading, before: Reading) -> Reading:
-    """The state after a row, or where the row is padding, before it."""
-    return tree_map(lambda new, old: torch.where(real, new, old), after, before)
+def skip_padding(is_real: Tensor, after: ControllerState, before: ControllerState) -> ControllerState:
+    """Return the state after a row, or the one before it if the row is padding."""
+    return tree_map(lambda new, old: torch.where(is_real, new, old), after, before)
 
 
-def by_instance(outputs_ND: Tensor, y_N: Tensor, ways: int | None) -> Metrics:
-    """Accuracy at the first, second, fifth and tenth row of a class, as far as a class of equal share has so many.
+def accuracy_by_instance(outputs_ND: Tensor, y_N: Tensor, ways: int | None) -> Metrics:
+    """Return the accuracy at the first, second, fifth and tenth row of a class, if an average class has so many rows.
 
-    NaN where a task filled up with padding has no such row.
+    It is NaN if a padded task has no such row.
     """
     if ways is None:
         return {}
     classes_NW = one_hot(y_N, ways, torch.int64)
     instance_N = (classes_NW.cumsum(0) * classes_NW).sum(-1)
     correct_N = (outputs_ND[:, :ways].argmax(-1) == y_N).float()
-    fitting = {k: name for k, name in INSTANCES.items() if k <= len(y_N) // ways}
-    shown = {name: (instance_N == k).float() for k, name in fitting.items()}
-    return {f"accuracy_{name}": (correct_N * rows_N).sum() / rows_N.sum() for name, rows_N in shown.items()}
+    metrics = {}
+    for instance, name in INSTANCES.items():
+        if instance <= len(y_N) // ways:
+            rows_N = (instance_N == instance).float()
+            metrics[f"accuracy_{name}"] = (correct_N * rows_N).sum() / rows_N.sum()
+    return metrics
