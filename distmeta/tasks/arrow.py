@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from distmeta.errors import InputError, did_you_mean
 from distmeta.protocols import SPLITS
-from distmeta.tasks.domains import facing
+from distmeta.tasks.domains import pair_drawings
 from distmeta.tasks.few_shot import Count, FewShot, Order, Ways
-from distmeta.tasks.jitter import Jitter, JitterOptions
+from distmeta.tasks.jitter import JitterLimits, JitterOptions
 from distmeta.tasks.sampling import ClassEntry
-from distmeta.tasks.store import Store
+from distmeta.tasks.store import TaskStore
 
-Side = tuple[str, str]
-"""The option that names the domain of a part of an episode, and the domain."""
-Part = float | int | list[str]
-"""A fraction of something, a number of them, or their names."""
+Selection = float | int | list[str]
+"""A fraction of the classes or groups, a number of them, or their names."""
+
+
+class DomainChoice(NamedTuple):
+    """The domain of one part of an episode."""
+
+    field: str
+    """The option that chose it, for errors."""
+    domain: str
+
+
+DomainChoices = tuple[DomainChoice, DomainChoice]
+"""For the support and the query set."""
 
 
 def arrow(
@@ -44,163 +54,200 @@ def arrow(
     eval_support_domain: str | None = None,
     eval_query_domain: str | None = None,
 ) -> FewShot:
-    """Classes of a store in three disjoint splits, x float32 [C, H, W] in 0..1.
+    """Build tasks from the classes of a store, in three disjoint splits; x float32 [C, H, W] from 0 to 1.
 
-    test: a fraction or number of the classes (with `split_by: group`: of the groups), or their names.
-    val: a fraction or number of the classes that remain (in both modes), or names (with `split_by: group`:
-    of groups). A class is named "GROUP/CLASS" where the store has groups, otherwise "CLASS". Numbers take
-    evenly spaced ones in the store's order, so the splits do not depend on the seed. null holds nothing out: to
-    train on all there is, with `run.eval_every: 0` or evaluation's own `--episodes`.
-
-    rotations: quarter turns of the training classes are classes of their own (Santoro et al. 2016,
-    "Meta-Learning with Memory-Augmented Neural Networks"). Deviation: they turn test classes as well; here,
-    as in MAML's code, val and test stay upright.
-
-    jitter: `{rotate: degrees, scale: part, shear: part, shift: pixels}`, the largest affine warp of each training
-    image (`tasks.jitter`); what is left out is 0. val and test stay as they are.
-
-    support_domain, query_domain: in a store with domains, the domains that the support and the query of a training task
-    are drawn from; eval_*: those of val and test (default: the training ones). Two domains of a class are cut to
-    the smaller number of rows, and no drawing is in both parts of an episode (`facing`). Without them a class is all
-    its rows, whatever their domain; then a drawing that has been put in two domains may be in both parts.
+    Args:
+        path: a path or URI of a task store.
+        test: a fraction or number of the classes (with `split_by: group`: of the groups), or their names. Fractions
+            and numbers take evenly spaced ones in the store's order, so the splits do not depend on the seed. null
+            holds nothing out: to train on everything, with `run.eval_every: 0` or with evaluation's `--episodes`.
+        val: a fraction or number of the remaining classes (with either `split_by`), or names (with `split_by: group`:
+            of groups). A class is named "GROUP/CLASS" if the store has groups, otherwise "CLASS".
+        rotations: quarter turns of the training classes are classes too (Santoro et al. 2016, "Meta-Learning with
+            Memory-Augmented Neural Networks"). Deviation: they turn test classes as well; here, as in MAML's code, val
+            and test stay upright.
+        jitter: the largest affine warp of each training image, `{rotate: degrees, scale: part, shear: part,
+            shift: pixels}` (`tasks.jitter`). Missing entries are 0. val and test images are not warped.
+        support_domain, query_domain: the domains of the two parts of a training task, if the store has domains. A class
+            is cut to the domain with fewer rows, and no drawing is in both parts (`domains.pair_drawings`). Without
+            them a class has all its rows, of any domain, and a drawing that is in two domains may be in both parts.
+        eval_support_domain, eval_query_domain: the same for val and test (default: the training ones).
+        ways, shots, …: see `tasks.few_shot.FewShot`.
     """
-    store = Store.open(path)
+    store = TaskStore.open(path)
     names = [
         f"{group}/{name}" if group else name for group, name in zip(store.groups, store.classes, strict=True)
     ]
-    assigned = _assign(names, store.groups, split_by, test, val)
-    starts = np.cumsum(store.counts) - store.counts
-    number = {group: i for i, group in enumerate(dict.fromkeys(store.groups))}
-    asked = {
-        "support_domain": support_domain, "query_domain": query_domain,
-        "eval_support_domain": eval_support_domain, "eval_query_domain": eval_query_domain,
-    }  # fmt: skip
-    sides = {split: _sides(store, asked, split) for split in SPLITS}
-    splits: dict[str, list[ClassEntry]] = {"train": [], "val": [], "test": []}
-    for k, split in enumerate(assigned):
-        rows = np.arange(starts[k], starts[k] + store.counts[k])
-        support, query = _parts(store, rows, names[k], sides[split])
+    split_of_class = _assign_splits(names, store.groups, split_by, test, val)
+    first_row = np.cumsum(store.counts) - store.counts
+    group_number = {group: i for i, group in enumerate(dict.fromkeys(store.groups))}
+    options = {
+        "support_domain": support_domain,
+        "query_domain": query_domain,
+        "eval_support_domain": eval_support_domain,
+        "eval_query_domain": eval_query_domain,
+    }
+    choices = {split: _choose_domains(store, options, split) for split in SPLITS}
+    splits: dict[str, list[ClassEntry]] = {"train": []}
+    if val is not None:
+        splits["val"] = []
+    if test is not None:
+        splits["test"] = []
+    for k, split in enumerate(split_of_class):
+        rows = np.arange(first_row[k], first_row[k] + store.counts[k])
+        support, query = _select_rows(store, rows, names[k], choices[split])
         for turns in range(4 if rotations and split == "train" else 1):
             name = f"{names[k]}@{90 * turns}" if turns else names[k]
-            splits[split].append(ClassEntry(support, turns, number[store.groups[k]], name, query))
-    held_out = {"train": True, "val": val is not None, "test": test is not None}
-    splits = {split: entries for split, entries in splits.items() if held_out[split]}
+            splits[split].append(ClassEntry(support, turns, group_number[store.groups[k]], name, query))
     return FewShot(
-        store.images, splits, ways=ways, shots=shots, queries=queries, eval_ways=eval_ways,
-        eval_shots=eval_shots, eval_queries=eval_queries, min_ways=min_ways, min_shots=min_shots,
-        unbalanced=unbalanced, order=order, within_group=within_group,
-        jitter=None if jitter is None else Jitter(**jitter),
-        scale=store.preparation.scale, preparation=store.preparation, check=store.check_unchanged,
+        store.images,
+        splits,
+        ways=ways,
+        shots=shots,
+        queries=queries,
+        eval_ways=eval_ways,
+        eval_shots=eval_shots,
+        eval_queries=eval_queries,
+        min_ways=min_ways,
+        min_shots=min_shots,
+        unbalanced=unbalanced,
+        order=order,
+        within_group=within_group,
+        jitter=None if jitter is None else JitterLimits(**jitter),
+        scale=store.preparation.scale,
+        preparation=store.preparation,
+        check=store.check_unchanged,
         fingerprint=store.digest,
-    )  # fmt: skip
+    )
 
 
-def _sides(store: Store, asked: Mapping[str, str | None], split: str) -> tuple[Side, Side] | None:
-    """What the support and the query of a split's tasks are drawn from; None: all rows."""
-    given = []
-    for option in ("support_domain", "query_domain"):
-        own = f"eval_{option}"
-        field = own if split != "train" and (asked[own] is not None or asked[option] is None) else option
-        given.append((f"tasks.{field}", asked[field]))
-    for field, domain in given:
-        if domain is None:
-            continue
-        if store.domains is None:
-            raise InputError(
-                f"{field}: got {domain!r}, but this store has no domains: build one with them "
-                "(`distmeta data images --domains`)"
-            )
-        if domain not in store.domains.names:
-            known = store.domains.names
-            raise InputError(
-                f"{field}: got {domain!r}, expected a domain of the store: {_near(domain, known)}"
-            )
-    named = [(field, domain) for field, domain in given if domain is not None]
-    if len(named) == 1:
-        missing = next(field for field, domain in given if domain is None)
-        other, domain = named[0]
+def _choose_domains(store: TaskStore, options: Mapping[str, str | None], split: str) -> DomainChoices | None:
+    """Return the domains of a split's support and query sets; None if classes have all their rows."""
+    fields = [_choose_option(options, name, split) for name in ("support_domain", "query_domain")]
+    choices = []
+    for field in fields:
+        domain = options[field]
+        if domain is not None:
+            _check_domain(store, f"tasks.{field}", domain)
+            choices.append(DomainChoice(f"tasks.{field}", domain))
+    if len(choices) == 1:
+        missing = next(field for field in fields if options[field] is None)
         raise InputError(
-            f"{missing}: got null with {other} {domain!r}, expected a domain for both or neither"
+            f"tasks.{missing}: got null with {choices[0].field} {choices[0].domain!r}, "
+            "expected a domain for both or neither"
         )
-    return (named[0], named[1]) if named else None
+    return (choices[0], choices[1]) if choices else None
 
 
-def _parts(
-    store: Store, rows: np.ndarray, name: str, sides: tuple[Side, Side] | None
+def _choose_option(options: Mapping[str, str | None], name: str, split: str) -> str:
+    """Return the name of the option that a split uses: `eval_…` for val and test, unless only the other is given."""
+    if split == "train":
+        return name
+    if options[f"eval_{name}"] is None and options[name] is not None:
+        return name
+    return f"eval_{name}"
+
+
+def _check_domain(store: TaskStore, field: str, domain: str) -> None:
+    if store.domains is None:
+        raise InputError(
+            f"{field}: got {domain!r}, but this store has no domains: build one with them "
+            "(`distmeta data images --domains`)"
+        )
+    known = store.domains.names
+    if domain not in known:
+        raise InputError(
+            f"{field}: got {domain!r}, expected a domain of the store: {_suggest(domain, known)}"
+        )
+
+
+def _select_rows(
+    store: TaskStore, rows: np.ndarray, name: str, choices: DomainChoices | None
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """A class's rows for the support, and those for the query where they are others."""
-    if sides is None:
+    """Return a class's rows for the support set, and those for the query set if they differ."""
+    if choices is None:
         return rows, None
-    assert store.domains is not None, sides
+    domains = store.domains
+    assert domains is not None, choices
+    domain_of_row = domains.domain[rows]
     parts = []
-    for field, domain in sides:
-        of_row = store.domains.of_row[rows]
-        part = rows[of_row == store.domains.names.index(domain)]
+    for field, domain in choices:
+        part = rows[domain_of_row == domains.names.index(domain)]
         if not len(part):
-            has = [store.domains.names[d] for d in np.unique(of_row)]
+            existing = [domains.names[d] for d in np.unique(domain_of_row)]
             raise InputError(
-                f"{field}: got {domain!r}, which class {name!r} has no images of, expected a domain that all classes "
-                f"have: {_near(domain, has)}"
+                f"{field}: got {domain!r}, but class {name!r} has no images of it, expected a domain that all classes "
+                f"have: {_suggest(domain, existing)}"
             )
         parts.append(part)
-    same = sides[0][1] == sides[1][1]
-    return (parts[0], None) if same else facing(parts[0], parts[1], store.domains.drawing)
+    if choices[0].domain == choices[1].domain:
+        return parts[0], None
+    return pair_drawings(parts[0], parts[1], domains.drawing)
 
 
-def _assign(
-    names: list[str], groups: list[str], split_by: str, test: Part | None, val: Part | None
+def _assign_splits(
+    names: list[str], groups: list[str], split_by: str, test: Selection | None, val: Selection | None
 ) -> list[str]:
-    """The split of each class."""
+    """Return the split of each class."""
     if split_by == "group" and not any(groups):
         raise InputError("tasks.split_by: got 'group', expected 'class' (this store has no groups)")
     units = groups if split_by == "group" else names
-    known = list(dict.fromkeys(units))
-    test_units = set() if test is None else _choose("tasks.test", test, known, split_by)
+    test_units = set[str]()
+    if test is not None:
+        test_units = _select_names("tasks.test", test, list(dict.fromkeys(units)), split_by)
     remaining = [k for k, unit in enumerate(units) if unit not in test_units]
-    if val is None:
-        val_classes = set[int]()
-    elif isinstance(val, list):
-        known = list(dict.fromkeys(units[k] for k in remaining))
+    val_classes = set[int]()
+    if isinstance(val, list):
         for name in val:
             if name in test_units:
-                raise InputError(f"tasks.val: got {name!r}, expected what tasks.test does not have already")
-        val_units = _choose("tasks.val", val, known, split_by)
+                raise InputError(f"tasks.val: got {name!r}, expected names that are not in tasks.test")
+        known = list(dict.fromkeys(units[k] for k in remaining))
+        val_units = _select_names("tasks.val", val, known, split_by)
         val_classes = {k for k in remaining if units[k] in val_units}
-    else:
-        val_names = _choose("tasks.val", val, [names[k] for k in remaining], "class")
+    elif val is not None:
+        val_names = _select_names("tasks.val", val, [names[k] for k in remaining], "class")
         val_classes = {k for k in remaining if names[k] in val_names}
     if len(val_classes) == len(remaining):
-        raise InputError("tasks.val: got every class that tasks.test leaves, expected some left to train on")
-    held_out = dict.fromkeys(val_classes, "val") | {k: "train" for k in remaining if k not in val_classes}
-    return [held_out.get(k, "test") for k in range(len(names))]
+        raise InputError(
+            "tasks.val: got every class that is not in tasks.test, expected some left to train on"
+        )
+    splits = ["test"] * len(names)
+    for k in remaining:
+        splits[k] = "val" if k in val_classes else "train"
+    return splits
 
 
-def _choose(field: str, part: Part, names: Sequence[str], what: str) -> set[str]:
-    """The names that a fraction, a number or a list of names means."""
-    if isinstance(part, list):
-        for name in part:
+def _select_names(field: str, selection: Selection, names: Sequence[str], kind: str) -> set[str]:
+    """Return the names that a fraction, a number or a list of names selects. kind: "class" or "group"."""
+    if isinstance(selection, list):
+        for name in selection:
             if name not in names:
                 raise InputError(
-                    f"{field}: got {name!r}, expected a {what} of the store: {_near(name, names)}"
+                    f"{field}: got {name!r}, expected a {kind} of the store: {_suggest(name, names)}"
                 )
-        if not part or len(set(part)) < len(part):
-            raise InputError(f"{field}: got {part}, expected different names, at least one")
-        return set(part)
-    count = part if isinstance(part, int) else max(1, round(part * len(names)))
-    if not (0 < part < 1 if isinstance(part, float) else 1 <= part < len(names)) or count >= len(names):
+        if not selection or len(set(selection)) < len(selection):
+            raise InputError(f"{field}: got {selection}, expected different names, at least one")
+        return set(selection)
+    if isinstance(selection, float):
+        count = max(1, round(selection * len(names)))
+        valid = 0 < selection < 1
+    else:
+        count = selection
+        valid = selection >= 1
+    if not valid or count >= len(names):
         raise InputError(
-            f"{field}: got {part}, expected a fraction between 0.0 and 1.0, a number from 1 to "
+            f"{field}: got {selection}, expected a fraction between 0.0 and 1.0, a number from 1 to "
             f"{len(names) - 1} (there are {len(names)} to choose from), or a list of names"
         )
-    return {names[i] for i in evenly_spaced(count, len(names))}
+    return {names[i] for i in space_evenly(count, len(names))}
 
 
-def evenly_spaced(count: int, total: int) -> list[int]:
-    """`count` different positions among `total`, each in the middle of its equal part."""
+def space_evenly(count: int, total: int) -> list[int]:
+    """Return `count` different positions below `total`, each in the middle of an equal part."""
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
 
 
-def _near(name: str, names: Sequence[str]) -> str:
-    """`core.nearest`, but a store's thousand names are not listed."""
+def _suggest(name: str, names: Sequence[str]) -> str:
+    """Return the most similar name; the number of names if none is similar and there are too many to list."""
     hint = did_you_mean(name, names)
     return hint if len(hint) < 120 else f"it has {len(names)}, such as {names[0]!r}"

@@ -11,26 +11,29 @@ from torch import Tensor
 
 from distmeta.protocols import Metrics
 from distmeta.seeding import task_generator
-from distmeta.tasks.rollout import Actions, Collection, Environment, score
+from distmeta.tasks.rollout import ActionSpace, Collector, VectorEnvironment, score_policy
 from distmeta.trajectories import Trajectories
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
 PAYOFFS = 2**32
-"""Added to an inner step's number: the stream of the arms' payoffs, beside that of the exploration."""
+"""Added to the number of an inner step: the part of a task's random numbers that gives the payoffs."""
 
 
 @final
 class Bandit:
-    """`arms` arms, each paying 1 with a probability of its own, uniform on [0, 1]; `horizon` pulls.
+    """`arms` arms, each of which pays 1 with its own probability, uniform on [0, 1]; `horizon` pulls.
 
-    A policy sees a constant, and with `history` (the default) its last arm and what it paid. The payoffs of pull t are
-    drawn for every arm, whichever is pulled, from the task's id: two policies that agree meet the same.
+    A policy sees a constant. With `history` (the default) it also sees its last arm and what that paid. The payoffs of
+    all arms are drawn for every pull from the task's id, whichever arm is pulled. So two policies that choose the same
+    arms get the same payoffs.
 
     Args:
-        trajectories: runs of the same bandit, each from nothing; `eval_trajectories` in val and test.
-        horizon, history: see `tasks.rollout.Collection`.
-        discount, gae_lambda, normalise: see `policies.advantages`.
+        trajectories: runs of the same bandit, each from the beginning.
+        eval_trajectories: the same in val and test; `trajectories` by default.
+        horizon, history: see `tasks.rollout.Collector`.
+        discount, gae_lambda, normalise: see `trajectories.estimate_advantages`.
     """
 
     def __init__(
@@ -44,40 +47,42 @@ class Bandit:
         normalise: bool = True,
         eval_trajectories: Count | None = None,
     ) -> None:
-        self._how = Collection(trajectories, horizon, 1, history, discount, gae_lambda, normalise)
+        self._collector = Collector(trajectories, horizon, 1, history, discount, gae_lambda, normalise)
         self._eval_trajectories = eval_trajectories or trajectories
-        self._actions = Actions(arms, real=False)
-        self.in_shape = self._how.in_shape(1, self._actions)
-        self.out_features = self._actions.outputs
+        self._actions = ActionSpace(arms, continuous=False)
+        self.in_shape = self._collector.input_shape(1, self._actions)
+        self.out_features = self._actions.policy_outputs
 
-    def probabilities(self, ids: Any) -> Tensor:
-        """Of each arm, [T, arms]."""
+    def draw_probabilities(self, ids: Any) -> Tensor:
+        """Draw the probability that each arm pays, [T, arms]."""
         drawn = [task_generator(i).random(self._actions.count, np.float32) for i in ids]
         return torch.from_numpy(np.stack(drawn))
 
-    def payoffs(self, ids: Any, k: int, copies: int) -> Tensor:
-        """What every arm would pay in every pull, 0 or 1: [T, N, H, arms]."""
-        shape = (copies, self._how.horizon, self._actions.count)
+    def draw_payoffs(self, ids: Any, k: int, copies: int) -> Tensor:
+        """Draw what every arm would pay in every pull, 0 or 1: [T, N, H, arms]."""
+        shape = (copies, self._collector.horizon, self._actions.count)
         drawn = np.stack([task_generator(i, PAYOFFS + k).random(shape, np.float32) for i in ids])
-        return (torch.from_numpy(drawn) < self.probabilities(ids)[:, None, None]).float()
+        return (torch.from_numpy(drawn) < self.draw_probabilities(ids)[:, None, None]).float()
 
     def collect(self, split: str, ids: Any, k: int, policy: Any) -> Trajectories:
-        """Pulls of the tasks `ids` under the policy after k inner steps."""
-        count = self._how.trajectories if split == "train" else self._eval_trajectories
-        noise = self._actions.noise(ids, k, count, self._how.horizon)
-        return self._how.run(machine(self.payoffs(ids, k, count)), self._actions, noise, policy)
+        """Collect pulls of the tasks `ids` with the policy after k inner steps."""
+        count = self._collector.trajectories if split == "train" else self._eval_trajectories
+        noise = self._actions.draw_noise(ids, k, count, self._collector.horizon)
+        environment = make_bandits(self.draw_payoffs(ids, k, count))
+        return self._collector.collect(environment, self._actions, noise, policy)
 
     def score(self, outputs: Tensor, batch: Trajectories) -> tuple[Tensor, Metrics]:
-        return score(outputs, batch)
+        """Return the policy-gradient loss and the mean return of one task."""
+        return score_policy(outputs, batch)
 
 
-def machine(payoff_TNHA: Tensor) -> Environment:
-    """Bandits whose payoffs are known beforehand. The state is the number of the pull."""
-    seen = torch.ones(*payoff_TNHA.shape[:2], 1)
-    never = torch.zeros(payoff_TNHA.shape[:2], dtype=torch.bool)
+def make_bandits(payoff_TNHA: Tensor) -> VectorEnvironment:
+    """Make bandits with known payoffs. Their state is the number of the pull."""
+    observation = torch.ones(*payoff_TNHA.shape[:2], 1)
+    ended = torch.zeros(payoff_TNHA.shape[:2], dtype=torch.bool)
 
     def step(pull: int, action: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
-        paid = payoff_TNHA[:, :, pull].gather(-1, action[..., None])[..., 0]
-        return pull + 1, seen, paid, never
+        reward = payoff_TNHA[:, :, pull].gather(-1, action[..., None])[..., 0]
+        return pull + 1, observation, reward, ended
 
-    return Environment(lambda episode: (0, seen), step)
+    return VectorEnvironment(lambda episode: (0, observation), step)

@@ -1,7 +1,7 @@
-"""Domains: one class seen in several ways. Fixed image shifts, and which rows of two domains face each other.
+"""Domains: the same class seen in several ways. Image shifts, and pairs of rows from two domains.
 
-An episode's support is drawn from one domain and its query from another, so a learner is scored where it did not
-adapt. Shapes: images N, C, H, W.
+The support set of an episode comes from one domain and its query set from another, so a learner is scored where it did
+not adapt. Shapes: images N, C, H, W.
 """
 
 from __future__ import annotations
@@ -14,16 +14,19 @@ Domain = Literal["original", "inverted", "blurred", "noisy", "slanted"]
 DOMAINS: tuple[Domain, ...] = get_args(Domain)
 
 NOISE = 0.4
-"""Standard deviation of the noise, as a part of the whole range of a pixel."""
-_NOISE_KEY = 0x646F6D61696E73  # "domains"; of no run, so that a drawing has the same noise in all
+"""Standard deviation of the noise as a fraction of the range of a pixel."""
+_NOISE_KEY = (
+    0x646F6D61696E73  # "domains"; independent of the run's seed: a drawing has the same noise in all runs
+)
 
 
-def shifted(images_NCHW: np.ndarray, domain: Domain, ink: int) -> np.ndarray:
-    """The drawings as a domain shows them, uint8 in 0..ink, paper at 0; a pure function of the drawings.
+def shift_images(images_NCHW: np.ndarray, domain: Domain, ink: int) -> np.ndarray:
+    """Return the drawings as a domain shows them: uint8 from 0 (paper) to `ink`.
 
-    inverted: ink − x. blurred: the binomial 3×3 filter (1 2 1)ᵀ(1 2 1) / 16, paper around the image. noisy: plus a
-    normal of deviation `NOISE` · ink, cut to the range; image n always has noise n. slanted: a row moves to the right
-    by half a pixel for each row that it is above the middle, linear between pixels, with paper coming in.
+    - inverted: ink − x.
+    - blurred: the binomial 3×3 filter (1 2 1)ᵀ(1 2 1) / 16, with paper around the image.
+    - noisy: plus normal noise of standard deviation `NOISE` · ink, clipped to the range. Image n always has noise n.
+    - slanted: each row moves to the right by half a pixel per row above the middle, linear between pixels.
     """
     assert images_NCHW.dtype == np.uint8, images_NCHW.dtype
     assert images_NCHW.max(initial=0) <= ink, images_NCHW.max()
@@ -31,55 +34,63 @@ def shifted(images_NCHW: np.ndarray, domain: Domain, ink: int) -> np.ndarray:
         return images_NCHW
     x_NCHW = images_NCHW.astype(np.int64)
     if domain == "inverted":
-        shown = ink - x_NCHW
+        shifted = ink - x_NCHW
     elif domain == "blurred":
-        shown = _blurred(x_NCHW)
+        shifted = _blur(x_NCHW)
     elif domain == "noisy":
         generator = np.random.Generator(np.random.Philox(key=_NOISE_KEY))
-        noise_NCHW = generator.standard_normal(x_NCHW.shape)  # in order of n: no image sees how many follow
-        shown = np.rint(x_NCHW + NOISE * ink * noise_NCHW).clip(0, ink)
+        noise_NCHW = generator.standard_normal(
+            x_NCHW.shape
+        )  # in order of n, so it does not depend on later images
+        shifted = np.rint(x_NCHW + NOISE * ink * noise_NCHW).clip(0, ink)
     else:
-        shown = _slanted(x_NCHW)
-    return shown.astype(np.uint8)
+        shifted = _slant(x_NCHW)
+    return shifted.astype(np.uint8)
 
 
-def facing(
+def pair_drawings(
     support_rows: np.ndarray, query_rows: np.ndarray, drawing_N: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A class's rows in two domains, position by position: one drawing is never at two positions.
+    """Order a class's rows in two domains so that no drawing is at two different positions.
 
-    drawing_N: the drawing that each row shows. What both domains show comes first, in the drawings' order; then
-    what either shows alone, in its order; the longer list is cut. Positions are drawn without replacement, so no
-    drawing is in both parts of an episode.
+    An episode draws positions without replacement, so no drawing is then in both its support and its query set.
+
+    Args:
+        support_rows, query_rows: the class's rows in the two domains.
+        drawing_N: the drawing that each row of the store shows.
+
+    Returns:
+        Support rows and query rows of the same length. Drawings that both domains have come first, in the order of
+        their numbers. Then come those that only one domain has, in their own order. The longer list is cut.
     """
-    drawings = drawing_N[support_rows], drawing_N[query_rows]
-    _, i, j = np.intersect1d(*drawings, assume_unique=True, return_indices=True)
-    both = (
-        np.concatenate([support_rows[i], np.delete(support_rows, i)]),
-        np.concatenate([query_rows[j], np.delete(query_rows, j)]),
+    _, i, j = np.intersect1d(
+        drawing_N[support_rows], drawing_N[query_rows], assume_unique=True, return_indices=True
     )
-    count = min(map(len, both))
-    return both[0][:count], both[1][:count]
+    support = np.concatenate([support_rows[i], np.delete(support_rows, i)])
+    query = np.concatenate([query_rows[j], np.delete(query_rows, j)])
+    count = min(len(support), len(query))
+    return support[:count], query[:count]
 
 
-def _blurred(x_NCHW: np.ndarray) -> np.ndarray:
+def _blur(x_NCHW: np.ndarray) -> np.ndarray:
     for axis in (2, 3):
         paper = [(0, 0)] * 4
         paper[axis] = (1, 1)
-        wide = np.pad(x_NCHW, paper)
-        before, here, after = (np.take(wide, np.arange(k, k + x_NCHW.shape[axis]), axis) for k in range(3))
+        padded = np.pad(x_NCHW, paper)
+        before, here, after = (np.take(padded, np.arange(k, k + x_NCHW.shape[axis]), axis) for k in range(3))
         x_NCHW = before + 2 * here + after
     return (x_NCHW + 8) // 16
 
 
-def _slanted(x_NCHW: np.ndarray) -> np.ndarray:
-    """In quarters of a pixel, which is exact."""
+def _slant(x_NCHW: np.ndarray) -> np.ndarray:
+    """Move each row by a multiple of a quarter of a pixel, in exact integers."""
     height, width = x_NCHW.shape[2:]
-    wide = np.pad(x_NCHW, [(0, 0), (0, 0), (0, 0), (height, height)])
+    padded = np.pad(x_NCHW, [(0, 0), (0, 0), (0, 0), (height, height)])
     rows = []
     for row in range(height):
-        whole, quarters = divmod(2 * row - (height - 1), 4)  # to the left
-        left = height + whole
-        a, b = (wide[:, :, row, k : k + width] for k in (left, left + 1))
-        rows.append(((4 - quarters) * a + quarters * b + 2) // 4)
+        pixels_left, quarters = divmod(2 * row - (height - 1), 4)
+        start = height + pixels_left
+        near = padded[:, :, row, start : start + width]
+        far = padded[:, :, row, start + 1 : start + 1 + width]
+        rows.append(((4 - quarters) * near + quarters * far + 2) // 4)
     return np.stack(rows, axis=2)

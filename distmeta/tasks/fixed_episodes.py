@@ -1,13 +1,15 @@
-"""Fixed episodes from a Parquet file (`distmeta evaluate --episodes FILE`): a benchmark's exact trials.
+"""Fixed episodes from a Parquet file (`distmeta evaluate --episodes FILE`): the exact trials of a benchmark.
 
 Columns: `episode` int, `split` "support" or "query", `label` int, and `image` (bytes of a PNG or JPEG) or `x`
-(list of float). Other columns are ignored. Each episode has its own ways and shots.
+(list of float). Other columns are ignored. Each episode has its own number of ways and shots.
+
+Shapes: S support rows, Q query rows, R rows of the file.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,29 +17,30 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from distmeta.errors import InputError
+from distmeta.errors import InputError, first_line
 from distmeta.protocols import Batch
-from distmeta.tasks.image_preparation import Preparation, prepare, unit
-from distmeta.tasks.store import local_copy
+from distmeta.tasks.image_preparation import Preparation, prepare_image, scale_pixels
+from distmeta.tasks.local_copy import find_local_copy
 
 FIELD = "--episodes"
 
 
 class FixedEpisode(NamedTuple):
-    """One episode as the file has it. Rows keep the file's order."""
+    """One episode of the file. Its rows keep the file's order."""
 
     episode: int
     support: Batch
     query: Batch
     labels: list[int]
-    """The support's labels, sorted: output i means labels[i]."""
+    """The support set's labels, sorted: output i of a model means labels[i]."""
     support_rows: np.ndarray
     """Rows of the file, int64 [S]."""
     query_rows: np.ndarray
+    """Rows of the file, int64 [Q]."""
 
 
-class _Rows(NamedTuple):
-    """Rows of one episode, and their labels as outputs."""
+class _EpisodeRows(NamedTuple):
+    """The rows of one episode, with their labels as outputs of a model."""
 
     episode: int
     labels: list[int]
@@ -50,91 +53,74 @@ class _Rows(NamedTuple):
 def read_episodes(
     path: str, in_shape: tuple[int, ...], preparation: Preparation | None = None
 ) -> Iterator[FixedEpisode]:
-    """The file's episodes, in the order in which they begin in it; x float32 [N, *in_shape], y int64 [N].
+    """Read the episodes in the order in which they begin in the file; x float32 [·, *in_shape], y int64 [·].
 
-    Everything but the images' bytes is checked before this returns; images are decoded, with `preparation`,
-    as the iterator reaches them. Raises InputError naming `--episodes`.
+    Everything except the bytes of images is checked before this returns. Images are decoded when the iterator reaches
+    them.
+
+    Args:
+        path: a path or URI of the file.
+        in_shape: shape of a model's input.
+        preparation: how images become inputs; None if the tasks are not images.
+
+    Raises:
+        InputError: the file is not as described above; the message names `--episodes`.
     """
-    table = _read(path)
-    columns = _columns(table, path)
-    if columns == "image":
-        if preparation is None:
-            raise InputError(f"{FIELD}: got a column 'image', expected 'x' (these tasks are no images)")
-        if preparation.shape != tuple(in_shape):
-            raise InputError(
-                f"{FIELD}: got images prepared to {preparation.shape}, expected {tuple(in_shape)} "
-                "(the model's input)"
-            )
-        source = table.column("image")
+    table = _read_table(path)
+    column = _check_columns(table, path)
+    if column == "image":
+        preparation = _check_preparation(in_shape, preparation)
+        read_inputs = _read_images(table, preparation)
     else:
-        source = _vectors(table.column("x"), in_shape)
-    return _decode(_rows(table), source, in_shape, preparation)
+        read_inputs = _read_vectors(table, in_shape)
+    return _decode_episodes(_group_rows(table), read_inputs)
 
 
-def _decode(
-    rows: list[_Rows], source: Any, in_shape: tuple[int, ...], preparation: Preparation | None
+def _decode_episodes(
+    episodes: list[_EpisodeRows], read_inputs: Callable[[np.ndarray], np.ndarray]
 ) -> Iterator[FixedEpisode]:
-    """The episodes, one at a time."""
-
-    def batch(which: np.ndarray, y: np.ndarray) -> Batch:
-        if isinstance(source, np.ndarray):
-            x = source[which].reshape(len(which), *in_shape)
-        else:
-            assert preparation is not None
-            images = [
-                prepare(source[row].as_py(), preparation, f"{FIELD}: row {row}") for row in which.tolist()
-            ]
-            x = unit(np.stack(images), preparation.scale)
-        return Batch(torch.from_numpy(x), torch.from_numpy(y))
-
-    for r in rows:
-        support, query = batch(r.support, r.support_y), batch(r.query, r.query_y)
-        yield FixedEpisode(r.episode, support, query, r.labels, r.support, r.query)
+    for rows in episodes:
+        support_x = torch.from_numpy(read_inputs(rows.support))
+        query_x = torch.from_numpy(read_inputs(rows.query))
+        yield FixedEpisode(
+            rows.episode,
+            Batch(support_x, torch.from_numpy(rows.support_y)),
+            Batch(query_x, torch.from_numpy(rows.query_y)),
+            rows.labels,
+            rows.support,
+            rows.query,
+        )
 
 
-def _read(path: str) -> pa.Table:
+def _read_table(path: str) -> pa.Table:
     try:
-        with pq.ParquetFile(local_copy(path, FIELD)) as file:
+        with pq.ParquetFile(find_local_copy(path, FIELD)) as file:
             table = file.read()
         table.validate(full=True)
-        _ = table.column_names  # decodes them, so that damaged ones are met here
+        _ = table.column_names  # decodes them, so that damaged names raise here
         return table
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        reason = (str(error).splitlines() or [""])[0].strip()
-        raise InputError(f"{FIELD}: got {path!r}: no readable Parquet file ({reason})") from None
+        raise InputError(f"{FIELD}: got {path!r}: no readable Parquet file ({first_line(error)})") from None
 
 
-def _columns(table: pa.Table, path: str) -> str:
-    """Checks names, types and nulls; "image" or "x", whichever the file has."""
-    t = pa.types
+def _check_columns(table: pa.Table, path: str) -> str:
+    """Check names, types and nulls. Return the column of inputs that the file has, "image" or "x"."""
     inputs = [name for name in ("image", "x") if name in table.column_names]
     if len(inputs) != 1:
         raise InputError(f"{FIELD}: got {' and '.join(inputs) or 'neither'}, expected column 'image' or 'x'")
-
-    def is_text(kind: Any) -> bool:
-        return (
-            t.is_string(kind)
-            or t.is_large_string(kind)
-            or (t.is_dictionary(kind) and is_text(kind.value_type))
-        )
-
-    def is_vector(kind: Any) -> bool:
-        nested = t.is_list(kind) or t.is_large_list(kind) or t.is_fixed_size_list(kind)
-        return nested and (t.is_floating(kind.value_type) or t.is_integer(kind.value_type))
-
-    wanted = {
-        "episode": (t.is_integer, "int"),
-        "split": (is_text, "string"),
-        "label": (t.is_integer, "int"),
-        "image": (lambda kind: t.is_binary(kind) or t.is_large_binary(kind), "binary"),
-        "x": (is_vector, "list of float"),
+    types = {
+        "episode": (pa.types.is_integer, "int"),
+        "split": (_is_string, "string"),
+        "label": (pa.types.is_integer, "int"),
+        "image": (_is_binary, "binary"),
+        "x": (_is_vector, "list of float"),
     }
     for name in ("episode", "split", "label", *inputs):
-        check, expected = wanted[name]
+        has_type, expected = types[name]
         if table.column_names.count(name) != 1:
             raise InputError(f"{FIELD}: got columns {table.column_names}, expected one {name!r}")
         column = table.column(name)
-        if not check(column.type):
+        if not has_type(column.type):
             raise InputError(f"{FIELD}: got column {name!r} of type {column.type}, expected {expected}")
         if column.null_count:
             raise InputError(f"{FIELD}: got nulls in column {name!r}, expected none")
@@ -143,61 +129,104 @@ def _columns(table: pa.Table, path: str) -> str:
     return inputs[0]
 
 
-def _vectors(column: pa.ChunkedArray, in_shape: tuple[int, ...]) -> np.ndarray:
-    """The `x` column as float32 [rows, prod(in_shape)]."""
+def _is_string(kind: Any) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_string(kind.value_type)
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_binary(kind: Any) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_vector(kind: Any) -> bool:
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        return False
+    return pa.types.is_floating(kind.value_type) or pa.types.is_integer(kind.value_type)
+
+
+def _check_preparation(in_shape: tuple[int, ...], preparation: Preparation | None) -> Preparation:
+    if preparation is None:
+        raise InputError(f"{FIELD}: got a column 'image', expected 'x' (these tasks are not images)")
+    if preparation.shape != tuple(in_shape):
+        raise InputError(
+            f"{FIELD}: got images prepared to {preparation.shape}, expected {tuple(in_shape)} (the model's input)"
+        )
+    return preparation
+
+
+def _read_images(table: pa.Table, preparation: Preparation) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that decodes rows of the `image` column, float32 [·, C, H, W]."""
+    column = table.column("image")
+
+    def read(rows: np.ndarray) -> np.ndarray:
+        images = [
+            prepare_image(column[row].as_py(), preparation, f"{FIELD}: row {row}") for row in rows.tolist()
+        ]
+        return scale_pixels(np.stack(images), preparation.scale)
+
+    return read
+
+
+def _read_vectors(table: pa.Table, in_shape: tuple[int, ...]) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that gives rows of the `x` column, float32 [·, *in_shape]."""
     size = math.prod(in_shape)
-    array = column.combine_chunks()
-    lengths = (
-        np.array(array.value_lengths())
-        if hasattr(array, "value_lengths")
-        else np.array([len(v) for v in array])
-    )
+    lists = table.column("x").combine_chunks()
+    if isinstance(lists, pa.FixedSizeListArray):
+        lengths = np.full(len(lists), lists.type.list_size)
+    else:
+        lengths = np.array(lists.value_lengths())
     wrong = np.flatnonzero(lengths != size)
     if len(wrong):
         raise InputError(
             f"{FIELD}: got {lengths[wrong[0]]} numbers in column 'x' of row {wrong[0]}, expected {size} "
             f"(an input of shape {tuple(in_shape)})"
         )
-    flat = array.flatten()
-    if flat.null_count:
+    numbers = lists.flatten()
+    if numbers.null_count:
         raise InputError(f"{FIELD}: got nulls in the lists of column 'x', expected numbers")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, and is refused below
-        vectors = flat.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, size)
-    bad = np.flatnonzero(~np.isfinite(vectors).all(1))
-    if len(bad):
-        raise InputError(f"{FIELD}: got a number that is not finite in column 'x' of row {bad[0]}")
-    return vectors
+    with np.errstate(over="ignore"):  # numbers that float32 cannot hold become inf, which raises below
+        vectors = numbers.to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, size)
+    infinite = np.flatnonzero(~np.isfinite(vectors).all(1))
+    if len(infinite):
+        raise InputError(f"{FIELD}: got a number that is not finite in column 'x' of row {infinite[0]}")
+    return lambda rows: vectors[rows].reshape(len(rows), *in_shape)
 
 
-def _rows(table: pa.Table) -> list[_Rows]:
-    """Rows by episode, checked: both splits there, and every label of the query in the support."""
+def _group_rows(table: pa.Table) -> list[_EpisodeRows]:
+    """Return the rows by episode, after checking their splits and labels."""
     try:
-        episode, label = (table.column(name).cast(pa.int64()).to_numpy() for name in ("episode", "label"))
+        episode_R = table.column("episode").cast(pa.int64()).to_numpy()
+        label_R = table.column("label").cast(pa.int64()).to_numpy()
     except pa.ArrowInvalid:
         raise InputError(f"{FIELD}: got an integer beyond 64 bits, expected int64") from None
-    split = np.asarray(table.column("split").to_pylist(), dtype=object)
-    bad = np.flatnonzero((split != "support") & (split != "query"))
-    if len(bad):
+    split_R = np.asarray(table.column("split").to_pylist(), dtype=object)
+    wrong = np.flatnonzero((split_R != "support") & (split_R != "query"))
+    if len(wrong):
         raise InputError(
-            f"{FIELD}: got split {split[bad[0]]!r} (row {bad[0]}), expected 'support' or 'query'"
+            f"{FIELD}: got split {split_R[wrong[0]]!r} (row {wrong[0]}), expected 'support' or 'query'"
         )
-    _, first, inverse = np.unique(episode, return_index=True, return_inverse=True)
-    order = np.argsort(first[inverse], kind="stable")  # episodes by first row, rows in the file's order
-    cuts = np.flatnonzero(np.diff(first[inverse][order])) + 1
-    return [_one_episode(rows, int(episode[rows[0]]), split, label) for rows in np.split(order, cuts)]
+    _, first_row, number_R = np.unique(episode_R, return_index=True, return_inverse=True)
+    begin_R = first_row[number_R]
+    order = np.argsort(begin_R, kind="stable")  # episodes by their first row, rows in the file's order
+    cuts = np.flatnonzero(np.diff(begin_R[order])) + 1
+    return [_index_episode(rows, int(episode_R[rows[0]]), split_R, label_R) for rows in np.split(order, cuts)]
 
 
-def _one_episode(rows: np.ndarray, episode: int, split: np.ndarray, label: np.ndarray) -> _Rows:
-    support, query = rows[split[rows] == "support"], rows[split[rows] == "query"]
+def _index_episode(rows: np.ndarray, episode: int, split_R: np.ndarray, label_R: np.ndarray) -> _EpisodeRows:
+    """Check that an episode has both parts, and that the support set has every label of the query set."""
+    support = rows[split_R[rows] == "support"]
+    query = rows[split_R[rows] == "query"]
     for name, part in (("support", support), ("query", query)):
         if len(part) == 0:
             raise InputError(f"{FIELD}: got episode {episode} without {name} rows, expected some")
-    labels = np.unique(label[support])
-    alien = np.setdiff1d(label[query], labels)
-    if len(alien):
+    labels = np.unique(label_R[support])
+    unknown = np.setdiff1d(label_R[query], labels)
+    if len(unknown):
         raise InputError(
-            f"{FIELD}: got label {alien[0]} in the query of episode {episode}, expected one of its "
+            f"{FIELD}: got label {unknown[0]} in the query of episode {episode}, expected one of its "
             "support's labels"
         )
-    y_s, y_q = np.searchsorted(labels, label[support]), np.searchsorted(labels, label[query])
-    return _Rows(episode, labels.tolist(), support, query, y_s, y_q)
+    support_y = np.searchsorted(labels, label_R[support])
+    query_y = np.searchsorted(labels, label_R[query])
+    return _EpisodeRows(episode, labels.tolist(), support, query, support_y, query_y)

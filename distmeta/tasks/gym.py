@@ -1,6 +1,6 @@
 """Any Gymnasium environment as a family of tasks. Needs the extra `rl`: pip install 'distmeta[rl]'.
 
-Shapes: T tasks, N trajectories of each, H time steps, O numbers of an observation, A actions.
+Shapes: T tasks, N trajectories of each, H time steps, E episodes, O observation features, A actions.
 """
 
 from __future__ import annotations
@@ -8,50 +8,74 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from typing import Annotated, Any, final
+import pkgutil
+from collections.abc import Callable
+from typing import Annotated, Any, Protocol, final, runtime_checkable
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.config.parts import locate
-from distmeta.errors import InputError
+from distmeta.errors import InputError, did_you_mean, summarize_error
 from distmeta.protocols import Metrics
 from distmeta.seeding import task_generator
-from distmeta.tasks.rollout import Actions, Collection, Environment, Film, score
+from distmeta.tasks.rollout import ActionSpace, Collector, Film, VectorEnvironment, score_policy
 from distmeta.trajectories import Trajectories
 
 Count = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
-NAMED = {
-    "half-cheetah-direction": "distmeta.tasks.mujoco:half_cheetah_direction",
-    "half-cheetah-velocity": "distmeta.tasks.mujoco:half_cheetah_velocity",
-    "ant-goal": "distmeta.tasks.mujoco:ant_goal",
+ENVIRONMENTS = {
+    "half-cheetah-direction": "distmeta.tasks.mujoco:make_half_cheetah_direction",
+    "half-cheetah-velocity": "distmeta.tasks.mujoco:make_half_cheetah_velocity",
+    "ant-goal": "distmeta.tasks.mujoco:make_ant_goal",
 }
+"""The environments that `tasks.make` may name."""
 SEEDS = 2**33
-"""Added to an inner step's number: the stream of the environments' seeds."""
+"""Added to the number of an inner step: the part of a task's random numbers that seeds its environments."""
+
+
+@runtime_checkable
+class GymEnvironment(Protocol):
+    """What this module needs of a Gymnasium environment."""
+
+    action_space: Any
+    observation_space: Any
+
+    def reset(self, *, seed: int | None = None) -> tuple[Any, dict[str, Any]]: ...
+
+    def step(self, action: Any, /) -> tuple[Any, Any, bool, bool, dict[str, Any]]: ...
+
+
+@runtime_checkable
+class SetsTask(Protocol):
+    """An environment that can change its task. `Gym` keeps it, and calls `set_task` instead of making another one."""
+
+    def set_task(self, generator: np.random.Generator) -> None:
+        """Draw a task from the generator and use it from now on."""
+        ...
 
 
 @final
 class Gym:
-    """Tasks that are Gymnasium environments, T·N of them stepped side by side and acted in by one call of the policy.
+    """Tasks that are Gymnasium environments. T·N of them are stepped side by side, with one call of the policy.
 
-    `make` names a function `make(generator) -> gymnasium.Env`: it draws a task from a `numpy.random.Generator` and
-    makes its environment. An environment with a method `set_task(generator)` is kept, and told its next task; others
-    are made anew for every task. `env.reset` is seeded by the task's id, the inner step, the trajectory and the
-    episode. An episode ends where the environment says so, or after `horizon` steps: what would have come is then not
-    bootstrapped. A `make` that has a parameter `render_mode` can be filmed.
+    `make` names a function `make(generator) -> gymnasium.Env`. It draws a task from a `numpy.random.Generator` and
+    returns its environment. An environment that provides `SetsTask` is kept and given its next task; others are made
+    anew for every task. `env.reset` is seeded by the task's id, the inner step, the trajectory and the episode. An
+    episode ends when the environment says so, or after `horizon` steps (rewards after that are not estimated). If
+    `make` has a parameter `render_mode`, its environments can be filmed.
 
     Args:
         make: half-cheetah-direction, half-cheetah-velocity, ant-goal (`tasks.mujoco`), or package.module:make.
-        trajectories: N, collected before every inner step and after the last; `eval_trajectories` in val and test.
-        horizon, episodes, history: see `tasks.rollout.Collection`.
-        discount, gae_lambda, normalise: see `policies.advantages`.
+        trajectories: N, collected before every inner step and after the last one.
+        eval_trajectories: N in val and test; `trajectories` by default.
+        horizon, episodes, history: see `tasks.rollout.Collector`.
+        discount, gae_lambda, normalise: see `trajectories.estimate_advantages`.
 
     Raises:
-        InputError: Gymnasium is not there; spaces that are neither boxes nor, for actions, discrete.
+        InputError: Gymnasium is not installed; observations are not a Box; actions are neither Box nor Discrete.
     """
 
     def __init__(
@@ -72,105 +96,147 @@ class Gym:
             raise InputError(
                 f"tasks.type: got gym, which needs Gymnasium ({error}): pip install 'distmeta[rl]'"
             ) from None
-        self._make = locate("tasks.make", make, NAMED)
-        self._how = Collection(trajectories, horizon, episodes, history, discount, gae_lambda, normalise)
-        self._scenes: list[list[np.ndarray]] | None = None
+        self._make = _import_maker(make)
+        self._collector = Collector(trajectories, horizon, episodes, history, discount, gae_lambda, normalise)
         self._eval_trajectories = eval_trajectories or trajectories
-        first = self._made(np.random.default_rng(0))
-        self._kept: list[Any] = [first]
-        """Environments that can be told another task."""
-        seen, acted = first.observation_space, first.action_space
-        if not isinstance(seen, gymnasium.spaces.Box):
-            raise InputError(f"tasks.make: got observations of {seen}, expected a Box")
-        if isinstance(acted, gymnasium.spaces.Discrete):
-            self._actions = Actions(int(acted.n), real=False)
-        elif isinstance(acted, gymnasium.spaces.Box):
-            self._actions = Actions(math.prod(acted.shape), real=True)
+        self._scenes: list[list[np.ndarray]] | None = None
+        """Frames of each collected batch; None if nothing is filmed."""
+        first = self._make_environment(np.random.default_rng(0))
+        self._reusable: list[Any] = [first]
+        """Environments that are kept between batches. Only the first one is, unless they provide `SetsTask`."""
+        observations = first.observation_space
+        actions = first.action_space
+        if not isinstance(observations, gymnasium.spaces.Box):
+            raise InputError(f"tasks.make: got observations of {observations}, expected a Box")
+        if isinstance(actions, gymnasium.spaces.Discrete):
+            self._actions = ActionSpace(int(actions.n), continuous=False)
+        elif isinstance(actions, gymnasium.spaces.Box):
+            self._actions = ActionSpace(math.prod(actions.shape), continuous=True)
         else:
-            raise InputError(f"tasks.make: got actions of {acted}, expected Box or Discrete")
-        self.in_shape = self._how.in_shape(math.prod(seen.shape), self._actions)
-        self.out_features = self._actions.outputs
+            raise InputError(f"tasks.make: got actions of {actions}, expected Box or Discrete")
+        self.in_shape = self._collector.input_shape(math.prod(observations.shape), self._actions)
+        self.out_features = self._actions.policy_outputs
 
     def collect(self, split: str, ids: Any, k: int, policy: Any) -> Trajectories:
-        """Trajectories of the tasks `ids` under the policy after k inner steps."""
-        how = self._how
-        count = how.trajectories if split == "train" else self._eval_trajectories
-        seeds = [task_generator(i, SEEDS + k).integers(2**31, size=(count, how.episodes)) for i in ids]
-        environments = self._environments(ids, count)
+        """Collect trajectories of the tasks `ids` with the policy after k inner steps."""
+        collector = self._collector
+        count = collector.trajectories if split == "train" else self._eval_trajectories
+        shape = (count, collector.episodes)
+        seeds_TNE = np.stack([task_generator(i, SEEDS + k).integers(2**31, size=shape) for i in ids])
+        environments = self._prepare_environments(ids, count)
         if self._scenes is not None:
-            environments[0] = Filmed(self._made(task_generator(ids[0]), render_mode="rgb_array"))
-            self._scenes.append(environments[0].frames)
-        noise = self._actions.noise(ids, k, count, how.episodes * how.horizon)
-        vector = side_by_side(environments, np.stack(seeds), self._actions)
+            filmed = FilmedEnvironment(
+                self._make_environment(task_generator(ids[0]), render_mode="rgb_array")
+            )
+            environments[0] = filmed
+            self._scenes.append(filmed.frames)
+        noise = self._actions.draw_noise(ids, k, count, collector.episodes * collector.horizon)
+        vector = join_environments(environments, seeds_TNE, self._actions)
         try:
-            return how.run(vector, self._actions, noise, policy)
+            return collector.collect(vector, self._actions, noise, policy)
         finally:
             for environment in environments:
-                if environment not in self._kept:  # made for these trajectories alone
+                if environment not in self._reusable:
                     environment.close()
 
     def score(self, outputs: Tensor, batch: Trajectories) -> tuple[Tensor, Metrics]:
-        return score(outputs, batch)
+        """Return the policy-gradient loss and the mean return of one task."""
+        return score_policy(outputs, batch)
 
     def film(self) -> Film:
-        """See `tasks.rollout.Film`.
+        """Return a copy of the family that films what it collects; see `tasks.rollout.Film`.
 
         Raises:
-            InputError: `make` cannot be told to render.
+            InputError: `make` has no parameter `render_mode`.
         """
         parameters = inspect.signature(self._make).parameters
         if "render_mode" not in parameters:
             raise InputError(
                 f"--video: tasks.make takes {', '.join(parameters)}, expected make(generator, render_mode=None), whose "
-                "environment renders frames where it is told 'rgb_array'"
+                "environment renders frames if it is made with render_mode='rgb_array'"
             )
+        first = self._reusable[0]
+        scenes: list[list[np.ndarray]] = []
         family = copy.copy(self)
-        family._kept, family._scenes = [self._kept[0]], []
-        return Film(family, family._scenes, int(self._kept[0].metadata.get("render_fps", 30)))
+        family._reusable = [first]
+        family._scenes = scenes
+        return Film(family, scenes, int(first.metadata.get("render_fps", 30)))
 
-    def _environments(self, ids: Any, count: int) -> list[Any]:
-        """T·N environments, task after task."""
-        if not hasattr(self._kept[0].unwrapped, "set_task") and not hasattr(self._kept[0], "set_task"):
-            return [self._made(task_generator(i)) for i in ids for _ in range(count)]
-        while len(self._kept) < len(ids) * count:
-            self._kept.append(self._made(task_generator(ids[0])))
-        for number in range(len(ids) * count):
-            environment = self._kept[number]
-            told = environment if hasattr(environment, "set_task") else environment.unwrapped
-            told.set_task(task_generator(ids[number // count]))
-        return self._kept[: len(ids) * count]
+    def _prepare_environments(self, ids: Any, count: int) -> list[Any]:
+        """Return T·N environments that are set to their tasks: all copies of the first task, then of the second, …"""
+        if _find_task_setter(self._reusable[0]) is None:
+            return [self._make_environment(task_generator(i)) for i in ids for _ in range(count)]
+        while len(self._reusable) < len(ids) * count:
+            self._reusable.append(self._make_environment(task_generator(ids[0])))
+        environments = self._reusable[: len(ids) * count]
+        for number, environment in enumerate(environments):
+            setter = _find_task_setter(environment)
+            assert setter is not None, environment
+            setter.set_task(task_generator(ids[number // count]))
+        return environments
 
-    def _made(self, generator: np.random.Generator, **more: Any) -> Any:
-        made = self._make(generator, **more)
-        if not hasattr(made, "step") or not hasattr(made, "action_space"):
-            raise InputError(f"tasks.make: got a {type(made).__name__}, expected a gymnasium.Env")
-        return made
+    def _make_environment(self, generator: np.random.Generator, **options: Any) -> Any:
+        environment = self._make(generator, **options)
+        if not isinstance(environment, GymEnvironment):
+            raise InputError(f"tasks.make: got a {type(environment).__name__}, expected a gymnasium.Env")
+        return environment
 
 
-class Filmed:
-    """An environment whose frames are kept, as far as `side_by_side` asks of one."""
+def _import_maker(make: str) -> Callable[..., Any]:
+    """Return the function that a name in `ENVIRONMENTS`, or `package.module:make`, stands for."""
+    target = ENVIRONMENTS.get(make, make)
+    if ":" not in target:
+        raise InputError(
+            f"tasks.make: got {make!r}, expected one of {', '.join(ENVIRONMENTS)} or package.module:make; "
+            f"{did_you_mean(make, list(ENVIRONMENTS))}"
+        )
+    try:
+        maker = pkgutil.resolve_name(target)
+    except InputError:  # from `tasks.mujoco`: MuJoCo is not installed
+        raise
+    except Exception as error:
+        raise InputError(f"tasks.make: importing {target!r} failed: {summarize_error(error)}") from error
+    if not callable(maker):
+        raise InputError(
+            f"tasks.make: got {target!r}, which is a {type(maker).__name__}, expected a function"
+        )
+    return maker
+
+
+def _find_task_setter(environment: Any) -> SetsTask | None:
+    """Return the environment, or the one that it wraps, if it can change its task."""
+    if isinstance(environment, SetsTask):
+        return environment
+    unwrapped = environment.unwrapped
+    return unwrapped if isinstance(unwrapped, SetsTask) else None
+
+
+class FilmedEnvironment:
+    """An environment that keeps its frames. It has what `join_environments` needs."""
 
     def __init__(self, environment: Any):
-        self.environment, self.frames = environment, []
-        self.action_space, self.observation_space = environment.action_space, environment.observation_space
+        self.environment = environment
+        self.frames: list[np.ndarray] = []
+        self.action_space = environment.action_space
+        self.observation_space = environment.observation_space
 
     def reset(self, seed: int) -> Any:
-        found = self.environment.reset(seed=seed)
-        self._shoot()
-        return found
+        result = self.environment.reset(seed=seed)
+        self._keep_frame()
+        return result
 
     def step(self, action: Any) -> Any:
-        found = self.environment.step(action)
-        self._shoot()
-        return found
+        result = self.environment.step(action)
+        self._keep_frame()
+        return result
 
     def close(self) -> None:
         self.environment.close()
 
-    def _shoot(self) -> None:
+    def _keep_frame(self) -> None:
         try:
             frame = self.environment.render()
-        except Exception as error:  # whatever OpenGL's bindings raise where there is no display
+        except Exception as error:  # without a display, OpenGL's bindings raise various exceptions
             raise InputError(
                 f"--video: the environment cannot be drawn ({type(error).__name__}: {error}); without a display MuJoCo "
                 "needs MUJOCO_GL=egl or osmesa and its libraries (Debian: libegl1 or libosmesa6)"
@@ -182,36 +248,44 @@ class Filmed:
         self.frames.append(frame)
 
 
-def side_by_side(environments: list[Any], seeds_TNE: np.ndarray, actions: Actions) -> Environment:
-    """Gymnasium environments, T·N of them, as one. Those that have ended wait for the others."""
+def join_environments(
+    environments: list[Any], seeds_TNE: np.ndarray, actions: ActionSpace
+) -> VectorEnvironment:
+    """Step T·N Gymnasium environments as one. Those that have ended wait for the others."""
     shape = seeds_TNE.shape[:2]
+    total = len(environments)
     space = environments[0].action_space
-    size = math.prod(environments[0].observation_space.shape)
+    features = math.prod(environments[0].observation_space.shape)
 
-    def given(action: Tensor) -> list[Any]:
-        """What the environments take: within their bounds, or one of their numbers."""
-        if not actions.real:
+    def convert_actions(action: Tensor) -> list[Any]:
+        """Return one action per environment: clipped to its bounds, or one of its integers."""
+        if not actions.continuous:
             return (action.flatten() + int(space.start)).tolist()
-        rows = action.reshape(len(environments), *space.shape).numpy()
+        rows = action.reshape(total, *space.shape).numpy()
         return list(np.clip(rows, space.low, space.high))
 
     def reset(episode: int) -> tuple[np.ndarray, Tensor]:
-        seen = np.empty((len(environments), size), np.float32)
-        for row, environment, seed in zip(seen, environments, seeds_TNE[..., episode].flat, strict=True):
-            row[:] = environment.reset(seed=int(seed))[0].ravel()
-        return np.zeros(len(environments), bool), torch.from_numpy(seen).view(*shape, size)
+        observations = np.empty((total, features), np.float32)
+        for i, seed in enumerate(seeds_TNE[..., episode].flat):
+            observation, _ = environments[i].reset(seed=int(seed))
+            observations[i] = observation.ravel()
+        return np.zeros(total, bool), torch.from_numpy(observations).view(*shape, features)
 
-    def step(ended: np.ndarray, action: Tensor) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
-        ended, rows = ended.copy(), given(action)
-        seen = np.zeros((len(environments), size), np.float32)
-        reward = np.zeros(len(environments), np.float32)
+    def step(ended_before: np.ndarray, action: Tensor) -> tuple[np.ndarray, Tensor, Tensor, Tensor]:
+        given = convert_actions(action)
+        ended = ended_before.copy()
+        observations = np.zeros((total, features), np.float32)
+        rewards = np.zeros(total, np.float32)
         for i, environment in enumerate(environments):
             if not ended[i]:
-                observed, reward[i], terminated, truncated, _ = environment.step(rows[i])
-                seen[i] = observed.ravel()
+                observation, rewards[i], terminated, truncated, _ = environment.step(given[i])
+                observations[i] = observation.ravel()
                 ended[i] = terminated or truncated
-        tensors = (torch.from_numpy(array) for array in (seen, reward, ended))
-        seen_T, reward_T, ended_T = (tensor.view(*shape, *tensor.shape[1:]) for tensor in tensors)
-        return ended, seen_T, reward_T, ended_T
+        return (
+            ended,
+            torch.from_numpy(observations).view(*shape, features),
+            torch.from_numpy(rewards).view(shape),
+            torch.from_numpy(ended).view(shape),
+        )
 
-    return Environment(reset, step)
+    return VectorEnvironment(reset, step)

@@ -1,6 +1,6 @@
-"""Image preparation: from the bytes of a PNG or JPEG to uint8 [C, H, W], in one way everywhere.
+"""Image preparation: from the bytes of a PNG or JPEG file to uint8 [C, H, W], the same way everywhere.
 
-MAML's Omniglot preparation is the default: 28×28 by Lanczos, inverted so that ink is 1, scaled by 1/255.
+The default is MAML's preparation of Omniglot: 28×28 by Lanczos, inverted so that ink is 1, scaled by 1/255.
 """
 
 from __future__ import annotations
@@ -30,22 +30,24 @@ _RESAMPLING = {
 
 @dataclass(frozen=True)
 class Preparation:
-    """How an image file becomes an example; kept in a store's schema and in checkpoints."""
+    """How an image file becomes an example. Stored in a task store's schema and in checkpoints."""
 
     size: int = 28
-    """Height and width; an image that is not square is stretched."""
+    """Height and width in pixels. An image that is not square is stretched."""
     filter: Filter = "lanczos"
     ink: Ink = "dark"
-    """Polarity of the source: dark ink on light paper is inverted, so that ink is 255."""
+    """Polarity of the source. Dark ink on light paper is inverted, so that ink is 255."""
     channels: Literal[1, 3] = 1
     scale: float = 1 / 255
-    """What a stored value is multiplied by to give a model's float32 input."""
+    """A stored value is multiplied by this to give the float32 input of a model."""
 
     def __post_init__(self) -> None:
-        for name, known in (("filter", get_args(Filter)), ("ink", get_args(Ink)), ("channels", (1, 3))):
-            if getattr(self, name) not in known:
-                wanted = " or ".join(map(str, known))
-                raise InputError(f"preparation.{name}: got {getattr(self, name)!r}, expected {wanted}")
+        known_values = {"filter": get_args(Filter), "ink": get_args(Ink), "channels": (1, 3)}
+        for name, known in known_values.items():
+            value = vars(self)[name]
+            if value not in known:
+                expected = " or ".join(map(str, known))
+                raise InputError(f"preparation.{name}: got {value!r}, expected {expected}")
         if type(self.size) is not int or self.size < 1:
             raise InputError(f"preparation.size: got {self.size!r}, expected an integer of at least 1")
         if type(self.scale) not in (int, float) or not (0 < self.scale < math.inf):
@@ -57,12 +59,12 @@ class Preparation:
         return (self.channels, self.size, self.size)
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields, for JSON."""
+        """Return the fields for JSON."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_dict(fields: Mapping[str, Any]) -> Preparation:
-        """The inverse of `to_dict`; fields that are left out take their defaults."""
+        """Do the inverse of `to_dict`. Missing fields take their defaults."""
         known = [field.name for field in dataclasses.fields(Preparation)]
         for name in fields:
             if name not in known:
@@ -70,36 +72,44 @@ class Preparation:
         return Preparation(**fields)
 
 
-def prepare(source: bytes | Image.Image, preparation: Preparation, where: str = "image") -> np.ndarray:
-    """The image as uint8 [C, H, W], ink at 255. `where` names it in errors.
+def prepare_image(source: bytes | Image.Image, preparation: Preparation, where: str = "image") -> np.ndarray:
+    """Return the image as uint8 [C, H, W], with ink at 255.
 
-    Greyscale (or RGB) first, then resized, then inverted where the ink is dark. One-bit images become
-    0 and 255; transparent pixels show paper; 16-bit greyscale keeps its upper byte.
+    Converts to greyscale (or RGB), resizes, then inverts if the ink is dark. One-bit images become 0 and 255;
+    transparent pixels show paper; 16-bit greyscale keeps its upper byte.
+
+    Args:
+        where: names the image in errors.
+
+    Raises:
+        InputError: the bytes are not a complete PNG or JPEG image.
     """
     try:
-        image = (
-            Image.open(io.BytesIO(source), formats=("PNG", "JPEG")) if isinstance(source, bytes) else source
-        )
+        image = source
+        if isinstance(image, bytes):
+            image = Image.open(io.BytesIO(image), formats=("PNG", "JPEG"))
         image.load()
-        flat = _flat(image, preparation)
+        flat = _flatten(image, preparation)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{where}: got no readable image ({reason}), expected PNG or JPEG") from None
     resampling = _RESAMPLING[preparation.filter]
     pixels = np.asarray(flat.resize((preparation.size, preparation.size), resampling))
     pixels_CHW = pixels[None] if preparation.channels == 1 else pixels.transpose(2, 0, 1)
-    return np.ascontiguousarray(255 - pixels_CHW if preparation.ink == "dark" else pixels_CHW)
+    if preparation.ink == "dark":
+        pixels_CHW = 255 - pixels_CHW
+    return np.ascontiguousarray(pixels_CHW)
 
 
-def unit(pixels: np.ndarray, scale: float) -> np.ndarray:
-    """Pixels as a model sees them: float32, multiplied by `scale`."""
+def scale_pixels(pixels: np.ndarray, scale: float) -> np.ndarray:
+    """Return pixels as a model sees them: float32, multiplied by `scale`."""
     return np.multiply(pixels, np.float32(scale), dtype=np.float32)
 
 
-def _flat(image: Image.Image, preparation: Preparation) -> Image.Image:
-    """The image without transparency, in mode L or RGB."""
+def _flatten(image: Image.Image, preparation: Preparation) -> Image.Image:
+    """Return the image without transparency, in mode L or RGB."""
     mode = "L" if preparation.channels == 1 else "RGB"
-    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255
+    if image.mode.startswith("I"):  # 16-bit greyscale: Pillow would clip it at 255
         wide = np.asarray(image).astype(np.int64)
         image = Image.fromarray((np.clip(wide, 0, 65535) >> 8).astype(np.uint8))
     if image.has_transparency_data:

@@ -1,4 +1,4 @@
-"""MuJoCo's bodies with tasks of their own: Finn et al. 2017, §5.3. Needs the extra `rl`."""
+"""MuJoCo's bodies with tasks: Finn et al. 2017, §5.3. Needs the extra `rl`."""
 
 from __future__ import annotations
 
@@ -24,55 +24,56 @@ except ImportError as missing:
     ) from None
 
 
-class Retargeted(gymnasium.Wrapper):
-    """An environment whose reward is a function of what happened and of a target, which is the task."""
+class TargetEnvironment(gymnasium.Wrapper):
+    """An environment whose reward depends on a target. The target is the task; `set_task` draws another one."""
 
     def __init__(
         self,
         environment: Any,
-        target: Callable[[np.random.Generator], Any],
-        reward: Callable[[dict[str, Any], Any], float],
+        draw_target: Callable[[np.random.Generator], Any],
+        compute_reward: Callable[[dict[str, Any], Any], float],
         generator: np.random.Generator,
     ):
         super().__init__(environment)
-        self._drawn, self._reward = target, reward
+        self._draw_target = draw_target
+        self._compute_reward = compute_reward
         self.set_task(generator)
 
     def set_task(self, generator: np.random.Generator) -> None:
-        self.target = self._drawn(generator)
+        self.target = self._draw_target(generator)
 
     def step(self, action: Any) -> Any:
-        seen, _, terminated, truncated, info = self.env.step(action)
-        return seen, self._reward(info, self.target), terminated, truncated, info
+        observation, _, terminated, truncated, info = self.env.step(action)
+        return observation, self._compute_reward(info, self.target), terminated, truncated, info
 
 
-def half_cheetah_direction(generator: np.random.Generator, render_mode: str | None = None) -> Any:
+def make_half_cheetah_direction(generator: np.random.Generator, render_mode: str | None = None) -> Any:
     """Run forwards or backwards: reward ±velocity − 0.05‖a‖²."""
-    return Retargeted(
-        _cheetah(render_mode),
+    return TargetEnvironment(
+        _make_half_cheetah(render_mode),
         lambda g: 1.0 if g.random() < 0.5 else -1.0,
         lambda info, sign: sign * info["x_velocity"] + info["reward_ctrl"],
         generator,
     )
 
 
-def half_cheetah_velocity(generator: np.random.Generator, render_mode: str | None = None) -> Any:
+def make_half_cheetah_velocity(generator: np.random.Generator, render_mode: str | None = None) -> Any:
     """Run at a speed uniform in [0, 2]: reward −|velocity − speed| − 0.05‖a‖²."""
-    return Retargeted(
-        _cheetah(render_mode),
+    return TargetEnvironment(
+        _make_half_cheetah(render_mode),
         lambda g: 2 * g.random(),
         lambda info, speed: -abs(info["x_velocity"] - speed) + info["reward_ctrl"],
         generator,
     )
 
 
-def ant_goal(generator: np.random.Generator, render_mode: str | None = None) -> Any:
-    """Go to a place uniform in the disc of radius 3: reward −‖place − goal‖₁ + 1 while upright − 0.1‖a‖².
+def make_ant_goal(generator: np.random.Generator, render_mode: str | None = None) -> Any:
+    """Go to a goal uniform in the disc of radius 3: reward −‖position − goal‖₁ + 1 while upright − 0.1‖a‖².
 
-    After the goal environments of ProMP and PEARL (Rakelly et al. 2019, arXiv 1903.08254), without contact costs, and
-    with a bonus of 1 instead of 4.
+    As the goal environments of ProMP and PEARL (Rakelly et al. 2019, arXiv 1903.08254). Deviations: no contact costs,
+    and a bonus of 1 instead of 4 for being upright.
     """
-    with _made(render_mode):
+    with _prepared_mujoco(render_mode):
         ant = AntEnv(
             render_mode=render_mode,
             ctrl_cost_weight=0.1,
@@ -81,33 +82,37 @@ def ant_goal(generator: np.random.Generator, render_mode: str | None = None) -> 
             exclude_current_positions_from_observation=False,
         )
 
-    def goal(g: np.random.Generator) -> np.ndarray:
-        radius, angle = 3 * math.sqrt(g.random()), 2 * math.pi * g.random()
+    def draw_goal(g: np.random.Generator) -> np.ndarray:
+        radius = 3 * math.sqrt(g.random())
+        angle = 2 * math.pi * g.random()
         return radius * np.array([math.cos(angle), math.sin(angle)])
 
-    def reward(info: dict[str, Any], place: np.ndarray) -> float:
-        away = abs(info["x_position"] - place[0]) + abs(info["y_position"] - place[1])
-        return -away + info["reward_survive"] + info["reward_ctrl"]
+    def compute_reward(info: dict[str, Any], goal: np.ndarray) -> float:
+        distance = abs(info["x_position"] - goal[0]) + abs(info["y_position"] - goal[1])
+        return -distance + info["reward_survive"] + info["reward_ctrl"]
 
-    return Retargeted(ant, goal, reward, generator)
+    return TargetEnvironment(ant, draw_goal, compute_reward, generator)
 
 
-def _cheetah(render_mode: str | None) -> Any:
-    with _made(render_mode):
+def _make_half_cheetah(render_mode: str | None) -> Any:
+    with _prepared_mujoco(render_mode):
         return HalfCheetahEnv(ctrl_cost_weight=0.05, render_mode=render_mode)
 
 
 @contextmanager
-def _made(render_mode: str | None) -> Iterator[None]:
-    """Without MuJoCo's remarks on Gymnasium's own model files, one for every copy; without a display where there is
-    none, which Gymnasium reads from the environment only.
+def _prepared_mujoco(render_mode: str | None) -> Iterator[None]:
+    """Prepare MuJoCo for making an environment.
+
+    - Without a display, frames are rendered by EGL. Gymnasium reads this choice only from `MUJOCO_GL`.
+    - MuJoCo's warnings about Gymnasium's own model files are silenced. Each copy of an environment would print them.
     """
-    if render_mode and sys.platform == "linux" and not {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ):
+    has_display = {"DISPLAY", "WAYLAND_DISPLAY"} & set(os.environ)
+    if render_mode and sys.platform == "linux" and not has_display:
         os.environ.setdefault("MUJOCO_GL", "egl")
     bindings: Any = mujoco
-    before = bindings.get_mju_user_warning()
+    warn = bindings.get_mju_user_warning()
     bindings.set_mju_user_warning(lambda text: None)
     try:
         yield
     finally:
-        bindings.set_mju_user_warning(before)
+        bindings.set_mju_user_warning(warn)

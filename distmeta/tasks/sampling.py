@@ -1,6 +1,6 @@
-"""Which examples an episode shows: classes, drawings, their order.
+"""Which examples an episode shows: its classes, its drawings, and their order.
 
-Shapes: T tasks, W ways, S shots, Q queries a class, n = S + Q drawings a class.
+Shapes: T tasks, W ways, S shots, Q queries per class, n = S + Q drawings per class.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ from distmeta.errors import InputError
 from distmeta.protocols import PADDING
 from distmeta.seeding import uniforms
 
-SIZES, ORDER = 1, 2
-"""Parts of a task's random numbers, beside those that choose its classes and drawings."""
+SIZES = 1
+"""The part of a task's random numbers that chooses its ways and shots. Part 0 chooses classes and drawings."""
+ORDER = 2
+"""The part that chooses the order of rows."""
 
 
 class ClassEntry(NamedTuple):
-    """A class of a split: which rows of the images, turned how often by 90° counter-clockwise."""
+    """A class of a split: rows of the images, all turned by the same angle."""
 
     rows: Sequence[int] | np.ndarray
     quarter_turns: int = 0
+    """Turns of 90° counter-clockwise."""
     group: int = 0
     name: str = ""
     query_rows: Sequence[int] | np.ndarray | None = None
-    """Rows that queries are drawn from, where they are other images of the same drawings, in the same order: in an
-    episode no drawing is in both parts. None: `rows`."""
+    """Rows for the query set if they are other images than `rows`: of the same drawings, in the same order. In an
+    episode no drawing is in both the support and the query set."""
 
 
-class Setting(NamedTuple):
-    """The size of an episode: the largest, and where tasks differ the smallest."""
+class EpisodeSettings(NamedTuple):
+    """The size of an episode. If the sizes of tasks differ, the first three are the largest ones."""
 
     ways: int
     shots: int
@@ -40,104 +43,129 @@ class Setting(NamedTuple):
     min_shots: int
 
 
-class Table(NamedTuple):
-    """The classes of one split as arrays: one entry a class, but for `row`, `members` and the groups'."""
+class ClassTable(NamedTuple):
+    """The classes of one split as arrays."""
 
-    setting: Setting
+    settings: EpisodeSettings
     row: np.ndarray
-    """Rows of the images; those of class k are the `count[k]` from `start[k]` on."""
+    """Rows of the images. Class k has the `count[k]` entries from `start[k]` on."""
     query_row: np.ndarray
-    """The rows of the same drawings for the query."""
+    """Rows for the query set, in the same order."""
     start: np.ndarray
     count: np.ndarray
     turns: np.ndarray
+    """Quarter turns of each class."""
     members: np.ndarray
-    """Classes; those of eligible group g are the `group_count[g]` from `group_start[g]` on."""
+    """Classes by group. Group g has the `group_count[g]` entries from `group_start[g]` on."""
     group_start: np.ndarray
     group_count: np.ndarray
 
 
-class Drawn(NamedTuple):
-    """What a draw chose, (support, query) each [T, N]: rows of the images, quarter turns, labels."""
+class RowSelection(NamedTuple):
+    """The drawn rows of each task. Every field is a pair (support [T, S·W], query [T, Q·W])."""
 
     rows: tuple[np.ndarray, np.ndarray]
     turns: tuple[np.ndarray, np.ndarray]
     labels: tuple[np.ndarray, np.ndarray]
 
 
-def draw_rows(table: Table, ids: Any, shuffled: bool, unbalanced: bool) -> Drawn:
-    """The examples of each task: the same in any order, and of smaller tasks some of them."""
-    ways, shots, queries, min_ways, min_shots = table.setting
-    T, n = len(ids), shots + queries
+def draw_rows(table: ClassTable, ids: Any, shuffle: bool, unbalanced: bool) -> RowSelection:
+    """Draw the examples of each task.
+
+    A smaller task has some of the examples that a full one with the same id would have. With `shuffle` a task has the
+    same examples in another order.
+    """
+    settings = table.settings
+    ways = settings.ways
+    shots = settings.shots
+    n = shots + settings.queries
+    T = len(ids)
     group_T1, class_T2W, drawing_T2Wn = np.split(
         uniforms(ids, 1 + 2 * ways + 2 * ways * n), [1, 1 + 2 * ways], axis=1
     )
     group_T = (group_T1[:, 0] * len(table.group_start)).astype(np.int64)
-    position_TW = distinct(table.group_count[group_T], class_T2W.reshape(T, 2, ways))
+    position_TW = draw_distinct(table.group_count[group_T], class_T2W.reshape(T, 2, ways))
     class_TW = table.members[table.group_start[group_T][:, None] + position_TW]
-    drawing_TWn = distinct(table.count[class_TW], drawing_T2Wn.reshape(T, ways, 2, n))
+    drawing_TWn = draw_distinct(table.count[class_TW], drawing_T2Wn.reshape(T, ways, 2, n))
     way_TnW = np.tile(np.arange(ways), (T, n, 1))
     label_TnW = way_TnW
-    if min_ways < ways or min_shots < shots:
+    if settings.min_ways < ways or settings.min_shots < shots:
         sizes_TW1 = uniforms(ids, ways + 1, SIZES)
-        way_TnW, drawing_TWn, label_TnW = _smaller(
-            table.setting, drawing_TWn, sizes_TW1[:, :1], sizes_TW1[:, 1:], unbalanced
+        way_TnW, drawing_TWn, label_TnW = _shrink_tasks(
+            settings, drawing_TWn, sizes_TW1[:, :1], sizes_TW1[:, 1:], unbalanced
         )
     class_TnW = np.take_along_axis(class_TW[:, None, :], way_TnW, 2)
     drawing_TnW = np.take_along_axis(drawing_TWn.swapaxes(1, 2), way_TnW, 2)
-    place_TnW = table.start[class_TnW] + drawing_TnW
+    position_TnW = table.start[class_TnW] + drawing_TnW
     turns_TnW = table.turns[class_TnW]
-    orders: list[np.ndarray] = []
-    if shuffled:
-        support_TN, query_TN = np.split(uniforms(ids, n * ways, ORDER), [shots * ways], axis=1)
-        orders = [half_TN.argsort(1, kind="stable") for half_TN in (support_TN, query_TN)]
+    order = _draw_order(ids, shots * ways, n * ways) if shuffle else None
 
-    def halves(support: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        flat = (
-            support[:, :shots].reshape(T, shots * ways).copy(),
-            query[:, shots:].reshape(T, queries * ways).copy(),
-        )
-        if not orders:
-            return flat
-        first, second = (np.take_along_axis(a, order, 1) for a, order in zip(flat, orders, strict=True))
-        return first, second
+    def flatten(support_TnW: np.ndarray, query_TnW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        support_TN = support_TnW[:, :shots].reshape(T, shots * ways)
+        query_TN = query_TnW[:, shots:].reshape(T, settings.queries * ways)
+        if order is None:
+            return support_TN.copy(), query_TN.copy()
+        return np.take_along_axis(support_TN, order[0], 1), np.take_along_axis(query_TN, order[1], 1)
 
-    return Drawn(
-        halves(table.row[place_TnW], table.query_row[place_TnW]),
-        halves(turns_TnW, turns_TnW),
-        halves(label_TnW, label_TnW),
+    return RowSelection(
+        rows=flatten(table.row[position_TnW], table.query_row[position_TnW]),
+        turns=flatten(turns_TnW, turns_TnW),
+        labels=flatten(label_TnW, label_TnW),
     )
 
 
-def _smaller(
-    setting: Setting, drawing_TWn: np.ndarray, ways_T1: np.ndarray, shots_TW: np.ndarray, unbalanced: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which way each place shows [T, n, W], which drawing [T, W, n], and its label: places beyond a task's own number
-    of ways or shots repeat what it has, with the label `PADDING`.
+def _draw_order(ids: Any, support: int, total: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a permutation of the support rows [T, support] and one of the query rows [T, total - support]."""
+    support_TN, query_TN = np.split(uniforms(ids, total, ORDER), [support], axis=1)
+    return support_TN.argsort(1, kind="stable"), query_TN.argsort(1, kind="stable")
 
-    The last two arguments before `unbalanced` are uniform on [0, 1).
+
+def _shrink_tasks(
+    settings: EpisodeSettings,
+    drawing_TWn: np.ndarray,
+    ways_T1: np.ndarray,
+    shots_TW: np.ndarray,
+    unbalanced: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give each task its own number of ways and shots. Superfluous places repeat other rows, with the label `PADDING`.
+
+    Args:
+        ways_T1, shots_TW: uniform on [0, 1).
+        unbalanced: each class has its own number of shots.
+
+    Returns:
+        The way that each place shows [T, n, W], its drawing [T, W, n], and its label [T, n, W].
     """
-    ways, shots, queries, min_ways, min_shots = setting
-    T, n = len(drawing_TWn), shots + queries
-    has_ways_T1 = min_ways + (ways_T1 * (ways - min_ways + 1)).astype(np.int64)
-    shots_TW = shots_TW if unbalanced else np.broadcast_to(shots_TW[:, :1], (T, ways))
-    has_shots_TW = min_shots + (shots_TW * (shots - min_shots + 1)).astype(np.int64)
-    way_TW = np.arange(ways) % has_ways_T1
+    ways, shots, queries, min_ways, min_shots = settings
+    T = len(drawing_TWn)
+    n = shots + queries
+    task_ways_T1 = min_ways + (ways_T1 * (ways - min_ways + 1)).astype(np.int64)
+    if not unbalanced:
+        shots_TW = np.broadcast_to(shots_TW[:, :1], (T, ways))
+    class_shots_TW = min_shots + (shots_TW * (shots - min_shots + 1)).astype(np.int64)
+    way_TW = np.arange(ways) % task_ways_T1
     place_n = np.arange(n)
-    shown_TWn = np.where(place_n < shots, place_n % has_shots_TW[..., None], place_n)
-    spare_TWn = (place_n < shots) & (place_n >= has_shots_TW[..., None])
-    spare_TWn = spare_TWn | (np.arange(ways) >= has_ways_T1)[..., None]
-    label_TWn = np.where(spare_TWn, PADDING, np.arange(ways)[:, None])
+    shown_TWn = np.where(place_n < shots, place_n % class_shots_TW[..., None], place_n)
+    extra_shot_TWn = (place_n < shots) & (place_n >= class_shots_TW[..., None])
+    extra_way_TW = np.arange(ways) >= task_ways_T1
+    padding_TWn = extra_shot_TWn | extra_way_TW[..., None]
+    label_TWn = np.where(padding_TWn, PADDING, np.arange(ways)[:, None])
     way_TnW = np.broadcast_to(way_TW[:, None, :], (T, n, ways))
     return way_TnW, np.take_along_axis(drawing_TWn, shown_TWn, 2), label_TWn.swapaxes(1, 2)
 
 
-def distinct(counts: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-    """n different integers below each count, every ordered choice equally likely.
+def draw_distinct(counts: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+    """Draw n different integers below each count. Every ordered choice is equally likely.
 
-    counts int [...], uniforms [..., 2, n] in [0, 1) -> int64 [..., n]. Floyd's algorithm gives a uniform
-    subset at a cost that does not grow with the counts; sorting n further uniforms shuffles it. Reference:
-    Bentley & Floyd 1987, "A sample of brilliance".
+    Floyd's algorithm gives a uniform subset, at a cost that does not grow with the counts. Sorting n more uniform
+    numbers shuffles it. Reference: Bentley & Floyd 1987, "A sample of brilliance".
+
+    Args:
+        counts: int [...].
+        uniforms: uniform on [0, 1), [..., 2, n].
+
+    Returns:
+        int64 [..., n].
     """
     n = uniforms.shape[-1]
     picked = np.empty((*uniforms.shape[:-2], n), np.int64)
@@ -149,48 +177,69 @@ def distinct(counts: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     return np.take_along_axis(picked, uniforms[..., 1, :].argsort(-1, kind="stable"), -1)
 
 
-def table_of(
-    split: str, entries: Sequence[ClassEntry], setting: Setting, ways_field: str, within_group: bool
-) -> Table:
-    """The split as arrays, after checking that it can give an episode of this setting."""
+def build_class_table(
+    split: str, entries: Sequence[ClassEntry], settings: EpisodeSettings, ways_field: str, within_group: bool
+) -> ClassTable:
+    """Return the classes of a split as arrays.
+
+    Args:
+        ways_field: the option that gave the ways, for the error.
+        within_group: all classes of a task come from one group.
+
+    Raises:
+        InputError: the split has too few classes, or a class too few drawings, for an episode of these settings.
+    """
     counts = np.array([len(entry.rows) for entry in entries], np.int64)
     groups = np.array([entry.group if within_group else 0 for entry in entries], np.int64)
-    _, sizes = np.unique(groups, return_counts=True)
-    most = int(sizes.max(initial=0))
-    if most < setting.ways:
-        whose = f"the {split} split has {most} classes"
-        if within_group:
-            whose = f"with tasks.within_group, the largest group of the {split} split has {most} classes"
-        raise InputError(
-            f"tasks.{ways_field}: got {setting.ways}, expected at most {most} ({whose}): "
-            + ("lower tasks.ways" if split == "train" else "lower tasks.ways or tasks.eval_ways")
-        )
-    needed, fewest = setting.shots + setting.queries, int(counts.argmin())
-    if counts[fewest] < needed:
-        name = entries[fewest].name or str(fewest)
-        prefix = "" if split == "train" else "eval_"
-        raise InputError(
-            f"tasks.{prefix}shots + tasks.{prefix}queries: got {needed}, expected at most {counts[fewest]} "
-            f"(class {name!r} of the {split} split has {counts[fewest]} drawings): "
-            "lower tasks.shots or tasks.queries"
-            + ("" if split == "train" else ", or tasks.eval_shots or tasks.eval_queries")
-        )
-    members = groups.argsort(kind="stable")
-    eligible = sizes >= setting.ways
-    return Table(
-        setting=setting,
+    _, group_sizes = np.unique(groups, return_counts=True)
+    _check_ways(split, int(group_sizes.max(initial=0)), settings, ways_field, within_group)
+    _check_drawings(split, entries, counts, settings)
+    eligible = group_sizes >= settings.ways
+    return ClassTable(
+        settings=settings,
         row=np.concatenate([np.asarray(entry.rows, np.int64) for entry in entries]),
-        query_row=np.concatenate([_query_rows(entry) for entry in entries]),
+        query_row=np.concatenate([_list_query_rows(entry) for entry in entries]),
         start=counts.cumsum() - counts,
         count=counts,
         turns=np.array([entry.quarter_turns % 4 for entry in entries], np.int64),
-        members=members,
-        group_start=(sizes.cumsum() - sizes)[eligible],
-        group_count=sizes[eligible],
+        members=groups.argsort(kind="stable"),
+        group_start=(group_sizes.cumsum() - group_sizes)[eligible],
+        group_count=group_sizes[eligible],
     )
 
 
-def _query_rows(entry: ClassEntry) -> np.ndarray:
+def _check_ways(
+    split: str, most: int, settings: EpisodeSettings, ways_field: str, within_group: bool
+) -> None:
+    if most >= settings.ways:
+        return
+    limit = f"the {split} split has {most} classes"
+    if within_group:
+        limit = f"with tasks.within_group, the largest group of the {split} split has {most} classes"
+    remedy = "lower tasks.ways" if split == "train" else "lower tasks.ways or tasks.eval_ways"
+    raise InputError(f"tasks.{ways_field}: got {settings.ways}, expected at most {most} ({limit}): {remedy}")
+
+
+def _check_drawings(
+    split: str, entries: Sequence[ClassEntry], counts: np.ndarray, settings: EpisodeSettings
+) -> None:
+    needed = settings.shots + settings.queries
+    smallest = int(counts.argmin())
+    count = counts[smallest]
+    if count >= needed:
+        return
+    name = entries[smallest].name or str(smallest)
+    prefix = "" if split == "train" else "eval_"
+    remedy = "lower tasks.shots or tasks.queries"
+    if split != "train":
+        remedy += ", or tasks.eval_shots or tasks.eval_queries"
+    raise InputError(
+        f"tasks.{prefix}shots + tasks.{prefix}queries: got {needed}, expected at most {count} "
+        f"(class {name!r} of the {split} split has {count} drawings): {remedy}"
+    )
+
+
+def _list_query_rows(entry: ClassEntry) -> np.ndarray:
     rows = np.asarray(entry.rows if entry.query_rows is None else entry.query_rows, np.int64)
     assert len(rows) == len(entry.rows), (entry.name, len(rows), len(entry.rows))
     return rows

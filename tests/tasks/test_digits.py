@@ -5,36 +5,37 @@ import torch
 
 from distmeta.errors import InputError
 from distmeta.seeding import task_ids
-from distmeta.tasks.digits import appearance, class_turns, digits
+from distmeta.tasks.digits import canonicalize_digit, choose_classes, digits
 from distmeta.tasks.image_preparation import Preparation
 
 
-def test_appearance():
-    assert appearance(9, 0) == appearance(6, 2)
-    assert appearance(9, 3) == appearance(6, 1)
-    assert appearance(8, 2) == appearance(8, 0) != appearance(8, 1)
-    assert len({appearance(7, turns) for turns in range(4)}) == 4
-    assert len({appearance(d, r) for d in range(10) for r in range(4)}) == 3 * 2 + 7 * 4 - 4
+def test_digits_that_look_alike_are_the_same():
+    assert canonicalize_digit(9, 0) == canonicalize_digit(6, 2)
+    assert canonicalize_digit(9, 3) == canonicalize_digit(6, 1)
+    assert canonicalize_digit(8, 2) == canonicalize_digit(8, 0) != canonicalize_digit(8, 1)
+    assert len({canonicalize_digit(7, turns) for turns in range(4)}) == 4
+    all_looks = {canonicalize_digit(digit, turns) for digit in range(10) for turns in range(4)}
+    assert len(all_looks) == 3 * 2 + 7 * 4 - 4
 
 
 def test_default_classes():
-    train, test = class_turns([7, 8, 9])
+    train, test = choose_classes([7, 8, 9])
     assert test == [(7, 0), (7, 1), (8, 0), (8, 1), (9, 0), (9, 1)]
     assert len(train) == 2 + 2 + 4 * 4 + 2
-    assert [turns for digit, turns in train if digit == 6] == [0, 1]  # 180° and 270° are the test's nines
+    assert [turns for digit, turns in train if digit == 6] == [0, 1]  # turned further it looks like a test 9
     assert [turns for digit, turns in train if digit in (0, 1)] == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("test_digits", [[7, 8, 9], [6], [9], [6, 9], [0, 1, 8], [2, 3, 4, 5, 6, 7, 8, 9]])
 @pytest.mark.parametrize("rotations", [True, False])
 def test_no_two_classes_look_alike(test_digits, rotations):
-    train, test = class_turns(test_digits, rotations)
-    looks = [appearance(*turned) for turned in train + test]
+    train, test = choose_classes(test_digits, rotations)
+    looks = [canonicalize_digit(*turned) for turned in train + test]
     assert len(set(looks)) == len(looks)
     assert {digit for digit, _ in test} == set(test_digits)
 
 
-def test_episodes():
+def test_episodes_have_the_declared_shapes():
     family = digits()
     assert family.in_shape == (1, 8, 8)
     assert family.out_features == 5
@@ -50,14 +51,13 @@ def test_episodes():
 
 
 def test_nearest_neighbour_leaves_something_to_learn():
-    family = digits()
-    episode = family.draw("test", task_ids(0, "test", 0, 100))
+    episode = digits().draw("test", task_ids(0, "test", 0, 100))
     nearest = torch.cdist(episode.query.x.flatten(2), episode.support.x.flatten(2)).argmin(-1)
     accuracy = (episode.support.y.gather(1, nearest) == episode.query.y).float().mean().item()
     assert 0.70 < accuracy < 0.86  # 78.4 % on 600 episodes
 
 
-def test_users_mistakes():
+def test_wrong_options_are_refused():
     with pytest.raises(InputError, match=r"tasks\.ways: got 7, expected at most 6 \(the test split"):
         digits(ways=7)
     with pytest.raises(InputError, match=r"tasks\.ways: got 5, expected at most 3"):

@@ -86,15 +86,15 @@ def test_a_short_run_of_each(name: str, algorithm: str, workplace: Path) -> None
 
 def test_rewards_of_the_cheetah_are_the_papers() -> None:
     pytest.importorskip("mujoco", reason="needs the extra rl")
-    from distmeta.tasks.mujoco import half_cheetah_direction, half_cheetah_velocity
+    from distmeta.tasks.mujoco import make_half_cheetah_direction, make_half_cheetah_velocity
 
-    for make in (half_cheetah_direction, half_cheetah_velocity):
+    for make in (make_half_cheetah_direction, make_half_cheetah_velocity):
         environment = make(np.random.default_rng(1))
         environment.reset(seed=0)
         action = np.full(6, 0.5, np.float32)
         _, reward, _, _, info = environment.step(action)
         speed, target = info["x_velocity"], environment.target
-        gain = target * speed if make is half_cheetah_direction else -abs(speed - target)
+        gain = target * speed if make is make_half_cheetah_direction else -abs(speed - target)
         assert reward == pytest.approx(gain - 0.05 * 6 * 0.25)
 
 

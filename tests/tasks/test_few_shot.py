@@ -12,35 +12,40 @@ from distmeta.errors import InputError
 from distmeta.protocols import Batch, TaskFamily
 from distmeta.seeding import task_ids
 from distmeta.tasks.few_shot import ClassificationScore, FewShot
-from distmeta.tasks.sampling import ClassEntry, distinct
+from distmeta.tasks.sampling import ClassEntry, draw_distinct
 
-CLASSES, DRAWINGS = 12, 6
+CLASSES = 12
+DRAWINGS = 6
 # Image r has the value r in its first corner and r + 100 in the next, so it tells its row and its rotation.
 IMAGES = np.zeros((CLASSES * DRAWINGS, 1, 3, 3), np.uint8)
 IMAGES[:, 0, 0, 0] = np.arange(len(IMAGES))
 IMAGES[:, 0, 0, 2] = np.arange(len(IMAGES)) + 100
 
 
-def entries(classes, turns=0, drawings=DRAWINGS):
+def make_entries(classes, turns=0, drawings=DRAWINGS):
     return [ClassEntry(range(k * DRAWINGS, k * DRAWINGS + drawings), turns, k // 3, f"c{k}") for k in classes]
 
 
-SPLITS = {"train": entries(range(6)), "val": entries(range(6, 9)), "test": entries(range(9, 12))}
+SPLITS = {
+    "train": make_entries(range(6)),
+    "val": make_entries(range(6, 9)),
+    "test": make_entries(range(9, 12)),
+}
 
 
-def family(splits=SPLITS, **options):
+def build_family(splits=SPLITS, **options):
     return FewShot(IMAGES, splits, **{"ways": 3, "shots": 2, "queries": 3, "scale": 1.0, **options})
 
 
-def rows_of(x):
+def read_rows(x):
     return x[..., 0, 0, 0].long()
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 30), st.integers(0, 20), st.integers(0, 2**32))
-def test_distinct_is_distinct_and_in_range(n, more, seed):
+def test_drawn_integers_are_distinct_and_in_range(n, more, seed):
     counts = np.array([n, n + more])
-    picked = distinct(counts, np.random.default_rng(seed).random((2, 2, n)))
+    picked = draw_distinct(counts, np.random.default_rng(seed).random((2, 2, n)))
     for row, count in zip(picked, counts, strict=True):
         assert len(set(row.tolist())) == n
         assert row.min() >= 0
@@ -48,7 +53,7 @@ def test_distinct_is_distinct_and_in_range(n, more, seed):
 
 
 def test_every_ordered_choice_is_equally_likely():
-    picked = distinct(np.full(40_000, 4), np.random.default_rng(0).random((40_000, 2, 2)))
+    picked = draw_distinct(np.full(40_000, 4), np.random.default_rng(0).random((40_000, 2, 2)))
     _, found = np.unique(picked @ [4, 1], return_counts=True)
     assert len(found) == 12
     chi2 = ((found - 40_000 / 12) ** 2 / (40_000 / 12)).sum()
@@ -57,13 +62,17 @@ def test_every_ordered_choice_is_equally_likely():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(2, 3), st.integers(1, 3), st.integers(1, 3), st.integers(0, 2**32), st.booleans(),
+    st.integers(2, 3),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.integers(0, 2**32),
+    st.booleans(),
     st.sampled_from(["train", "val", "test"]),
-)  # fmt: skip
-def test_episodes(ways, shots, queries, seed, within_group, split):
-    tasks = family(ways=ways, shots=shots, queries=queries, within_group=within_group)
-    episode = tasks.draw(split, task_ids(seed, split, 0, 5))
-    assert isinstance(tasks, TaskFamily)
+)
+def test_episode_has_distinct_classes_and_drawings(ways, shots, queries, seed, within_group, split):
+    family = build_family(ways=ways, shots=shots, queries=queries, within_group=within_group)
+    episode = family.draw(split, task_ids(seed, split, 0, 5))
+    assert isinstance(family, TaskFamily)
     assert episode.support.x.shape == (5, shots * ways, 1, 3, 3)
     assert episode.query.x.shape == (5, queries * ways, 1, 3, 3)
     assert episode.support.x.dtype == torch.float32
@@ -71,30 +80,34 @@ def test_episodes(ways, shots, queries, seed, within_group, split):
     assert all(leaf.is_contiguous() for part in episode for leaf in part)
     allowed = {row for entry in SPLITS[split] for row in entry.rows}
     for t in range(5):
-        support, query = rows_of(episode.support.x[t]), rows_of(episode.query.x[t])
-        drawn = torch.cat([support, query]).tolist()
-        assert len(set(drawn)) == len(drawn)  # without replacement: nothing in both support and query
-        assert set(drawn) <= allowed
+        rows = torch.cat([read_rows(episode.support.x[t]), read_rows(episode.query.x[t])]).tolist()
+        assert len(set(rows)) == len(rows)  # nothing is in both support and query
+        assert set(rows) <= allowed
         y = torch.cat([episode.support.y[t], episode.query.y[t]]).tolist()
         assert y == list(range(ways)) * (shots + queries)  # shot-major
-        classes = {label: {r // DRAWINGS for r, w in zip(drawn, y, strict=True) if w == label} for label in y}
-        assert all(len(one) == 1 for one in classes.values())
-        assert len(set.union(*classes.values())) == ways
+        classes_of_label = [
+            {row // DRAWINGS for row, label in zip(rows, y, strict=True) if label == way}
+            for way in range(ways)
+        ]
+        assert all(len(classes) == 1 for classes in classes_of_label)
+        classes = set.union(*classes_of_label)
+        assert len(classes) == ways
         if within_group:
-            assert len({k // 3 for one in classes.values() for k in one}) == 1
+            assert len({k // 3 for k in classes}) == 1
 
 
-def test_a_task_depends_on_its_id_alone():
+def test_task_depends_only_on_its_id():
     ids = task_ids(0, "train", 0, 8)
-    together, alone = family().draw("train", ids), family().draw("train", ids[5:6])
+    together = build_family().draw("train", ids)
+    alone = build_family().draw("train", ids[5:6])
     assert torch.equal(together.support.x[5:6], alone.support.x)
     assert torch.equal(together.query.x[5:6], alone.query.x)
-    assert family().draw("train", ids[:0]).query.x.shape == (0, 9, 1, 3, 3)
+    assert build_family().draw("train", ids[:0]).query.x.shape == (0, 9, 1, 3, 3)
 
 
-def test_all_classes_and_positions_occur():
-    episode = family(ways=2, shots=1, queries=1).draw("train", task_ids(0, "train", 0, 2000))
-    classes = rows_of(episode.support.x) // DRAWINGS
+def test_every_class_occurs_as_often_in_every_position():
+    episode = build_family(ways=2, shots=1, queries=1).draw("train", task_ids(0, "train", 0, 2000))
+    classes = read_rows(episode.support.x) // DRAWINGS
     for way in range(2):
         counts = torch.bincount(classes[:, way], minlength=6)
         assert len(counts) == 6
@@ -102,59 +115,62 @@ def test_all_classes_and_positions_occur():
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
-def test_quarter_turns(turns):
-    splits = SPLITS | {"train": entries(range(3)) + entries(range(3, 6), turns)}
-    x = family(splits, ways=6, eval_ways=3).draw("train", task_ids(0, "train", 0, 3)).support.x[..., 0, :, :]
-    upright = torch.rot90(x, -turns, dims=(-2, -1))
-    turned = torch.where((upright[..., 0, 2] == upright[..., 0, 0] + 100)[..., None, None], upright, x)
-    rows = turned[..., 0, 0].long()
-    assert torch.equal(turned, torch.from_numpy(IMAGES).float()[rows, 0])
-    assert ((rows // DRAWINGS >= 3) == (x != turned).any(-1).any(-1)).all()
+def test_turned_classes_show_turned_images(turns):
+    splits = SPLITS | {"train": make_entries(range(3)) + make_entries(range(3, 6), turns)}
+    family = build_family(splits, ways=6, eval_ways=3)
+    x = family.draw("train", task_ids(0, "train", 0, 3)).support.x[..., 0, :, :]
+    turned_back = torch.rot90(x, -turns, dims=(-2, -1))
+    was_turned = turned_back[..., 0, 2] == turned_back[..., 0, 0] + 100
+    upright = torch.where(was_turned[..., None, None], turned_back, x)
+    rows = upright[..., 0, 0].long()
+    assert torch.equal(upright, torch.from_numpy(IMAGES).float()[rows, 0])
+    assert ((rows // DRAWINGS >= 3) == (x != upright).any(-1).any(-1)).all()
 
 
-def test_rotation_wants_square_images():
-    splits = SPLITS | {"train": entries(range(6), 1)}
+def test_rotation_of_oblong_images_is_refused():
+    splits = SPLITS | {"train": make_entries(range(6), 1)}
     with pytest.raises(InputError, match=r"tasks\.rotations: got images of 3x2"):
         FewShot(IMAGES[..., :2], splits, ways=3, shots=1, queries=1)
 
 
-def test_scale_and_memory_map(tmp_path):
+def test_images_may_be_memory_mapped_or_float64(tmp_path):
     np.save(tmp_path / "images.npy", IMAGES)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     ids = task_ids(0, "test", 0, 4)
     scaled = FewShot(mapped, SPLITS, ways=3, shots=2, queries=3).draw("test", ids)
-    torch.testing.assert_close(scaled.query.x * 255, family().draw("test", ids).query.x)
-    floats = FewShot(IMAGES.astype(np.float64), SPLITS, ways=3, shots=2, queries=3, scale=1.0).draw(
-        "test", ids
-    )
-    assert floats.query.x.dtype == torch.float32
+    torch.testing.assert_close(scaled.query.x * 255, build_family().draw("test", ids).query.x)
+    floats = FewShot(IMAGES.astype(np.float64), SPLITS, ways=3, shots=2, queries=3, scale=1.0)
+    assert floats.draw("test", ids).query.x.dtype == torch.float32
 
 
-def test_evaluation_has_its_own_setting():
-    tasks = family(ways=5, eval_ways=3, eval_shots=1, eval_queries=2)
-    assert (tasks.out_features, tasks.ways, tasks.eval_ways) == (5, 5, 3)
-    assert tasks.draw("train", task_ids(0, "train", 0, 2)).support.x.shape[1] == 10
-    episode = tasks.draw("val", task_ids(0, "val", 0, 2))
+def test_evaluation_has_its_own_settings():
+    family = build_family(ways=5, eval_ways=3, eval_shots=1, eval_queries=2)
+    assert (family.out_features, family.ways, family.eval_ways) == (5, 5, 3)
+    assert family.draw("train", task_ids(0, "train", 0, 2)).support.x.shape[1] == 10
+    episode = family.draw("val", task_ids(0, "val", 0, 2))
     assert (episode.support.x.shape[1], episode.query.x.shape[1]) == (3, 6)
     outputs = torch.zeros(6, 5)
-    outputs[:, 4] = 9.0  # an output of the head that this episode has no class for
-    loss, metrics = tasks.scorer("val")(outputs, Batch(episode.query.x[0], episode.query.y[0]))
+    outputs[:, 4] = 9.0  # the episode has no class for this output
+    loss, metrics = family.scorer("val")(outputs, Batch(episode.query.x[0], episode.query.y[0]))
     assert loss.item() == pytest.approx(np.log(3))
     assert metrics["accuracy"].item() == pytest.approx(1 / 3)
-    assert pickle.loads(pickle.dumps(tasks.scorer("test"))) == ClassificationScore(3)
+    assert pickle.loads(pickle.dumps(family.scorer("test"))) == ClassificationScore(3)
 
 
 def test_score_is_differentiable_and_vectorises():
-    y, outputs = torch.tensor([0, 1, 2, 1]), torch.randn(3, 4, 5, dtype=torch.float64)
+    y = torch.tensor([0, 1, 2, 1])
+    outputs = torch.randn(3, 4, 5, dtype=torch.float64)
 
-    def loss_of(one):
+    def compute_loss(one):
         return ClassificationScore(3)(one, Batch(y, y))[0]
 
-    grads = torch.func.vmap(torch.func.grad(loss_of))(outputs)
+    def compute_accuracy(one):
+        return ClassificationScore(3)(one, Batch(y, y))[1]["accuracy"]
+
+    grads = torch.func.vmap(torch.func.grad(compute_loss))(outputs)
     assert (grads[..., 3:] == 0).all()
-    assert torch.autograd.gradgradcheck(loss_of, outputs[0].requires_grad_())
-    accuracy = torch.func.vmap(lambda one: ClassificationScore(3)(one, Batch(y, y))[1]["accuracy"])(outputs)
-    assert accuracy.shape == (3,)
+    assert torch.autograd.gradgradcheck(compute_loss, outputs[0].requires_grad_())
+    assert torch.func.vmap(compute_accuracy)(outputs).shape == (3,)
     with pytest.raises(InputError, match="ways: got 6, expected at most 5"):
         ClassificationScore(6)(outputs[0], Batch(y, y))
 
@@ -184,19 +200,23 @@ def test_score_is_differentiable_and_vectorises():
         ({"eval_queries": 0}, r"tasks\.eval_queries: got 0"),
     ],
 )
-def test_settings_that_cannot_be(options, message):
+def test_impossible_settings_are_refused(options, message):
     with pytest.raises(InputError, match=message):
-        family(**options)
+        build_family(**options)
 
 
-def test_splits_that_cannot_be():
+def test_impossible_splits_are_refused():
     with pytest.raises(InputError, match="6 drawings in both train and test"):
-        family(SPLITS | {"test": entries([5, 9, 10])})
+        build_family(SPLITS | {"test": make_entries([5, 9, 10])})
     with pytest.raises(InputError, match="a drawing twice in the train split"):
-        family(SPLITS | {"train": entries([0, 1, 2, 2])})
+        build_family(SPLITS | {"train": make_entries([0, 1, 2, 2])})
+    without_drawings = make_entries([0]) + make_entries([1], drawings=0) + make_entries([2, 3])
     with pytest.raises(InputError, match=r"got 5, expected at most 0 .class 'c1'"):
-        family(SPLITS | {"train": entries([0]) + entries([1], drawings=0) + entries([2, 3])})
+        build_family(SPLITS | {"train": without_drawings})
     with pytest.raises(InputError, match="the test split has 0 classes"):
-        family(SPLITS | {"test": []})
-    turned = family(SPLITS | {"test": entries(range(6), 1)})  # another rotation is another class
-    assert turned.draw("test", task_ids(0, "test", 0, 1)).query.x.shape == (1, 9, 1, 3, 3)
+        build_family(SPLITS | {"test": []})
+
+
+def test_another_rotation_is_another_class():
+    family = build_family(SPLITS | {"test": make_entries(range(6), 1)})
+    assert family.draw("test", task_ids(0, "test", 0, 1)).query.x.shape == (1, 9, 1, 3, 3)

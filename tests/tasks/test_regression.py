@@ -1,4 +1,4 @@
-"""Sinusoids and lines: the papers' functions, and draws that depend on the id alone."""
+"""Sinusoids and lines: the papers' functions, and draws that depend only on the id."""
 
 import math
 
@@ -15,7 +15,7 @@ from distmeta.tasks.regression import Linear, Sinusoid
 
 
 @pytest.mark.parametrize("family", [Sinusoid(shots=5, queries=7), Linear(shots=5, queries=7)])
-def test_shapes_and_types(family):
+def test_episodes_have_the_declared_shapes(family):
     episode = family.draw("train", task_ids(0, "train", 0, 4))
     assert isinstance(family, TaskFamily)
     assert episode.support.x.shape == episode.support.y.shape == (4, 5, 1)
@@ -25,7 +25,7 @@ def test_shapes_and_types(family):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**64 - 1))
-def test_a_sinusoid_is_a_sinusoid(task_id):
+def test_sinusoid_has_an_amplitude_and_phase_in_range(task_id):
     episode = Sinusoid(shots=10, queries=10).draw("train", np.array([task_id], np.uint64))
     x, y = (torch.cat(leaves, 1)[0, :, 0].double() for leaves in zip(*episode, strict=True))
     design = torch.stack([x.sin(), x.cos()], 1)  # A sin(x − b) = (A cos b) sin x − (A sin b) cos x
@@ -36,17 +36,17 @@ def test_a_sinusoid_is_a_sinusoid(task_id):
     assert x.abs().max() <= 5
 
 
-def test_a_line_is_a_line():
-    episode = Linear(shots=3, queries=3, slope=[2, 2], offset=[-1, -1]).draw(
-        "test", task_ids(0, "test", 0, 3)
-    )
+def test_line_has_its_slope_and_offset():
+    family = Linear(shots=3, queries=3, slope=[2, 2], offset=[-1, -1])
+    episode = family.draw("test", task_ids(0, "test", 0, 3))
     torch.testing.assert_close(episode.query.y, 2 * episode.query.x - 1)
 
 
 @pytest.mark.parametrize("family", [Sinusoid(), Linear()])
-def test_a_task_depends_on_its_id_alone(family):
+def test_task_depends_only_on_its_id(family):
     ids = task_ids(0, "train", 3, 6)
-    together, alone = family.draw("train", ids), family.draw("train", ids[4:5])
+    together = family.draw("train", ids)
+    alone = family.draw("train", ids[4:5])
     for whole, part in zip(together, alone, strict=True):
         assert torch.equal(whole.x[4:5], part.x)
         assert torch.equal(whole.y[4:5], part.y)
@@ -69,7 +69,7 @@ def test_score_is_the_mean_squared_error():
         assert metrics == {}
 
 
-def test_users_mistakes():
+def test_wrong_options_are_refused():
     with pytest.raises(InputError, match=r"tasks\.amplitude: got \[2, 1\]"):
         Sinusoid(amplitude=[2, 1])
     with pytest.raises(InputError, match=r"tasks\.slope"):

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distmeta
-from distmeta.compute.episodes import episodes_of
+from distmeta.compute.episodes import make_episodes
 from distmeta.config.job import Job
 from distmeta.errors import InputError
-from distmeta.runtime.problem import build
+from distmeta.runtime.problem import build_problem
 from distmeta.seeding import task_generator, task_ids
 from distmeta.tasks.bandit import Bandit
-from distmeta.tasks.navigation import NEAR, STEP, Navigation, way
-from distmeta.trajectories import Trajectories, advantages, baseline, surrogate
+from distmeta.tasks.navigation import GOAL_TOLERANCE, MAX_MOVE, Navigation, trace_path
+from distmeta.trajectories import Trajectories, estimate_advantages, fit_baseline, surrogate_loss
 
 ids_of = st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=3).map(lambda ids: np.array(ids, np.uint64))
 
@@ -73,9 +73,9 @@ def test_navigation_is_the_papers(ids: np.ndarray) -> None:
     goals = family.goals(ids)
     assert bool((goals.abs() <= 0.5).all())
     moves = batch.x[:, :, 1:] - batch.x[:, :, :-1]
-    torch.testing.assert_close(moves, batch.action[:, :, :-1].clamp(-STEP, STEP))
+    torch.testing.assert_close(moves, batch.action[:, :, :-1].clamp(-MAX_MOVE, MAX_MOVE))
     assert bool((batch.x[:, :, 0] == 0).all())
-    after = batch.x + batch.action.clamp(-STEP, STEP)
+    after = batch.x + batch.action.clamp(-MAX_MOVE, MAX_MOVE)
     distance = (after - goals[:, None, None]).norm(dim=-1)
     torch.testing.assert_close(batch.total, -(distance * batch.real).sum(-1))
 
@@ -90,7 +90,7 @@ def test_navigation_ends_at_the_goal() -> None:
 
     batch = family.collect("train", ids, 0, straight)
     steps = batch.real.sum(-1)
-    expected = ((goals.abs().amax(-1) - NEAR) / STEP).ceil()
+    expected = ((goals.abs().amax(-1) - GOAL_TOLERANCE) / MAX_MOVE).ceil()
     torch.testing.assert_close(steps, expected[:, None].expand_as(steps))
     assert bool((batch.real.diff(dim=-1) <= 0).all())
 
@@ -101,8 +101,8 @@ def test_the_way_that_is_drawn_is_the_one_that_was_gone() -> None:
     ids = task_ids(0, "train", 0, 3)
     batch = family.collect("train", ids, 0, wander)
     for t in range(3):
-        moves = batch.action[t, 0, 4:].clamp(-STEP, STEP)[batch.real[t, 0, 4:] > 0]
-        torch.testing.assert_close(way(batch, t, 4), torch.cat([torch.zeros(1, 2), moves.cumsum(0)]))
+        moves = batch.action[t, 0, 4:].clamp(-MAX_MOVE, MAX_MOVE)[batch.real[t, 0, 4:] > 0]
+        torch.testing.assert_close(trace_path(batch, t, 4), torch.cat([torch.zeros(1, 2), moves.cumsum(0)]))
 
 
 def test_history_shows_the_last_action_and_reward_and_where_episodes_begin() -> None:
@@ -137,14 +137,16 @@ def test_advantages_at_their_ends() -> None:
     x, reward = torch.randn(6, 9, 2, generator=generator), torch.randn(6, 9, generator=generator)
     real = (torch.arange(9) < torch.tensor([9, 9, 4, 7, 1, 9])[:, None]).float()
     reward = reward * real
-    value = baseline(x, reward, real, 0.9) * real
+    value = fit_baseline(x, reward, real, 0.9) * real
     following = torch.cat([value[:, 1:], torch.zeros(6, 1)], 1)
     one_step = (reward + 0.9 * following - value) * real
-    torch.testing.assert_close(advantages(x, reward, real, 0.9, 0.0, False)[0], one_step)
+    torch.testing.assert_close(estimate_advantages(x, reward, real, 0.9, 0.0, False)[0], one_step)
     to_come = torch.stack([(reward[:, t:] * 0.9 ** torch.arange(9 - t)).sum(1) for t in range(9)], 1)
-    torch.testing.assert_close(advantages(x, reward, real, 0.9, 1.0, False)[0], (to_come - value) * real)
-    scaled, scale = advantages(x, reward, real, 0.9, 0.95, True)
-    plain = advantages(x, reward, real, 0.9, 0.95, False)[0]
+    torch.testing.assert_close(
+        estimate_advantages(x, reward, real, 0.9, 1.0, False)[0], (to_come - value) * real
+    )
+    scaled, scale = estimate_advantages(x, reward, real, 0.9, 0.95, True)
+    plain = estimate_advantages(x, reward, real, 0.9, 0.95, False)[0]
     kept = plain[real > 0]
     torch.testing.assert_close(scaled[real > 0], (kept - kept.mean()) / kept.std(correction=0))
     torch.testing.assert_close(scale, kept.std(correction=0).expand(6))
@@ -154,16 +156,16 @@ def test_the_baseline_is_least_squares() -> None:
     x = torch.randn(20, 5, 2, generator=torch.Generator().manual_seed(0))
     wanted = 0.3 * x[..., 0] - x[..., 1].square() + 2 * (torch.arange(5) / 100) + 1
     reward = wanted - torch.cat([wanted[:, 1:], torch.zeros(20, 1)], 1)
-    torch.testing.assert_close(baseline(x, reward, torch.ones(20, 5), 1.0), wanted, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(fit_baseline(x, reward, torch.ones(20, 5), 1.0), wanted, atol=1e-3, rtol=1e-3)
 
 
 def test_what_is_replayed_is_what_acted() -> None:
     """The ratios of a collected episode are 1, before adaptation and after it: the importance weights are right."""
     for name in ("maml-rl", "rl2"):
-        problem = build(Job.parse(tree(name)))
+        problem = build_problem(Job.parse(tree(name)))
         algorithm, theta, ids = problem.algorithm, problem.init(), task_ids(0, "train", 0, 3)
         steps = algorithm.inner_steps
-        episodes = episodes_of(problem.family, algorithm, theta, "train", ids, steps)
+        episodes = make_episodes(problem.family, algorithm, theta, "train", ids, steps)
         query = Trajectories(*(leaf[1] for leaf in episodes.query))
         state = algorithm.begin(theta, None)
         for k in range(steps):
@@ -172,7 +174,7 @@ def test_what_is_replayed_is_what_acted() -> None:
             state = algorithm.step(theta, state, support, k)
         outputs = algorithm.predict(theta, state, query.x)
         torch.testing.assert_close(outputs, query.behaviour)
-        assert float(surrogate(outputs, query)) == pytest.approx(0, abs=1e-5)
+        assert float(surrogate_loss(outputs, query)) == pytest.approx(0, abs=1e-5)
 
 
 def test_a_policy_of_another_kind_is_refused() -> None:
@@ -180,7 +182,7 @@ def test_a_policy_of_another_kind_is_refused() -> None:
     with pytest.raises(InputError, match=r"^model.type: got a policy with 3 outputs, expected 4: a mean and"):
         family.collect("train", task_ids(0, "train", 0, 1), 0, uniformly)
     with pytest.raises(InputError, match=r"^model.type: got gaussian for tasks with 3 outputs"):
-        build(Job.parse(tree("maml-rl", tasks={"type": "bandit", "arms": 3})))
+        build_problem(Job.parse(tree("maml-rl", tasks={"type": "bandit", "arms": 3})))
 
 
 def test_adapting_to_examples_is_refused(workplace: Path) -> None:
@@ -192,4 +194,4 @@ def test_adapting_to_examples_is_refused(workplace: Path) -> None:
 def test_gym_without_gymnasium_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gymnasium", None)
     with pytest.raises(InputError, match=r"^tasks.type: got gym, which needs Gymnasium .*distmeta\[rl\]"):
-        build(Job.parse(tree("maml-rl", tasks={"type": "gym"})))
+        build_problem(Job.parse(tree("maml-rl", tasks={"type": "gym"})))

@@ -1,0 +1,1 @@
+"""Builders of task stores (`distmeta data`)."""
