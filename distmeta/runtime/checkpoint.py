@@ -1,7 +1,7 @@
-"""Checkpoints: safetensors and JSON, written whole or not at all. Loading one never unpickles anything.
+"""Checkpoints: safetensors and JSON, written completely or not at all. Loading one never unpickles anything.
 
 RUN/checkpoints/step-00000200/   theta, constants and optimizer as .safetensors; state.json
-RUN/checkpoints/latest, best     one-line text files with a folder's name
+RUN/checkpoints/latest, best     text files of one line: the name of a checkpoint
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +26,16 @@ from distmeta.files import flush_to_disk, write_atomically
 from distmeta.protocols import Theta
 from distmeta.runtime.remote_copy import fetch_checkpoint, is_uri
 
-FORMAT = 3
+FORMAT = 4
+"""Version of the layout. Checkpoints of another version are refused."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, besides theta and the optimizer."""
+    """How far a run is, besides theta and the optimizer."""
 
     step: int
+    """Completed steps."""
     loss: float | None = None
     """Mean query loss after adaptation in the last step."""
     best: float | None = None
@@ -42,12 +44,18 @@ class Progress:
     stale: int = 0
     """Evaluations since the best one."""
     pending: dict[str, Any] | None = None
-    """The last step's record, while its evaluation is still to come."""
-    tracking_id: str | None = None
+    """The record of the last step, as long as its evaluation is still to come."""
+    tracking_ids: dict[str, str] = field(default_factory=dict)
+    """The run's id in each tracker's store, by the tracker's name (`tracking.trackers.name_trackers`)."""
+
+    @property
+    def last_recorded_step(self) -> int:
+        """The last step that has a line in metrics.jsonl."""
+        return self.step if self.pending is None else self.step - 1
 
 
 class TrainingState(NamedTuple):
-    """theta and the outer optimizer: one format, whoever held which part of them."""
+    """theta and the state of the outer optimizer, in one form for all strategies."""
 
     theta: Theta
     optimizer: dict[str, torch.Tensor]
@@ -58,18 +66,19 @@ class TrainingState(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A run's state after a step, and the job it belongs to."""
+    """A run's state after a step, and the job that it belongs to."""
 
     job: dict[str, Any]
     theta: Theta
     constants: dict[str, torch.Tensor]
+    """The model's frozen parameters and buffers."""
     optimizer: dict[str, torch.Tensor]
     outer: dict[str, Any]
     progress: Progress
     examples: dict[str, Any] | None = None
-    """What the tasks' examples are (`runtime.problem.examples_of`), for use without their data."""
+    """What the tasks' examples are like, for using the learner without the tasks' data."""
     data: str | None = None
-    """The fingerprint of the data that the tasks are drawn from."""
+    """The fingerprint of the tasks' data."""
 
     @property
     def state(self) -> TrainingState:
@@ -77,22 +86,33 @@ class Checkpoint:
 
 
 class SaveError(RuntimeError):
-    """The run folder cannot be written to: a full disk, most of the time."""
+    """The run folder cannot be written to. Usually the disk is full."""
 
     def __init__(self, message: str):
-        super().__init__(message)  # one argument: survives pickling
+        super().__init__(message)  # a constructor with one argument survives pickling
 
 
 def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Writes RUN/checkpoints/step-…, then points `latest` at it, then deletes all but the last `keep` and the best.
+    """Write a checkpoint, let `latest` (and `best`, if it is) name it, and delete all but the last `keep` and the best.
+
+    Returns:
+        The checkpoint's folder, RUN/checkpoints/step-….
 
     Raises:
-        SaveError: it could not be written; the last one is as it was.
+        SaveError: it could not be written. The last checkpoint is unchanged.
     """
     folder = run / "checkpoints"
-    part = folder / f".writing-step-{checkpoint.progress.step:08d}"
+    final = folder / f"step-{checkpoint.progress.step:08d}"
+    part = folder / f".writing-{final.name}"
     try:
-        return _save(run, folder, part, checkpoint, keep)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        _write_files(part, checkpoint)
+        _move_into_place(part, final)
+        set_pointer(run, "latest", final.name)
+        if checkpoint.progress.best_step == checkpoint.progress.step:
+            set_pointer(run, "best", final.name)
+        _delete_old(folder, keep)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(part, ignore_errors=True)
         latest = folder / "latest"
@@ -101,73 +121,17 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
             f"{folder}: step {checkpoint.progress.step} cannot be saved ({error}); the last whole checkpoint is "
             f"{kept}: make room, then distmeta train --resume {run}"
         ) from error
-
-
-def _save(run: Path, folder: Path, part: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    final = folder / f"step-{checkpoint.progress.step:08d}"
-    old = folder / f".old-{final.name}"
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    _write(part, checkpoint)
-    if final.exists():  # saved before its evaluation, or before an interruption
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-    os.rename(part, final)
-    flush_to_disk(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    point(run, "latest", final.name)
-    if checkpoint.progress.best_step == checkpoint.progress.step:
-        point(run, "best", final.name)
-    _prune(folder, keep)
     return final
 
 
-def point(run: Path, name: str, target: str) -> None:
-    """Makes RUN/checkpoints/NAME, a text file, say `target`; at once or not at all."""
-    write_atomically(run / "checkpoints" / name, target + "\n")
-
-
-def clear(run: Path) -> None:
-    """Deletes what a process that was killed left half-done; the run folder has one writer, so nobody is at it."""
-    for old in (run / "checkpoints").glob(".old-step-*"):
-        final = old.with_name(old.name.removeprefix(".old-"))
-        if final.exists():  # renamed there as a whole
-            shutil.rmtree(old)
-        else:
-            os.rename(old, final)
-    for path in [*run.glob(".writing-*"), *(run / "checkpoints").glob(".writing-*")]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def rewind(run: Path, step: int, best_step: int | None) -> None:
-    """Drops the checkpoints after a step that a run goes on from; `latest` and `best` then point at what is left."""
-    folder = run / "checkpoints"
-    for path in sorted(folder.glob("step-*")):
-        if path.name > f"step-{step:08d}":
-            shutil.rmtree(path)
-    if (folder / f"step-{step:08d}").exists():
-        point(run, "latest", f"step-{step:08d}")
-    if best_step is not None and (folder / f"step-{best_step:08d}").exists():
-        point(run, "best", f"step-{best_step:08d}")
-    else:
-        (folder / "best").unlink(missing_ok=True)
-
-
-def untrack(checkpoint: Path) -> None:
-    """Makes a checkpoint go on in a new MLflow run."""
-    path = checkpoint / "state.json"
-    state = json.loads(path.read_text())
-    state["progress"]["tracking_id"] = None
-    write_atomically(path, json.dumps(state, indent=1))
-
-
-def _write(folder: Path, checkpoint: Checkpoint) -> None:
+def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
+    constants = {name: value.contiguous() for name, value in checkpoint.constants.items()}
     save_file(dict(checkpoint.theta), folder / "theta.safetensors")
-    save_file({n: v.contiguous() for n, v in checkpoint.constants.items()}, folder / "constants.safetensors")
+    save_file(constants, folder / "constants.safetensors")
     save_file(checkpoint.optimizer, folder / "optimizer.safetensors")
-    files = {}
+    checksums = {}
     for path in sorted(folder.iterdir()):
-        files[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        checksums[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
         flush_to_disk(path)
     state = {
         "format": FORMAT,
@@ -175,7 +139,7 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
         "outer": checkpoint.outer,
         "examples": checkpoint.examples,
         "data": checkpoint.data,
-        "sha256": files,
+        "sha256": checksums,
         "job": checkpoint.job,
     }
     with (folder / "state.json").open("w") as file:
@@ -185,8 +149,73 @@ def _write(folder: Path, checkpoint: Checkpoint) -> None:
     flush_to_disk(folder)
 
 
+def _move_into_place(part: Path, final: Path) -> None:
+    """Rename a written checkpoint. One of the same step, from before an evaluation or an interruption, is replaced."""
+    old = final.with_name(f".old-{final.name}")
+    if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
+    os.rename(part, final)
+    flush_to_disk(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _delete_old(folder: Path, keep: int) -> None:
+    best = folder / "best"
+    best_name = best.read_text().strip() if best.exists() else None
+    names = sorted(path.name for path in folder.glob("step-*"))
+    for name in names[:-keep]:
+        if name != best_name:
+            shutil.rmtree(folder / name)
+
+
+def set_pointer(run: Path, name: str, target: str) -> None:
+    """Let RUN/checkpoints/`name` ("latest" or "best") name a checkpoint."""
+    write_atomically(run / "checkpoints" / name, target + "\n")
+
+
+def clear(run: Path) -> None:
+    """Delete what a killed process left unfinished. Call it with the lock on the run folder."""
+    for old in (run / "checkpoints").glob(".old-step-*"):
+        final = old.with_name(old.name.removeprefix(".old-"))
+        if final.exists():  # complete, because it was moved there by a rename
+            shutil.rmtree(old)
+        else:
+            os.rename(old, final)
+    for path in [*run.glob(".writing-*"), *(run / "checkpoints").glob(".writing-*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def rewind(run: Path, step: int, best_step: int | None) -> None:
+    """Delete the checkpoints after `step`, and let `latest` and `best` name what is left."""
+    folder = run / "checkpoints"
+    for path in sorted(folder.glob("step-*")):
+        if path.name > f"step-{step:08d}":
+            shutil.rmtree(path)
+    if (folder / f"step-{step:08d}").exists():
+        set_pointer(run, "latest", f"step-{step:08d}")
+    if best_step is not None and (folder / f"step-{best_step:08d}").exists():
+        set_pointer(run, "best", f"step-{best_step:08d}")
+    else:
+        (folder / "best").unlink(missing_ok=True)
+
+
+def forget_trackers(checkpoint: Path) -> None:
+    """Make a run that resumes from this checkpoint open new runs in its trackers."""
+    path = checkpoint / "state.json"
+    state = json.loads(path.read_text())
+    state["progress"]["tracking_ids"] = {}
+    write_atomically(path, json.dumps(state, indent=1))
+
+
 def find(path: str | Path) -> Path:
-    """The checkpoint folder that a path means: a checkpoint, RUN (its latest), RUN/checkpoints/latest or …/best.
+    """Return the folder of a checkpoint.
+
+    Args:
+        path: a checkpoint, a run (its latest checkpoint), RUN/checkpoints/latest or RUN/checkpoints/best.
 
     Raises:
         InputError: there is none.
@@ -205,40 +234,48 @@ def find(path: str | Path) -> Path:
     raise InputError(f"{path}: got no checkpoint, expected a run folder or RUN/checkpoints/step-…")
 
 
-def load_whole(path: str | Path, say: Callable[[str], None]) -> tuple[Path, Checkpoint]:
-    """The checkpoint that a path means, and its folder; where that one is damaged, the newest whole one of its run.
+def load_newest_intact(path: str | Path, report: Callable[[str], None]) -> tuple[Path, Checkpoint]:
+    """Load the checkpoint that a path names. For a run or its `latest`, this skips damaged checkpoints.
 
-    A checkpoint that is named itself is taken or refused; RUN and its `latest` mean the last state there is.
+    A checkpoint that is named itself is loaded or refused.
+
+    Returns:
+        The checkpoint's folder and the checkpoint.
 
     Raises:
-        InputError: no whole one is left.
+        InputError: the named checkpoint is damaged, or the run has no intact one.
     """
     path = Path(path)
-    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path.parent
-    if folder == path.parent and path.name != "latest":
-        return find(path), load(path)
+    is_run = (path / "checkpoints").is_dir()
     try:
         return find(path), load(path)
     except InputError as error:
-        damaged = str(error)
-    # `.old-` is a checkpoint whose successor of the same step was about to take its place
-    found = [*folder.glob("step-*"), *folder.glob(".old-step-*")]
-    for candidate in sorted(found, key=lambda f: f.name.removeprefix(".old-"), reverse=True):
+        if not is_run and path.name != "latest":
+            raise
+        damage = str(error)
+    folder = path / "checkpoints" if is_run else path.parent
+    # a checkpoint is `.old-` while its successor of the same step takes its place
+    candidates = [*folder.glob("step-*"), *folder.glob(".old-step-*")]
+    candidates.sort(key=lambda candidate: candidate.name.removeprefix(".old-"), reverse=True)
+    for candidate in candidates:
         try:
             checkpoint = load(candidate)
         except InputError:
             continue
-        say(f"passed over: {damaged}")
-        say(f"going on from step {checkpoint.progress.step}, the last whole checkpoint")
+        report(f"passed over: {damage}")
+        report(f"going on from step {checkpoint.progress.step}, the last whole checkpoint")
         return candidate, checkpoint
-    raise InputError(damaged)
+    raise InputError(damage)
 
 
 def load(path: str | Path) -> Checkpoint:
-    """Reads a checkpoint, also behind a URI, and checks every file against its checksum.
+    """Read a checkpoint and compare every file with its checksum.
+
+    Args:
+        path: as in `find`, or such a path behind a URI.
 
     Raises:
-        InputError: no checkpoint, a truncated one, one of another format.
+        InputError: there is no checkpoint, or it is damaged or of another format.
     """
     if is_uri(path):
         with tempfile.TemporaryDirectory() as scratch:
@@ -248,40 +285,31 @@ def load(path: str | Path) -> Checkpoint:
         state = json.loads((folder / "state.json").read_text())
         if state["format"] != FORMAT:
             raise InputError(f"{folder}: checkpoint format {state['format']}, expected {FORMAT}")
-        for name, digest in state["sha256"].items():
-            if hashlib.sha256((folder / Path(name).name).read_bytes()).hexdigest() != digest:
+        for name, checksum in state["sha256"].items():
+            if hashlib.sha256((folder / Path(name).name).read_bytes()).hexdigest() != checksum:
                 raise InputError(
                     f"{folder}: {name} is damaged (its checksum differs): use an older checkpoint"
                 )
         return Checkpoint(
-            state["job"],
-            load_file(folder / "theta.safetensors"),
-            load_file(folder / "constants.safetensors"),
-            load_file(folder / "optimizer.safetensors"),
-            state["outer"],
-            _progress(state["progress"]),
-            state["examples"],
-            None if state["data"] is None else str(state["data"]),
+            job=state["job"],
+            theta=load_file(folder / "theta.safetensors"),
+            constants=load_file(folder / "constants.safetensors"),
+            optimizer=load_file(folder / "optimizer.safetensors"),
+            outer=state["outer"],
+            progress=_parse_progress(state["progress"]),
+            examples=state["examples"],
+            data=None if state["data"] is None else str(state["data"]),
         )
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
 
 
-def _progress(plain: Any) -> Progress:
-    """Raises ValueError where it cannot be a run's: the file may be anybody's."""
+def _parse_progress(plain: Any) -> Progress:
+    """Return the progress in a state file. Raises ValueError if no run can have written it."""
     progress = TypeAdapter(Progress).validate_json(json.dumps(plain), strict=True)
     pending = progress.pending
     if not 0 <= progress.step < 2**63 or (pending is not None and pending.get("step") != progress.step):
         raise ValueError("a progress that no run makes")
     return progress
-
-
-def _prune(folder: Path, keep: int) -> None:
-    best = folder / "best"
-    kept = {best.read_text().strip()} if best.exists() else set()
-    steps = sorted(path.name for path in folder.glob("step-*"))
-    for name in steps[:-keep]:
-        if name not in kept:
-            shutil.rmtree(folder / name)

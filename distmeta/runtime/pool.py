@@ -1,4 +1,4 @@
-"""Who computes the shards of a step: this process, or Ray actors. The training loop cannot tell which."""
+"""Hand shards to Ray workers. The training loop cannot tell whether these or this process compute."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from distmeta.compute.vectors import Buffer, Layout
+from distmeta.compute.vectors import Layout
 from distmeta.errors import summarize_error
 from distmeta.runtime.failure_policy import (
     LostShardError,
@@ -26,11 +26,13 @@ from distmeta.runtime.ray_cluster import connect, import_ray
 from distmeta.runtime.ray_workers import (
     GET_SECONDS,
     RayWorkers,
+    describe_number,
     error_type,
     raise_task_error,
     worker_failures,
 )
-from distmeta.runtime.worker import Shard, ShardResult, Worker, WorkerSpec
+from distmeta.runtime.shards import Pool, Shard, ShardResult, WorkerSpec
+from distmeta.runtime.worker import LocalPool
 
 TIMES_KEPT = 64
 """How many of the last computing times are kept for each kind of shard."""
@@ -39,56 +41,6 @@ STORE_RETRY_SECONDS = 1.0
 
 ShardKind = tuple[str, int, bool]
 """Shards of the same kind take about equally long (`Shard.kind`)."""
-
-
-class Pool(Protocol):
-    """Computes shards."""
-
-    @property
-    def size(self) -> int:
-        """Number of workers that compute now."""
-        ...
-
-    def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
-        """Compute the shards with theta as `flat` (float32 vector).
-
-        Args:
-            check: called while the pool waits; raises to abandon the shards.
-
-        Returns:
-            The results in the order of `shards`. The gradients are valid until the next call.
-        """
-        ...
-
-    def close(self) -> None:
-        """Let the workers go."""
-        ...
-
-
-class LocalPool:
-    """Computes in this process, one shard after the other. A debugger can step through it."""
-
-    size = 1
-
-    def __init__(self, problem: Problem, layout: Layout):
-        self.worker = Worker.of(problem, layout)
-        self._gradients: list[Buffer] = []
-
-    def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
-        results = []
-        for position, shard in enumerate(shards):
-            check()
-            gradient = None
-            if shard.split == "train":
-                if position == len(self._gradients):
-                    self._gradients.append(self.worker.buffer())
-                gradient = self._gradients[position]
-            results.append(self.worker.compute(flat, shard, gradient))
-        check()
-        return results
-
-    def close(self) -> None:
-        pass
 
 
 def open_pool(problem: Problem, layout: Layout, report: Callable[[str], None]) -> Pool:
@@ -166,11 +118,11 @@ class RayPool:
         self._calls: dict[Any, _Call] = {}
         self._times: dict[ShardKind, deque[float]] = {}
         self._workers: RayWorkers | None = None
-        report(f"starting {describe_workers(self._run.min_workers, self._run.max_workers)} …")
+        report(f"starting {describe_number(self._run.min_workers, self._run.max_workers, 'Ray worker')} …")
         cpus = math.ceil(self._run.min_workers * self._run.cpus_per_worker)
         self._disconnect = connect(self._ray, self._run.address, cpus)
         try:
-            spec = self._ray.put(WorkerSpec.of(problem, layout))
+            spec = self._ray.put(WorkerSpec.from_problem(problem, layout))
             self._workers = RayWorkers(self._ray, self._run, spec, report)
             self._workers.start()
         except BaseException:
@@ -259,7 +211,9 @@ class RayPool:
             if order is None:
                 return
             if order.pending.next_unassigned() != position:
-                self._report(f"shard {order.shards[position].index} is slow: worker {worker} computes it as well")
+                self._report(
+                    f"shard {order.shards[position].index} is slow: worker {worker} computes it as well"
+                )
             self._submit(worker, order, position)
         for order in orders:
             for worker in self.workers.without_queue():
@@ -287,7 +241,10 @@ class RayPool:
         self._calls[call] = _Call(worker, shard, position, order.pending, pieces)
 
     def _collect(self, finished: Any) -> None:
-        """Take the result of a finished call, or handle the loss of its worker. Errors of the computation are raised."""
+        """Take the result of a finished call, or handle the loss of its worker.
+
+        What the computation itself raised is raised here.
+        """
         call = self._calls[finished]
         try:
             result = self._ray.get(finished, timeout=GET_SECONDS)
@@ -340,9 +297,3 @@ class RayPool:
 
     def _recent_times(self, kind: ShardKind) -> deque[float]:
         return self._times.setdefault(kind, deque(maxlen=TIMES_KEPT))
-
-
-def describe_workers(fewest: int, most: int) -> str:
-    """Return "1 Ray worker", "2 Ray workers" or "2 to 4 Ray workers"."""
-    number = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-    return f"{number} Ray worker" if most == 1 else f"{number} Ray workers"

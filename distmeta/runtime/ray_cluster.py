@@ -215,7 +215,7 @@ class Nodes:
         self._draining: frozenset[str] = frozenset()
 
     def draining(self) -> frozenset[str]:
-        """Return the ids of nodes that will be taken away: a spot instance, or a decision of the autoscaler or a person.
+        """Return the ids of nodes that will be taken away: a spot instance, or as the autoscaler or a person decided.
 
         The answer is up to `REFRESH_SECONDS` old. In Ray 2.60 `ray.nodes()` does not show this, and `ray.util.state`
         needs a dashboard, which a local cluster does not have. Replace the private call when `ray.nodes()` shows it.

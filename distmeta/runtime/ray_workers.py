@@ -1,4 +1,4 @@
-"""The Ray actors of a run: place them, start them, replace them, let them go. What they compute does not matter here."""
+"""The Ray actors of a run: place, start, replace and stop them. What they compute does not matter here."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from distmeta.compute.compression import cut
 from distmeta.compute.vectors import Buffer
 from distmeta.config.sections import RunSection
 from distmeta.errors import InputError, summarize_error
-from distmeta.runtime.failure_policy import LostShardError, another_may_fare_better, backoff
+from distmeta.runtime.failure_policy import LostShardError, backoff, is_worth_retrying
 from distmeta.runtime.ray_cluster import Nodes, describe_resources
-from distmeta.runtime.worker import Shard, Worker, WorkerSpec
+from distmeta.runtime.shards import Shard, WorkerSpec
+from distmeta.runtime.worker import Worker
 
 POLL_SECONDS = 0.2
 """A waiting driver checks this often whether it was interrupted."""
@@ -38,7 +39,7 @@ class WorkerProcess:
 
     def __init__(self) -> None:
         self._worker: Worker | None = None
-        self._gradient: Buffer | None = None
+        self._gradient_buffer: Buffer | None = None
         """Reused for every shard: Ray copies what a call returns before the next call starts."""
 
     def node_id(self) -> str:
@@ -49,8 +50,8 @@ class WorkerProcess:
 
     def build(self, spec: WorkerSpec) -> int:
         """Build the job's parts; return the process id."""
-        self._worker = Worker(spec)
-        self._gradient = self._worker.buffer()
+        self._worker = Worker.from_spec(spec)
+        self._gradient_buffer = self._worker.buffer()
         return os.getpid()
 
     def compute(self, shard: Shard, edges: Sequence[int], *flat: np.ndarray) -> Any:
@@ -65,7 +66,7 @@ class WorkerProcess:
             is a Ray object, which may travel to another process than the result.
         """
         assert self._worker is not None
-        result = self._worker.compute(flat, shard, self._gradient)
+        result = self._worker.compute(flat, shard, self._gradient_buffer)
         if not edges:
             return result
         assert result.gradient is not None
@@ -173,7 +174,9 @@ class RayWorkers:
         finished, _ = self._ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)
         return [call for call in finished if call in calls]
 
-    def submit(self, worker: int, method: str, unit: Any, arguments: Sequence[Any], outputs: int) -> list[Any]:
+    def submit(
+        self, worker: int, method: str, unit: Any, arguments: Sequence[Any], outputs: int
+    ) -> list[Any]:
         """Call a method of a worker, which queues behind the calls that it has.
 
         Returns:
@@ -255,8 +258,10 @@ class RayWorkers:
         except self._ray.exceptions.RayTaskError as error:
             reason = summarize_error(error.cause)
             if self._started and isinstance(error.cause, MissingCompilerError):
-                return self._handle_failed_start(worker, reason, f"is refused (there is {error.cause.args[0]})")
-            if not another_may_fare_better(error.cause):
+                return self._handle_failed_start(
+                    worker, reason, f"is refused (there is {error.cause.args[0]})"
+                )
+            if not is_worth_retrying(error.cause):
                 raise_task_error(error)
             return self._handle_failed_start(worker, reason)
         except worker_failures(self._ray) as error:
@@ -370,6 +375,12 @@ def worker_failures(ray: Any) -> tuple[type[Exception], ...]:
         errors.RuntimeEnvSetupError,
         errors.WorkerCrashedError,
     )
+
+
+def describe_number(fewest: int, most: int, noun: str) -> str:
+    """Return "1 worker", "2 workers" or "2 to 4 workers" for the noun "worker"."""
+    number = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+    return f"{number} {noun}" if most == 1 else f"{number} {noun}s"
 
 
 def error_type(reason: str) -> str:

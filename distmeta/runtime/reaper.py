@@ -1,7 +1,7 @@
 """Kill the processes that a local Ray leaves behind: `python reaper.py RAYLET_PID SESSION_DIR`.
 
-If a driver is killed, Ray's head and raylet end with it, because they ask the kernel for that. The raylet's own children
-do not: agents remain for a minute or two, and a worker that hangs or was stopped remains for ever. The driver therefore
+If a driver is killed, Ray's head and raylet end with it, because they ask the kernel for that. The raylet's children do
+not: agents remain for a minute or two, and a worker that hangs or was stopped remains for ever. The driver therefore
 starts this script with a pipe as its standard input. The pipe ends when the driver does. Then this script kills every
 process that the raylet started. It imports no installed package, so it starts fast.
 """

@@ -1,12 +1,14 @@
-"""`local`: replicas take `strategy.local_steps` outer steps on their own, then their deltas are averaged; for slow links.
+"""`local`: replicas take several outer steps on their own, then their changes of theta are averaged. For slow links.
 
-    Δ = 1/R Σᵣ (θ − θᵣ),   θ ← θ − Nesterov momentum(Δ; strategy.local_lr, strategy.local_momentum)
+    Δ = 1/R Σᵣ (θ − θᵣ),   θ ← θ − Nesterov momentum(Δ; local_lr, local_momentum)
 
-θᵣ is θ after H steps of the job's `outer` optimizer on replica r's share of each step's shards (Douillard et al. 2023,
-"DiLoCo: Distributed low-communication training of language models"). A replica is no worker but some work: its state
-(the optimizer's, and what coding its last delta left out) goes to whoever computes its round, and stays in that
-node's object store where the same worker computes it again. So the bits depend on `strategy.replicas`, not on the number
-of workers, nor on those that are lost. Deviation: a step's tasks are shared out, instead of data cut for good.
+θᵣ is θ after `local_steps` steps of the job's `outer` optimizer on replica r's share of each step's shards (Douillard
+et al. 2023, "DiLoCo: Distributed low-communication training of language models"). Deviation from the paper: replicas
+share the tasks of each step, instead of each having its own part of the data.
+
+A replica is not tied to a worker. Its state (of the optimizer, and what compression left out of its last delta) goes to
+whichever worker computes its next round, and stays in that node's object store if the same worker computes it again. So
+the result depends on `strategy.replicas`, but neither on the number of workers nor on lost ones.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from itertools import compress
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,20 +24,34 @@ import torch
 from pydantic import Field
 
 from distmeta.compute.compression import Compression, decode
-from distmeta.compute.vectors import finite, mean_of
 from distmeta.config.sections import OuterSection
 from distmeta.errors import InputError
 from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.failure_policy import LostShardError
-from distmeta.runtime.parameter_server import ParameterServer, check_state, clock_of
-from distmeta.runtime.pool import LocalPool, RayPool, WorkOrder, open_pool
+from distmeta.runtime.outer_optimizer import check_state
+from distmeta.runtime.parameter_server import ParameterServer, is_finite, mean_vector
+from distmeta.runtime.pool import RayPool, WorkOrder, open_pool
 from distmeta.runtime.problem import Problem
-from distmeta.runtime.ray_workers import describe, lost_by
-from distmeta.runtime.strategy import LostStateError, Record
-from distmeta.strategies.replica import Round, RoundResult, run_round, tensors_of
+from distmeta.runtime.ray_workers import worker_failures
+from distmeta.runtime.strategy import LostStateError, Record, build_clock
+from distmeta.runtime.worker import LocalPool
+from distmeta.strategies.replica import Round, RoundResult, run_round, to_tensors
+
+AVERAGED_SEPARATELY = ("step", "grad_norm", "outer_lr", "tasks", "tasks_dropped", "dropped")
+"""Keys of a record that `merge_records` does not average over tasks."""
 
 
 class Local:
+    """The strategy `local`. Its options:
+
+    Args:
+        replicas: copies of theta that take steps on their own.
+        local_steps: outer steps between two averages.
+        local_lr: learning rate of the step on the averaged delta.
+        local_momentum: its Nesterov momentum. With 0 and a rate of 1, the replicas' parameters are averaged.
+        compress: how deltas travel. The workers read it from the job.
+    """
+
     requires_workers = False
     equals_driver = False
 
@@ -50,18 +65,21 @@ class Local:
         local_steps: Annotated[int, Field(ge=1)] = 50,
         local_lr: Annotated[float, Field(gt=0)] = 0.7,
         local_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9,
-        compress: Compression = "none",  # workers read it from the job
+        compress: Compression = "none",
     ):
-        run = problem.job.run
+        self._run = problem.job.run
+        self._report = report
+        self._replicas = replicas
         self._local_steps = local_steps
-        self._run, self._report, self._count = run, report, replicas
-        momentum, rate = local_momentum or None, local_lr
-        averaging = OuterSection(
-            optimizer="sgd", lr=rate, momentum=momentum, nesterov=True if momentum else None
-        )
+        averaging = OuterSection(optimizer="sgd", lr=local_lr)
+        if local_momentum:
+            averaging = OuterSection(optimizer="sgd", lr=local_lr, momentum=local_momentum, nesterov=True)
         self._server = ParameterServer(problem.init(), averaging)
-        self._states: list[Any] = [{} for _ in range(self._count)]
-        self._outer, self._clock = outer, dict[str, Any]()
+        self._states: list[Any] = [{} for _ in range(replicas)]
+        """Each replica's state: a dict `<parameter>/<quantity>` of arrays, or a reference to one on a worker's node."""
+        self._outer = outer
+        self._clock: dict[str, Any] = {}
+        """Clock of the replicas' schedule; empty at step 0."""
         if state is not None:
             self.load(state, outer)
         self.pool = open_pool(problem, self._server.layout, report)
@@ -83,7 +101,9 @@ class Local:
                 )
 
     def retune(self, outer: OuterSection) -> None:
-        clock_of(self._server.layout.names, outer, self._clock)  # raises where a rate is of nothing
+        build_clock(
+            self._server.layout.names, outer, self._clock
+        )  # raises InputError if a rate matches nothing
         self._outer = outer
 
     def flat(self) -> np.ndarray:
@@ -91,144 +111,181 @@ class Local:
 
     def state(self) -> TrainingState:
         tensors, averaging = self._server.state()
-        for index, kept in enumerate(self._fetched(self._states)):
-            for key, value in tensors_of(kept).items():
+        for index, replica_state in enumerate(self._fetch(self._states)):
+            for key, value in to_tensors(replica_state).items():
                 name, _, quantity = key.rpartition("/")
-                tensors[f"{name}/{_prefix(index)}{quantity}"] = value
+                tensors[f"{name}/{replica_prefix(index)}{quantity}"] = value
         return TrainingState(self._server.theta(), tensors, {"averaging": averaging, "replicas": self._clock})
 
     def load(self, state: TrainingState, outer: OuterSection) -> None:
-        names, theta = self._server.layout.names, self._server.theta()
         if state.outer.keys() != {"averaging", "replicas"}:
             raise InputError("checkpoint: its outer state is not that of replicas")
-        self._outer, self._clock = outer, state.outer["replicas"]
-        clock_of(names, outer, self._clock)  # raises where it is not this job's
-        for index in range(self._count):
-            own = _own(state.optimizer, _prefix(index))
-            check_state(own, theta)
-            self._states[index] = {key: value.numpy() for key, value in own.items()}
-        averaged = {
-            k: v for k, v in state.optimizer.items() if not k.rpartition("/")[2].startswith("replica")
+        self._outer = outer
+        self._clock = state.outer["replicas"]
+        build_clock(
+            self._server.layout.names, outer, self._clock
+        )  # raises InputError if it is not this job's
+        theta = self._server.theta()
+        for index in range(self._replicas):
+            replica_state = select_replica(state.optimizer, replica_prefix(index))
+            check_state(replica_state, theta)
+            self._states[index] = {key: value.numpy() for key, value in replica_state.items()}
+        averaging_state = {
+            key: value
+            for key, value in state.optimizer.items()
+            if not key.rpartition("/")[2].startswith("replica")
         }
-        self._server.load(state.theta, averaged, state.outer["averaging"])
+        self._server.load(state.theta, averaging_state, state.outer["averaging"])
 
     def close(self) -> None:
         self.pool.close()
 
     def advance(self, problem: Problem, step: int, check: Callable[[], None]) -> list[Record]:
-        """A round: to the next multiple of `strategy.local_steps`, the next of the job's changes, or the last step."""
-        started, length = time.perf_counter(), self._local_steps
-        ends = [(step // length + 1) * length, self._run.steps, *(c.step for c in problem.job.changes)]
+        """Take one round of steps.
+
+        A round ends at the next multiple of `local_steps`, the next of the job's changes, or the last step.
+        """
+        started = time.perf_counter()
+        next_average = (step // self._local_steps + 1) * self._local_steps
+        ends = [next_average, self._run.steps, *(change.step for change in problem.job.changes)]
         stop = min(end for end in ends if end > step)
         rounds = [
-            Round(index, self._count, step, stop, problem.phase, self._outer, self._clock)
-            for index in range(self._count)
+            Round(index, self._replicas, step, stop, problem.phase, self._outer, self._clock)
+            for index in range(self._replicas)
         ]
-        results, deltas, states = self._computed(rounds, check)
+        results, deltas, states = self._compute_rounds(rounds, check)
         computed = time.perf_counter()
-        good = [finite(delta) for delta in deltas]
-        for index in [i for i, is_good in enumerate(good) if not is_good]:
-            self._report(f"replica {index} is not finite after step {stop}: left out, begun anew")
-            states[index] = {}
-        whole = list(compress(deltas, good))
-        if whole:
-            self._server.step(mean_of(whole, len(whole)))
+        finite_deltas = []
+        for index, delta in enumerate(deltas):
+            if is_finite(delta):
+                finite_deltas.append(delta)
+            else:
+                self._report(f"replica {index} is not finite after step {stop}: left out, begun anew")
+                states[index] = {}
+        if finite_deltas:
+            self._server.step(mean_vector(finite_deltas, len(finite_deltas)))
         else:
             self._server.skip()
-        self._states, self._clock = states, results[0].clock
-        times = computed - started, time.perf_counter() - computed
+        self._states = states
+        self._clock = results[0].clock
+        seconds_computing = computed - started
+        seconds_averaging = time.perf_counter() - computed
         return [
-            _merged(problem, rows, results, times, self.pool.size)
+            merge_records(problem, rows, results, seconds_computing, seconds_averaging, self.pool.size)
             for rows in zip(*(result.records for result in results), strict=True)
         ]
 
-    def _computed(
+    def _compute_rounds(
         self, rounds: list[Round], check: Callable[[], None]
     ) -> tuple[list[RoundResult], list[np.ndarray], list[Any]]:
-        """Every replica's result, delta and state."""
+        """Return every replica's result, its delta as float32, and its state (or a reference to it)."""
         if isinstance(self.pool, LocalPool):
-            found = []
-            for own in rounds:
+            computed = []
+            for one_round in rounds:
                 check()
-                found.append(run_round(self.pool.worker, own, self.flat(), self._states[own.index]))
-            results, coded, states = zip(*found, strict=True)
-            return list(results), [decode(vector) for vector in coded], list(states)
+                state = self._states[one_round.index]
+                computed.append(run_round(self.pool.worker, one_round, self.flat(), state))
+            results, encoded, states = zip(*computed, strict=True)
+            return list(results), [decode(vector) for vector in encoded], list(states)
         assert isinstance(self.pool, RayPool)
         theta = self.pool.put(self.flat(), check)
-        works = [WorkOrder([own], [theta, self._states[own.index]], rounds=True) for own in rounds]
-        self.pool.begin()
+        orders = [
+            WorkOrder([one_round], [theta, self._states[one_round.index]], function=run_round, outputs=3)
+            for one_round in rounds
+        ]
+        self.pool.resume()
         try:
-            while not all(work.left.done for work in works):
+            while not all(order.pending.done for order in orders):
                 check()
-                self.pool.turn(works)
+                self.pool.work(orders)
         except LostShardError:
-            self._fetched(self._states)  # a replica's state may have gone with a node
+            self._fetch(self._states)  # raises LostStateError if a replica's state was lost with a node
             raise
-        answers = [work.left.results[0] for work in works]
-        coded = self._fetched([answer.pieces[0] for answer in answers])
+        answers = [order.pending.results[0] for order in orders]
+        encoded = self._fetch([answer.pieces[0] for answer in answers])
         states = [answer.pieces[1] for answer in answers]
-        return [answer.result for answer in answers], [decode(vector) for vector in coded], states
+        return [answer.result for answer in answers], [decode(vector) for vector in encoded], states
 
-    def _fetched(self, objects: list[Any]) -> list[Any]:
-        """What is kept on workers' nodes, here."""
-        if not isinstance(getattr(self, "pool", None), RayPool):
+    def _fetch(self, objects: list[Any]) -> list[Any]:
+        """Return the objects; references to objects on workers' nodes are resolved.
+
+        Raises:
+            LostStateError: an object is lost.
+        """
+        if not isinstance(self.pool, RayPool):
             return objects
-        ray: Any = import_module("ray")  # `run.workers: 0` goes without
+        ray: Any = import_module("ray")  # a job without workers does not need Ray
         limit = self._run.shard_timeout
         try:
-            return [found if isinstance(found, dict) else ray.get(found, timeout=limit) for found in objects]
-        except (ray.exceptions.RayTaskError, *lost_by(ray)) as error:
-            raise LostStateError(f"a replica's state is lost ({describe(error).partition(':')[0]})") from None
+            return [one if isinstance(one, dict) else ray.get(one, timeout=limit) for one in objects]
+        except ray.exceptions.RayTaskError as error:
+            raise LostStateError(f"a replica's state is lost ({type(error.cause).__name__})") from None
+        except worker_failures(ray) as error:
+            raise LostStateError(f"a replica's state is lost ({type(error).__name__})") from None
 
 
-def _prefix(index: int) -> str:
+def replica_prefix(index: int) -> str:
+    """Return the prefix of a replica's quantities in a checkpoint's optimizer state."""
     return f"replica{index}."
 
 
-def _own(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """A replica's part of a checkpoint's optimizer state."""
-    found = {}
+def select_replica(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    """Return one replica's part of a checkpoint's optimizer state, without the prefix."""
+    selected = {}
     for key, value in tensors.items():
         name, _, quantity = key.rpartition("/")
         if quantity.startswith(prefix):
-            found[f"{name}/{quantity.removeprefix(prefix)}"] = value
-    return found
+            selected[f"{name}/{quantity.removeprefix(prefix)}"] = value
+    return selected
 
 
-def _merged(
+def merge_records(
     problem: Problem,
     rows: tuple[Record, ...],
     results: list[RoundResult],
-    times: tuple[float, float],
+    seconds_computing: float,
+    seconds_averaging: float,
     workers: int,
 ) -> Record:
-    """One line of a step that every replica took: means over tasks, sums of tasks; its part of the round's seconds."""
-    steps, tasks = len(results[0].records), sum(row["tasks"] for row in rows)
+    """Merge the replicas' records of one step: means over tasks, sums of tasks, the step's part of the round's seconds.
+
+    Args:
+        rows: each replica's record of the step.
+        results: each replica's result of the round.
+        seconds_computing: of the whole round, until all replicas had answered.
+        seconds_averaging: of the whole round, for averaging the deltas.
+        workers: workers that computed at the same time.
+    """
     merged: Record = {"step": rows[0]["step"]}
-    left_out = ("step", "grad_norm", "outer_lr", "tasks", "tasks_dropped", "dropped")
     for key in rows[0]:
-        if key in left_out or key.startswith(("seconds_", "tasks_per")):
-            continue
-        known = [(row[key], row["tasks"]) for row in rows if row[key] is not None and row["tasks"]]
-        weight = sum(count for _, count in known)
-        merged[key] = math.fsum(value * count for value, count in known) / weight if weight else None
+        if key not in AVERAGED_SEPARATELY and not key.startswith(("seconds_", "tasks_per")):
+            merged[key] = mean_over_tasks([(row[key], row["tasks"]) for row in rows])
     norms = [row["grad_norm"] for row in rows if math.isfinite(row["grad_norm"])]
     dropped = sorted(task for row in rows for task in row.get("dropped", ()))
-    merged |= {
-        "grad_norm": math.fsum(norms) / len(norms) if norms else math.nan,
-        "outer_lr": rows[0]["outer_lr"],
-        "tasks": tasks,
-        "tasks_dropped": len(dropped),
-        **({"dropped": dropped} if dropped else {}),
-    }
-    computing, averaging = times
-    longest = max(result.seconds for result in results)
+    merged["grad_norm"] = math.fsum(norms) / len(norms) if norms else math.nan
+    merged["outer_lr"] = rows[0]["outer_lr"]
+    merged["tasks"] = sum(row["tasks"] for row in rows)
+    merged["tasks_dropped"] = len(dropped)
+    if dropped:
+        merged["dropped"] = dropped
+    steps = len(results[0].records)
+    seconds = seconds_computing + seconds_averaging
+    slowest = max(result.seconds for result in results)
     return merged | {
-        "tasks_per_second": problem.job.run.tasks_per_step * steps / (computing + averaging),
-        "seconds_step": (computing + averaging) / steps,
+        "tasks_per_second": problem.job.run.tasks_per_step * steps / seconds,
+        "seconds_step": seconds / steps,
         "seconds_draw": sum(row["seconds_draw"] for row in rows) / workers,
         "seconds_compute": sum(row["seconds_compute"] for row in rows) / workers,
-        "seconds_transfer": max(computing - longest, 0.0) / steps,
-        "seconds_aggregate": averaging / steps,
+        "seconds_transfer": max(seconds_computing - slowest, 0.0) / steps,
+        "seconds_aggregate": seconds_averaging / steps,
         "seconds_outer": sum(row["seconds_outer"] for row in rows) / workers,
     }
+
+
+def mean_over_tasks(values: list[tuple[float | None, int]]) -> float | None:
+    """Return the mean of (value, number of tasks) pairs, weighted by tasks; None if no value is known."""
+    known = [(value, tasks) for value, tasks in values if value is not None and tasks]
+    total = sum(tasks for _, tasks in known)
+    if not total:
+        return None
+    return math.fsum(value * tasks for value, tasks in known) / total

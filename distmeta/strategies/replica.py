@@ -1,6 +1,6 @@
-"""A replica of `local`: some outer steps on its own share of each step's shards, from a given theta and state.
+"""A replica of `local`: some outer steps on its share of each step's shards, from a given theta and state.
 
-Whichever worker computes it, and however often, what comes out is the same.
+The outcome is the same whichever worker computes it, and however often.
 """
 
 from __future__ import annotations
@@ -17,33 +17,35 @@ from distmeta.compute.compression import Vector, decode, encode
 from distmeta.compute.vectors import Layout
 from distmeta.config.sections import OuterSection
 from distmeta.runtime.parameter_server import ParameterServer
-from distmeta.runtime.problem import Problem
+from distmeta.runtime.shards import Shard, ShardResult
 from distmeta.runtime.strategy import Record
-from distmeta.runtime.worker import Shard, ShardResult, Worker
-from distmeta.strategies.gradient_step import Central, plan_of
+from distmeta.runtime.worker import Worker
+from distmeta.strategies.driver import CentralStep, plan_step
 
 RESIDUAL = "residual"
-"""The quantity beside the optimizer's: what coding the last delta left out."""
+"""Name of the quantity that is kept beside those of the optimizer: what compression left out of the last delta."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """The steps that a replica takes on its own."""
+    """The steps that a replica takes before the next average."""
 
     index: int
-    """The replica."""
-    of: int
-    """Replicas."""
+    """Which replica."""
+    replicas: int
     start: int
+    """Completed steps before the round."""
     stop: int
-    """Completed steps before and after."""
+    """Completed steps after the round."""
     phase: int
+    """How many of the job's changes hold."""
     outer: OuterSection
     clock: dict[str, Any]
-    """The schedule's clock; nothing at step 0."""
+    """Clock of the schedule; empty at step 0."""
 
     @property
     def kind(self) -> tuple[str, int, bool]:
+        """Rounds of the same kind take about equally long."""
         return "round", self.stop - self.start, False
 
     def __str__(self) -> str:
@@ -52,24 +54,28 @@ class Round:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What every replica tells; its delta and its state are objects of their own."""
+    """What a replica returns to the driver. Its delta and its state are separate objects."""
 
     records: list[Record]
+    """One for each step."""
     clock: dict[str, Any]
     seconds: float
+    """Duration of the round on the worker."""
 
 
-class Replica(Central):
-    """`driver` on one worker and some of the shards."""
+class Replica(CentralStep):
+    """The strategy `driver` with one worker, which is in this process, on some of a step's shards."""
+
+    size = 1
 
     def __init__(self, server: ParameterServer, worker: Worker, index: int):
         super().__init__(server)
         self.pool = self
-        self._worker, self._index = worker, index
-
-    size = 1
+        self._worker = worker
+        self._index = index
 
     def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
+        # the version is what tells the thetas of two replicas in the same worker apart
         return [
             self._worker.compute(flat, replace(shard, version=self._index, compress="none"))
             for shard in shards
@@ -78,59 +84,71 @@ class Replica(Central):
     def close(self) -> None:
         pass
 
-    def take(self, problem: Problem, plan: list[Shard]) -> Record:
-        """One step on some shards."""
-        return self._advance(problem, plan, lambda: None)
-
-    def _map(self, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
-        return self.map(self._flat_for(shards), shards, check)
+    def compute_shards(self, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
+        return self.map(self.flat_for(shards), shards, check)
 
 
 def run_round(
-    worker: Worker, own: Round, flat: np.ndarray, state: dict[str, np.ndarray]
+    worker: Worker, one_round: Round, flat: np.ndarray, state: dict[str, np.ndarray]
 ) -> tuple[RoundResult, Vector, dict[str, np.ndarray]]:
-    """H outer steps: what happened, theta before minus theta after (coded, as the run compresses), the new state.
+    """Take a replica's outer steps.
 
-    What coding leaves out is added to the next delta (error feedback, Seide et al. 2014).
+    With compression, what it leaves out is added to the next delta (error feedback, Seide et al. 2014).
+
+    Args:
+        flat: theta before the round, a float32 vector.
+        state: the replica's state as the last round returned it; empty at step 0.
+
+    Returns:
+        What happened; the delta, theta before minus theta after, as the job compresses it; the new state.
     """
     started = time.perf_counter()
-    problem, layout = worker.enter(own.phase), worker.layout
+    problem = worker.enter_phase(one_round.phase)
+    layout = worker.layout
     theta = layout.unflatten(flat)
-    server = ParameterServer(theta, own.outer)
-    if own.clock:
+    server = ParameterServer(theta, one_round.outer)
+    if one_round.clock:
         moments = {key: value for key, value in state.items() if not key.endswith(f"/{RESIDUAL}")}
-        server.load(theta, tensors_of(moments), own.clock)
-    replica, records = Replica(server, worker, own.index), []
-    for step in range(own.start, own.stop):
-        plan = plan_of(problem, step)
-        records.append(replica.take(problem, plan[share(len(plan), own)]))
+        server.load(theta, to_tensors(moments), one_round.clock)
+    replica = Replica(server, worker, one_round.index)
+    records = []
+    for step in range(one_round.start, one_round.stop):
+        shards = plan_step(problem, step)
+        own_shards = shards[replica_share(len(shards), one_round)]
+        records.append(replica.take_step(problem, own_shards, check=lambda: None))
     delta = flat - server.flat()
+    encoded: Vector = delta
     tensors, clock = server.state()
-    kept = {key: value.numpy() for key, value in tensors.items()}
-    how = problem.job.strategy.compress
-    coded = delta
-    if how != "none":
-        delta = delta + residual_of(layout, state)
-        coded = encode(delta, how)
-        kept |= by_name(layout, delta - decode(coded))
-    return RoundResult(records, clock, time.perf_counter() - started), coded, kept
+    new_state = {key: value.numpy() for key, value in tensors.items()}
+    compression = problem.job.strategy.compress
+    if compression != "none":
+        delta = delta + flatten_residual(layout, state)
+        encoded = encode(delta, compression)
+        new_state |= unflatten_residual(layout, delta - decode(encoded))
+    result = RoundResult(records, clock, time.perf_counter() - started)
+    return result, encoded, new_state
 
 
-def share(shards: int, own: Round) -> slice:
-    """Which of a step's shards are the replica's."""
-    return slice(shards * own.index // own.of, shards * (own.index + 1) // own.of)
+def replica_share(shards: int, one_round: Round) -> slice:
+    """Return which of a step's shards belong to the replica."""
+    index = one_round.index
+    replicas = one_round.replicas
+    return slice(shards * index // replicas, shards * (index + 1) // replicas)
 
 
-def tensors_of(state: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+def to_tensors(state: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """Return a copy of the state as tensors."""
     return {key: torch.from_numpy(np.array(value)) for key, value in state.items()}
 
 
-def residual_of(layout: Layout, state: dict[str, np.ndarray]) -> np.ndarray:
+def flatten_residual(layout: Layout, state: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the residual in a replica's state as a flat vector; zeros if there is none."""
     if f"{layout.names[0]}/{RESIDUAL}" not in state:
         return np.zeros(layout.size, np.float32)
     return layout.flatten({name: torch.from_numpy(state[f"{name}/{RESIDUAL}"]) for name in layout.names})
 
 
-def by_name(layout: Layout, residual: np.ndarray) -> dict[str, np.ndarray]:
+def unflatten_residual(layout: Layout, residual: np.ndarray) -> dict[str, np.ndarray]:
+    """Return a flat residual as entries of a replica's state."""
     views = layout.views(torch.from_numpy(residual))
     return {f"{name}/{RESIDUAL}": view.numpy() for name, view in views.items()}

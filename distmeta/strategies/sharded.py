@@ -1,8 +1,8 @@
-"""`sharded`: parameter servers that own a slice of theta each, its gradient sums and its part of the optimizer's state.
+"""`sharded`: each parameter server owns a slice of theta, with its gradient sums and its part of the optimizer state.
 
-Shards' gradients, and the new slices, go between workers and servers through Ray's object store; what this process
-sees is a few numbers a shard. Slices are cut at the norm's blocks, sums go by the same tree, clipping by the same
-`fsum`: theta is that of `driver`, to the bit.
+Gradients and new slices travel between workers and servers through Ray's object store. This process only sees a few
+numbers per shard. Slices are cut at block boundaries of the norm, sums follow the same tree, and clipping uses the same
+`fsum`, so theta is that of `driver` to the bit.
 """
 
 from __future__ import annotations
@@ -17,29 +17,36 @@ import numpy as np
 from pydantic import Field
 
 from distmeta.compute.compression import Compression, Vector
-from distmeta.compute.vectors import edges_of
+from distmeta.compute.vectors import choose_edges
 from distmeta.config.sections import OuterSection
-from distmeta.errors import InputError
+from distmeta.errors import InputError, summarize_error
 from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.failure_policy import LostShardError
-from distmeta.runtime.parameter_server import ParameterServer, clock_of
+from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.pool import RayPool, WorkOrder
 from distmeta.runtime.problem import Problem
-from distmeta.runtime.ray_workers import POLL_SECONDS, describe, lost_by
-from distmeta.runtime.strategy import LostStateError, server_of
-from distmeta.runtime.worker import Shard, ShardResult
-from distmeta.strategies.gradient_step import Stepping
-from distmeta.strategies.slices import Moments, Slice, SliceSpec, joined, moments_in, places_of
+from distmeta.runtime.ray_workers import POLL_SECONDS, worker_failures
+from distmeta.runtime.shards import Shard, ShardResult
+from distmeta.runtime.strategy import LostStateError, build_clock, build_server
+from distmeta.strategies.driver import GradientStep
+from distmeta.strategies.slices import (
+    Moments,
+    Slice,
+    SliceSpec,
+    cut_moments,
+    join_moments,
+    local_ranges,
+)
 
 
 class SliceServer:
-    """The Ray actor around a slice."""
+    """The Ray actor around a `Slice`. See there for the methods."""
 
     def __init__(self, flat: np.ndarray, spec: SliceSpec):
         self._slice = Slice(flat, spec)
 
     def ready(self) -> None:
-        pass
+        """Answer, to show that the actor has started and is alive."""
 
     def receive(self, attempt: int, position: int, gradient: Vector) -> None:
         self._slice.receive(attempt, position, gradient)
@@ -48,7 +55,10 @@ class SliceServer:
         return self._slice.average(tasks)
 
     def step(self, factor: float | None, rates: Sequence[float]) -> tuple[None, np.ndarray]:
-        """That it is done, and the new slice: two objects, for one of them does not travel to who asks."""
+        """Return two Ray objects: one that says that the step is done, and the new slice.
+
+        The driver only fetches the first one. The slice travels directly to the workers.
+        """
         return None, self._slice.step(factor, rates)
 
     def moments(self) -> Moments:
@@ -57,14 +67,21 @@ class SliceServer:
     def retune(self, outer: OuterSection) -> None:
         self._slice.retune(outer)
 
-    def mark(self) -> None:
-        self._slice.mark()
+    def take_snapshot(self) -> None:
+        self._slice.take_snapshot()
 
-    def unmark(self, undo: bool) -> None:
-        self._slice.unmark(undo)
+    def end_snapshot(self, undo: bool) -> None:
+        self._slice.end_snapshot(undo)
 
 
-class Sharded(Stepping):
+class Sharded(GradientStep):
+    """The strategy `sharded`. Its options:
+
+    Args:
+        servers: parameter servers, each a Ray actor. Fewer are used if theta has fewer blocks of 65,536 elements.
+        compress: how gradients travel. The workers read it from the job.
+    """
+
     requires_workers = True
     equals_driver = True
 
@@ -77,30 +94,35 @@ class Sharded(Stepping):
         state: TrainingState | None,
         report: Callable[[str], None],
         servers: Annotated[int, Field(ge=1)] = 2,
-        compress: Compression = "none",  # workers read it from the job
+        compress: Compression = "none",
     ):
-        server = server_of(problem, outer, state)
-        self._problem, self._run, self._report = problem, problem.job.run, report
+        server = build_server(problem, outer, state)
+        self._problem = problem
+        self._run = problem.job.run
+        self._report = report
         self._layout = server.layout
-        asked = servers
-        self._edges = edges_of(server.layout.size, asked)
-        if len(self._edges) <= asked:
-            report(
-                f"strategy.servers: theta's {server.layout.parameters:,} numbers go to {len(self._edges) - 1} of {asked} "
-                "servers, for slices are whole blocks of 65,536"
-            )
+        self._edges = choose_edges(server.layout.size, servers)
+        """Where theta is cut: slice i is [edges[i], edges[i + 1])."""
         self._attempt = 0
-        self._sizes: list[float] = []
-        """Partial sums of the norm of the mean gradient."""
-        self._marked: tuple[list[Any], ParameterServer] | None = None
+        """Counts the attempts at a step, so that servers can tell gradients of an abandoned one from new ones."""
+        self._norm_sums: list[float] = []
+        """Partial sums of the squared norm of the mean gradient, one per block."""
+        self._snapshot: tuple[list[Any], ParameterServer] | None = None
+        """Slices and clock before the first outer epoch of the current step."""
         self._servers: list[Any] = []
+        self._slices: list[Any] = []
+        """References to the current slices of theta."""
+        self._names: list[list[str]] = []
+        """For each server, the entries of theta that have elements in its slice."""
         self._lost = ""
+        """Why theta is lost; empty if it is not."""
+        self._report_unused_servers(servers)
         self.pool = RayPool(problem, server.layout, report)
         import ray
 
         self._ray: Any = ray
         try:
-            self._start(server)
+            self._start_servers(server)
         except LostStateError as error:
             self.close()
             raise InputError(f"strategy.servers: {error}, before training began") from None
@@ -108,130 +130,154 @@ class Sharded(Stepping):
             self.close()
             raise
 
-    def _start(self, server: ParameterServer) -> None:
-        """Servers at the state of one in this process, which then only keeps the schedule's clock."""
+    def _report_unused_servers(self, asked: int) -> None:
+        used = len(self._edges) - 1
+        if used < asked:
+            self._report(
+                f"strategy.servers: theta's {self._layout.parameters:,} numbers go to {used} of {asked} servers, "
+                "because slices are whole blocks of 65,536"
+            )
+
+    def _start_servers(self, server: ParameterServer) -> None:
+        """Start the servers from the state of a parameter server in this process.
+
+        This process then only keeps the schedule's clock.
+        """
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        flat, (tensors, plain) = server.flat(), server.state()
+        flat = server.flat()
+        tensors, plain = server.state()
         rates = dict(zip(self._layout.names, server.rates(), strict=True))
-        self._clock = clock_of(self._layout.names, server.outer, plain)
-        nodes = self.pool.nodes
-        self._slices, self._names = [], []
+        self._clock = build_clock(self._layout.names, server.outer, plain)
+        self._slices = []
+        self._names = []
+        node_ids = self.pool.node_ids
         for index, (start, stop) in enumerate(pairwise(self._edges)):
-            # beside workers, in turn: what a node's own workers send to its server does not travel
-            place = (
-                NodeAffinitySchedulingStrategy(nodes[index % len(nodes)], soft=True) if nodes else "SPREAD"
-            )
-            actor = self._ray.remote(SliceServer).options(num_cpus=0, scheduling_strategy=place)
+            placement: Any = "SPREAD"
+            if (
+                node_ids
+            ):  # beside workers: what they send to a server on their own node does not cross the network
+                placement = NodeAffinitySchedulingStrategy(node_ids[index % len(node_ids)], soft=True)
+            actor = self._ray.remote(SliceServer).options(num_cpus=0, scheduling_strategy=placement)
             spans = self._layout.spans(start, stop)
             names = [span.name for span in spans]
-            of_names = tuple(rates[name] for name in names)
-            spec = SliceSpec(places_of(spans), of_names, server.outer, moments_in(spans, tensors))
+            slice_rates = tuple(rates[name] for name in names)
+            spec = SliceSpec(local_ranges(spans), slice_rates, server.outer, cut_moments(spans, tensors))
             self._slices.append(self._ray.put(flat[start:stop]))
             self._servers.append(actor.remote(self._slices[-1], spec))
             self._names.append(names)
-        self._all("ready", limit=self._run.start_timeout)
+        self._call_all("ready", limit=self._run.start_timeout)
 
     def retune(self, outer: OuterSection) -> None:
         self._clock.retune(outer)
-        self._all("retune", outer)
+        self._call_all("retune", outer)
 
     def flat(self) -> np.ndarray:
         return np.concatenate(self._get(self._slices, self._run.shard_timeout))
 
     def state(self) -> TrainingState:
         theta = self._layout.unflatten(self.flat())
-        tensors = joined(self._layout, self._edges, self._all("moments"))
+        tensors = join_moments(self._layout, self._edges, self._call_all("moments"))
         return TrainingState(theta, tensors, self._clock.state()[1])
 
     def load(self, state: TrainingState, outer: OuterSection) -> None:
-        self._dismiss()
-        self._marked, self._lost = None, ""
-        self._start(server_of(self._problem, outer, state))
+        self._kill_servers()
+        self._snapshot = None
+        self._lost = ""
+        self._start_servers(build_server(self._problem, outer, state))
 
     def close(self) -> None:
-        self._dismiss()
+        self._kill_servers()
         self.pool.close()
 
-    def _dismiss(self) -> None:
+    def _kill_servers(self) -> None:
         for server in self._servers:
             self._ray.kill(server)
         self._servers = []
 
-    def _map(self, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
+    def compute_shards(self, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
         for _ in range(self._run.max_shard_failures - 1):
             try:
-                return self._computed(shards, check)
+                return self._compute_and_send(shards, check)
             except self._ray.exceptions.ObjectLostError as error:
-                self._report(f"gradients are lost ({describe(error)}): the step is computed again")
-        return self._computed(shards, check)
+                self._report(f"gradients are lost ({summarize_error(error)}): the step is computed again")
+        return self._compute_and_send(shards, check)
 
-    def _computed(self, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
-        """Every gradient goes to the servers as soon as it is there."""
+    def _compute_and_send(self, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
+        """Compute the shards and send each gradient to the servers as soon as it is there."""
         self._attempt += 1
         theta = self._slices
-        if self._marked is not None and shards[0].epoch:
-            theta = [*theta, *self._marked[0]]
-        work, sent = WorkOrder(list(shards), theta, self._edges, ahead=True), []
+        if self._snapshot is not None and shards[0].epoch:
+            theta = [*theta, *self._snapshot[0]]
+        order = WorkOrder(list(shards), theta, self._edges, queue=True)
+        sent = []
         try:
-            for position, answer in self.pool.answers(work, check):
+            for position, answer in self.pool.answers(order, check):
                 for server, piece in zip(self._servers, answer.pieces, strict=True):
                     sent.append(server.receive.remote(self._attempt, position, piece))
         except LostShardError:
-            self._all("ready")  # theta may have gone with a server's node
+            self._call_all("ready")  # raises LostStateError if theta was lost with a server's node
             raise
         self._get(sent, self._run.shard_timeout, check)
-        return [answer.result for answer in work.left.in_order()]
+        return [answer.result for answer in order.pending.in_order()]
 
-    def _average(self, results: list[ShardResult], tasks: int) -> bool:
-        answers = self._all("average", tasks)
-        self._sizes = [size for _, sizes in answers for size in sizes]
-        return all(finite for finite, _ in answers)
+    def average(self, results: list[ShardResult], tasks: int) -> bool:
+        answers = self._call_all("average", tasks)
+        self._norm_sums = [value for _, norm_sums in answers for value in norm_sums]
+        return all(is_finite for is_finite, _ in answers)
 
-    def _apply(self) -> float:
-        size, limit = math.sqrt(math.fsum(self._sizes)), self._clock.outer.clip_norm
-        factor = limit / size if limit is not None and size > limit else None
+    def apply(self) -> float:
+        norm = math.sqrt(math.fsum(self._norm_sums))
+        limit = self._clock.outer.clip_norm
+        factor = limit / norm if limit is not None and norm > limit else None
         rates = dict(zip(self._layout.names, self._clock.rates(), strict=True))
         calls = [
             server.step.options(num_returns=2).remote(factor, [rates[name] for name in names])
             for server, names in zip(self._servers, self._names, strict=True)
         ]
         self._get([done for done, _ in calls], self._run.shard_timeout)
-        self._slices = [new for _, new in calls]
+        self._slices = [new_slice for _, new_slice in calls]
         self._clock.skip()
-        return size
+        return norm
 
-    def _skip(self) -> float:
+    def skip(self) -> float:
         return self._clock.skip()
 
-    def _rate(self) -> float:
+    def rate(self) -> float:
         return self._clock.rate()
 
-    def _mark(self) -> None:
-        self._all("mark")
-        self._marked = self._slices, clock_of(self._layout.names, self._clock.outer, self._clock.state()[1])
+    def take_snapshot(self) -> None:
+        self._call_all("take_snapshot")
+        clock = build_clock(self._layout.names, self._clock.outer, self._clock.state()[1])
+        self._snapshot = self._slices, clock
 
-    def _unmark(self, undo: bool) -> None:
-        if self._marked is not None:
-            self._all("unmark", undo)
-            if undo:
-                self._slices, self._clock = self._marked
-        self._marked = None
+    def end_snapshot(self, undo: bool) -> None:
+        if self._snapshot is None:
+            return
+        self._call_all("end_snapshot", undo)
+        if undo:
+            self._slices, self._clock = self._snapshot
+        self._snapshot = None
 
-    def _all(self, method: str, *arguments: Any, limit: float | None = None) -> list[Any]:
-        """What every server answers."""
+    def _call_all(self, method: str, *arguments: Any, limit: float | None = None) -> list[Any]:
+        """Call a method of every server and return the answers."""
         calls = [getattr(server, method).remote(*arguments) for server in self._servers]
         return self._get(calls, limit or self._run.shard_timeout)
 
     def _get(self, calls: list[Any], limit: float, check: Callable[[], None] | None = None) -> list[Any]:
-        """The calls' answers.
+        """Return the answers to calls of servers.
+
+        Args:
+            limit: seconds after which a silent server counts as lost.
+            check: called while waiting; raises to abandon the calls. Only for calls that receive gradients.
 
         Raises:
-            LostStateError: a server is dead, or silent for `limit` seconds.
-            ObjectLostError: what it was to be given is.
+            LostStateError: a server is dead or silent.
+            ObjectLostError: a gradient that a server was to receive is lost.
         """
-        if self._lost:  # one that is silent for long may speak again, of another step than the rest
+        if self._lost:  # a server that was silent may answer later, but it is at another step than the others
             raise LostStateError(self._lost)
+        errors = self._ray.exceptions
         deadline = time.monotonic() + limit
         while check is not None and calls:
             check()
@@ -240,13 +286,12 @@ class Sharded(Stepping):
                 break
         try:
             return self._ray.get(calls, timeout=max(deadline - time.monotonic(), 1.0))
-        except self._ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, self._ray.exceptions.ObjectLostError):
+        except errors.RayTaskError as error:
+            if isinstance(error.cause, errors.ObjectLostError):
                 raise error.cause from None
             raise
-        except lost_by(self._ray) as error:
-            if isinstance(error, self._ray.exceptions.ObjectLostError) and check is not None:
+        except worker_failures(self._ray) as error:
+            if isinstance(error, errors.ObjectLostError) and check is not None:
                 raise
-            kind = describe(error).partition(":")[0]
-            self._lost = f"one of the {len(self._servers)} servers is lost ({kind})"
+            self._lost = f"one of the {len(self._servers)} servers is lost ({type(error).__name__})"
             raise LostStateError(self._lost) from None

@@ -1,8 +1,8 @@
-"""`all-reduce`: workers form a group under Ray Train, all-reduce the meta-gradient and step a replicated optimizer.
+"""`all-reduce` as the training process sees it: watch the group, evaluate, save.
 
-This process only watches, evaluates and checkpoints. theta is that of `driver` within rounding: the ranks' sums are
-added in an order of the collective's own. A group that lost a rank, or that Ray Train resizes, is made anew as a whole
-(gloo and NCCL know no other way), and the run goes back to its last checkpoint.
+theta is that of `driver` within rounding, because the all-reduce adds the ranks' sums in its own order. If a rank is
+lost, or Ray Train resizes the group, the whole group is made anew (gloo and NCCL can do nothing else), and the run goes
+back to its last checkpoint.
 """
 
 from __future__ import annotations
@@ -16,41 +16,55 @@ from typing import Any, NoReturn
 import numpy as np
 
 from distmeta.config.sections import OuterSection
-from distmeta.errors import InputError
+from distmeta.errors import InputError, summarize_error
 from distmeta.runtime.checkpoint import TrainingState
-from distmeta.runtime.failure_policy import LostShardError, hung
+from distmeta.runtime.failure_policy import LostShardError, is_hung
 from distmeta.runtime.problem import Problem
-from distmeta.runtime.ray_cluster import connect, remove_orphaned_placement_groups, import_ray, describe_resources
-from distmeta.runtime.ray_workers import POLL_SECONDS, SAY_SECONDS, describe, lost_by
-from distmeta.runtime.strategy import LostStateError, Record, server_of
-from distmeta.runtime.worker import Shard, ShardResult, WorkerSpec
-from distmeta.strategies.all_reduce.group import (
-    ENVIRONMENT,
+from distmeta.runtime.ray_cluster import (
+    connect,
+    describe_resources,
+    import_ray,
+    remove_orphaned_placement_groups,
+)
+from distmeta.runtime.ray_workers import (
+    FIRST_REPORT_SECONDS,
+    POLL_SECONDS,
+    REPORT_SECONDS,
+    describe_number,
+    worker_failures,
+)
+from distmeta.runtime.shards import Shard, ShardResult, WorkerSpec
+from distmeta.runtime.strategy import LostStateError, Record, build_server
+from distmeta.strategies.all_reduce.group_host import ENVIRONMENT, GroupHost
+from distmeta.strategies.all_reduce.messages import (
     GET_SECONDS,
+    Abandon,
     Abandoned,
+    Leave,
+    LoadState,
+    LostGroup,
+    PackedState,
     RankAnswer,
     RankError,
-    Give,
-    Halt,
-    Host,
-    Load,
-    Lost,
-    PackedState,
     Retune,
-    Score,
-    Steps,
-    Stop,
+    ScoreShards,
+    SendState,
+    TakeSteps,
 )
 
-AHEAD_SECONDS = 0.5
-"""For about so long the group takes steps without a word from here: progress is still seen, and Ctrl-C heard."""
+BATCH_SECONDS = 0.5
+"""The group takes about so many seconds of steps per command, so that progress is still seen and Ctrl-C is heard."""
+TIMES_KEPT = 64
+"""How many of the last answering times are kept for each kind of command."""
 CLOSE_SECONDS = 10.0
 """Longest wait for the group to leave by itself."""
 ORPHAN_SECONDS = 2.0
-"""After a host's end: until Ray knows that Ray Train's controller went with it."""
+"""After a host's end, Ray takes about this long to know that Ray Train's controller ended with it."""
 
 
 class AllReduce:
+    """The strategy `all-reduce`. It has no options."""
+
     requires_workers = True
     equals_driver = False
 
@@ -61,27 +75,40 @@ class AllReduce:
         state: TrainingState | None,
         report: Callable[[str], None],
     ):
-        self._ray = ray = import_ray(problem.job.run.address)
-        self._run, self._report = problem.job.run, report
-        self._compiles = problem.job.compute.compile
+        self._run = problem.job.run
+        self._report = report
+        self._ray = import_ray(self._run.address)
+        self._may_compile = problem.job.compute.compile
         self._host: Any = None
-        self._attempt, self._world, self._known = "", 1, 0
+        """The `GroupHost` actor; None: there is none."""
+        self._trainer: Any = None
+        """Reference that is ready when the host's trainer has ended."""
+        self._group = ""
+        """Name of the group; empty: theta is lost, or no group is there yet."""
+        self._world = 1
+        """Ranks in the group."""
+        self._known_losses = 0
+        """Groups lost since the host started, as far as this process knows."""
+        self._lost = ""
+        """Why theta is lost."""
         self._check: Callable[[], None] = lambda: None
-        self._given: np.ndarray | None = None
-        self._opened, self._lost = False, ""
-        server = server_of(problem, outer, state)
+        """Raises to abandon what the group computes."""
+        self._scored: np.ndarray | None = None
+        """The vector that `flat` returned last, as long as the group's theta is the same."""
+        self._started = False
+        server = build_server(problem, outer, state)
         self._layout = server.layout
-        least, most = self._run.min_workers, self._run.max_workers
-        number = f"{least}" if least == most else f"{least} to {most}"
-        report(f"starting a Ray Train group of {number} worker{'s' * (most > 1)} …")
-        self._disconnect = connect(ray, self._run.address, math.ceil(least * self._run.cpus_per_worker))
+        number = describe_number(self._run.min_workers, self._run.max_workers, "worker")
+        report(f"starting a Ray Train group of {number} …")
+        cpus = math.ceil(self._run.min_workers * self._run.cpus_per_worker)
+        self._disconnect = connect(self._ray, self._run.address, cpus)
         try:
-            self._spec = ray.put(WorkerSpec.of(problem, self._layout))
-            self._take_up(PackedState.of(server), outer)
+            self._spec = self._ray.put(WorkerSpec.from_problem(problem, self._layout))
+            self._load_into_group(PackedState.from_server(server), outer)
         except BaseException:
             self.close()
             raise
-        self._opened = True
+        self._started = True
         self.pool = GroupPool(self)
 
     @property
@@ -89,17 +116,18 @@ class AllReduce:
         return self._world
 
     def advance(self, problem: Problem, step: int, check: Callable[[], None]) -> list[Record]:
-        """As many steps as take a moment, up to the next one whose theta is looked at."""
+        """Take as many steps as need `BATCH_SECONDS`, but not past the next one whose theta is needed here."""
         self._check = check
         check()
-        count = min(self._ahead, boundary(problem, step) - step)
-        begun = time.monotonic()
-        answers, stopped = self._ask(Steps(step, count, problem.phase), "step", count)
+        count = min(self._steps_per_command, next_boundary(problem, step) - step)
+        started = time.monotonic()
+        answers, interruption = self._ask(TakeSteps(step, count, problem.phase), "step", count)
         records = answers[0].value
-        if not records:  # else what stopped them comes again with the next step
-            self._raise(answers, stopped)
-        seconds = (time.monotonic() - begun) / len(records)
-        self._ahead = max(1, min(2 * self._ahead, int(AHEAD_SECONDS / seconds)))
+        if not records:  # if there are some, what stopped the group comes again in the next step
+            self._raise_failure(answers, interruption)
+        seconds_per_step = (time.monotonic() - started) / len(records)
+        affordable = int(BATCH_SECONDS / seconds_per_step)
+        self._steps_per_command = max(1, min(2 * self._steps_per_command, affordable))
         return records
 
     def retune(self, outer: OuterSection) -> None:
@@ -107,204 +135,226 @@ class AllReduce:
         self._ask(Retune(outer), "retune")
 
     def flat(self) -> np.ndarray:
-        self._given = self._give(whole=False).flat
-        return self._given
+        self._scored = self._fetch_state(complete=False).flat
+        return self._scored
 
     def state(self) -> TrainingState:
-        return self._give(whole=True).unpacked(self._layout)
+        return self._fetch_state(complete=True).unpack(self._layout)
 
     def load(self, state: TrainingState, outer: OuterSection) -> None:
-        self._take_up(PackedState.from_state(state, self._layout), outer)
+        self._load_into_group(PackedState.from_state(state, self._layout), outer)
 
     def close(self) -> None:
         if self._host is not None:
-            left = False
-            if self._attempt:
-                self._host.tell.remote(self._attempt, Stop())
-                left = bool(self._ray.wait([self._fitting], timeout=CLOSE_SECONDS)[0])
-            self._end(left)
+            has_left = False
+            if self._group:
+                self._host.tell.remote(self._group, Leave())
+                has_left = bool(self._ray.wait([self._trainer], timeout=CLOSE_SECONDS)[0])
+            self._kill_host(has_left)
         self._disconnect()
 
     def score(
         self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]
     ) -> list[ShardResult]:
-        """The shards' scores; theta stays where it is if it is the one that `flat` gave last."""
+        """Return the shards' scores. If `flat` is what `flat()` returned last, theta does not travel."""
         self._check = check
         check()
-        command = Score(tuple(shards), None if flat is self._given else [self._ray.put(flat)])
-        answers, stopped = self._ask(command, "score")
+        theta = None if flat is self._scored else [self._ray.put(flat)]
+        answers, interruption = self._ask(ScoreShards(tuple(shards), theta), "score")
         if any(answer.failure for answer in answers):
-            self._raise(answers, stopped)
+            self._raise_failure(answers, interruption)
         return [answers[i % self._world].value[i // self._world] for i in range(len(shards))]
 
-    def _give(self, whole: bool) -> PackedState:
-        """Rank 0's state. The others' theta is the same to the bit, unless processors differ in how they round."""
-        answers, _ = self._ask(Give(whole), "give")
+    def _fetch_state(self, complete: bool) -> PackedState:
+        """Return rank 0's state; only theta unless `complete`.
+
+        The other ranks' theta has the same bits, unless the processors differ in how they round. Then all ranks
+        continue from rank 0's state.
+        """
+        answers, _ = self._ask(SendState(complete), "give")
         try:
             packed = self._ray.get(answers[0].value[1][0], timeout=GET_SECONDS)
-        except lost_by(self._ray) as error:
-            self._lose(describe(error))
-        if whole and len({answer.value[0] for answer in answers}) > 1:
+        except worker_failures(self._ray) as error:
+            self._lose_state(summarize_error(error))
+        checksums = {answer.value[0] for answer in answers}
+        if complete and len(checksums) > 1:
             self._report("the replicas of theta differ (unlike processors?): all go on from rank 0's")
-            self._ask(Load([self._ray.put(packed)], self._outer), "load")
+            self._ask(LoadState([self._ray.put(packed)], self._outer), "load")
         return packed
 
-    def _take_up(self, packed: PackedState, outer: OuterSection) -> None:
-        """Brings a group, a new one if need be, to a state.
+    def _load_into_group(self, packed: PackedState, outer: OuterSection) -> None:
+        """Give the group a state. If there is no group, a new one is made.
 
         Raises:
-            InputError: it finds no room, or the job fails to build there.
-            LostShardError: it is lost again and again.
+            InputError: the group finds no room, or the job cannot be built there.
+            LostShardError: the group is lost again and again.
         """
-        state, lost = [self._ray.put(packed)], []
-        self._outer, self._given, self._ahead = outer, None, 1
-        self._timed: dict[str, deque[float]] = {}
-        while len(lost) < self._run.max_shard_failures:
+        state = [self._ray.put(packed)]
+        self._outer = outer
+        self._scored = None
+        self._steps_per_command = 1
+        self._times: dict[str, deque[float]] = {}
+        losses = []
+        while len(losses) < self._run.max_shard_failures:
             if self._host is None:
-                self._begin()
+                self._start_host()
             try:
-                self._await_group()
-                self._ask(Load(state, outer), "load")
+                self._wait_for_group()
+                self._ask(LoadState(state, outer), "load")
                 return
             except LostStateError as error:
-                lost.append(str(error))
+                losses.append(str(error))
                 self._report(f"{error}, while starting: another is made")
         raise LostShardError(
-            f"{lost[-1]}, {len(lost)} times in a row while starting: run.max_shard_failures is {len(lost)}"
+            f"{losses[-1]}, {len(losses)} times in a row while starting: run.max_shard_failures is {len(losses)}"
         )
 
-    def _begin(self) -> None:
-        """The host, and Ray Train with it, on this node."""
-        ray, run = self._ray, self._run
+    def _start_host(self) -> None:
+        """Start the host on this node, and Ray Train in it."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+        run = self._run
+        this_node = self._ray.get_runtime_context().get_node_id()
+        environment = ENVIRONMENT | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{run.start_timeout:g}"}
         options = {
             "num_cpus": 0,
             "max_concurrency": 1000 + 4 * run.max_workers,
-            "scheduling_strategy": NodeAffinitySchedulingStrategy(
-                ray.get_runtime_context().get_node_id(), soft=True
-            ),
-            "runtime_env": {
-                "env_vars": ENVIRONMENT | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{run.start_timeout:g}"}
-            },
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(this_node, soft=True),
+            "runtime_env": {"env_vars": environment},
         }
-        self._host = ray.remote(Host).options(**options).remote()
-        self._attempt, self._known = "", 0
-        self._fitting = self._host.fit.remote(
-            [self._spec], run, shards_of_a_rank(run.shards or 1, run.min_workers)
-        )
+        self._host = self._ray.remote(GroupHost).options(**options).remote()
+        self._group = ""
+        self._known_losses = 0
+        shards_per_rank = most_shards_per_rank(run.shards or 1, run.min_workers)
+        self._trainer = self._host.run_trainer.remote([self._spec], run, shards_per_rank)
 
-    def _await_group(self) -> None:
-        """Until every rank is there, and built."""
-        begun = time.monotonic()
-        said = begun + SAY_SECONDS[0] - SAY_SECONDS[1]
-        ready = self._host.ready.remote(self._known)
-        while not self._ray.wait([ready], timeout=POLL_SECONDS)[0]:
+    def _wait_for_group(self) -> None:
+        """Wait until every rank has joined and built the job's parts."""
+        started = time.monotonic()
+        last_report = started + FIRST_REPORT_SECONDS - REPORT_SECONDS
+        complete = self._host.wait_for_group.remote(self._known_losses)
+        while not self._ray.wait([complete], timeout=POLL_SECONDS)[0]:
             self._check()
             now = time.monotonic()
-            if now - begun > self._run.start_timeout:
-                self._end()
-                self._no_room()
-            if now - said > SAY_SECONDS[1]:
-                said = now
-                remove_orphaned_placement_groups(self._ray)  # Ray may have taken longer to see that a controller is gone
-                self._report(f"waiting for the group for {now - begun:.0f} s: {self._room()}")
-        found = self._result(ready)
-        self._attempt, self._world, failure = found
+            if now - started > self._run.start_timeout:
+                self._kill_host()
+                self._raise_no_room()
+            if now - last_report > REPORT_SECONDS:
+                last_report = now
+                # once more, because Ray may have learned late that a controller is gone
+                remove_orphaned_placement_groups(self._ray)
+                self._report(f"waiting for the group for {now - started:.0f} s: {self._describe_need()}")
+        self._group, self._world, failure = self._get_answer(complete)
         if failure is not None:
-            reraise(failure)
+            raise_rank_error(failure)
 
-    def _no_room(self) -> NoReturn:
-        run, limit = self._run, f"run.start_timeout = {self._run.start_timeout:g} s"
-        if self._opened:
-            raise LostShardError(f"no group of workers was ready after {limit}: {self._room()}")
+    def _raise_no_room(self) -> NoReturn:
+        run = self._run
+        limit = f"run.start_timeout = {run.start_timeout:g} s"
+        if self._started:
+            raise LostShardError(f"no group of workers was ready after {limit}: {self._describe_need()}")
         raise InputError(
             f"run.workers: got {run.min_workers} of {run.cpus_per_worker:g} CPU and {run.gpus_per_worker:g} GPU each, "
-            f"but their group was not ready after {limit}; {resources(self._ray)}"
+            f"but their group was not ready after {limit}; {describe_resources(self._ray)}"
         )
 
-    def _room(self) -> str:
+    def _describe_need(self) -> str:
+        """Return `2 workers of 1 CPU, 0 GPU each; the cluster has …`."""
         run = self._run
+        workers = describe_number(run.min_workers, run.min_workers, "worker")
         each = f"{run.cpus_per_worker:g} CPU, {run.gpus_per_worker:g} GPU each"
-        return f"{run.min_workers} worker{'s' * (run.min_workers > 1)} of {each}; {resources(self._ray)}"
+        return f"{workers} of {each}; {describe_resources(self._ray)}"
 
     def _ask(self, command: Any, kind: str, count: int = 1) -> tuple[list[RankAnswer], BaseException | None]:
-        """Every rank's answer, and what `check` raised meanwhile: the group then ends its step, or its shard, early.
+        """Give the group a command.
+
+        Args:
+            kind: commands of the same kind take about equally long.
+            count: how many steps the command takes.
+
+        Returns:
+            Every rank's answer, and what `check` raised in the meantime. The group then ended its step early.
 
         Raises:
-            LostStateError: the group was lost, or is silent for too long.
+            LostStateError: the group was lost, or was silent for too long.
         """
-        if not self._attempt:
+        if not self._group:
             raise LostStateError(self._lost)
-        self._given = None if kind != "score" else self._given
-        answer, begun = self._host.ask.remote(self._attempt, command), time.monotonic()
-        timed = self._timed.setdefault(kind, deque(maxlen=64))
-        stopped: BaseException | None = None
-        while not self._ray.wait([answer], timeout=POLL_SECONDS)[0]:
-            if stopped is None and kind in ("step", "score"):
+        if kind != "score":
+            self._scored = None
+        started = time.monotonic()
+        reference = self._host.ask.remote(self._group, command)
+        times = self._times.setdefault(kind, deque(maxlen=TIMES_KEPT))
+        interruption: BaseException | None = None
+        while not self._ray.wait([reference], timeout=POLL_SECONDS)[0]:
+            if interruption is None and kind in ("step", "score"):
                 try:
                     self._check()
                 except BaseException as error:
-                    stopped = error
-                    self._host.tell.remote(self._attempt, Halt())
-            silent, longest = time.monotonic() - begun, self._longest(command) * count
-            if hung(silent, () if self._compiles else [seconds * count for seconds in timed], 0, longest):
-                self._end()
-                self._lose(f"no answer for {silent:.0f} s")
-        answers = self._result(answer)
-        if stopped is None:
-            timed.append((time.monotonic() - begun) / count)
-        return answers, stopped
+                    interruption = error
+                    self._host.tell.remote(self._group, Abandon())
+            silent = time.monotonic() - started
+            usual_times = () if self._may_compile else [seconds * count for seconds in times]
+            if is_hung(silent, usual_times, 0, self._time_limit(command) * count):
+                self._kill_host()
+                self._lose_state(f"no answer for {silent:.0f} s")
+        answers = self._get_answer(reference)
+        if interruption is None:
+            times.append((time.monotonic() - started) / count)
+        return answers, interruption
 
-    def _longest(self, command: Any) -> float:
-        """Seconds that a rank may take: `run.shard_timeout` for each of its shards."""
-        if isinstance(command, Score):
-            return self._run.shard_timeout * shards_of_a_rank(len(command.shards), self._world)
-        if isinstance(command, Steps):
-            return self._run.shard_timeout * shards_of_a_rank(self._run.shards or 1, self._world)
+    def _time_limit(self, command: Any) -> float:
+        """Return the seconds that a rank may take for a step or a command: `run.shard_timeout` for each shard."""
+        if isinstance(command, ScoreShards):
+            return self._run.shard_timeout * most_shards_per_rank(len(command.shards), self._world)
+        if isinstance(command, TakeSteps):
+            return self._run.shard_timeout * most_shards_per_rank(self._run.shards or 1, self._world)
         return self._run.start_timeout
 
-    def _result(self, reference: Any) -> Any:
-        """What the host answered.
+    def _get_answer(self, reference: Any) -> Any:
+        """Return what the host answered.
 
         Raises:
-            LostStateError: the group is no more; where the host is neither, the next one is.
+            LostStateError: the group is lost. If the host is lost too, the next `load` starts another one.
         """
         try:
-            result = self._ray.get(reference, timeout=GET_SECONDS)
-        except lost_by(self._ray) as error:
-            self._end()
-            self._lose(describe(error))
-        if isinstance(result, Lost):
-            self._known = result.count
-            if result.ended:
-                self._end()
-            self._lose(result.reason)
-        return result
+            answer = self._ray.get(reference, timeout=GET_SECONDS)
+        except worker_failures(self._ray) as error:
+            self._kill_host()
+            self._lose_state(summarize_error(error))
+        if isinstance(answer, LostGroup):
+            self._known_losses = answer.count
+            if answer.ended:
+                self._kill_host()
+            self._lose_state(answer.reason)
+        return answer
 
-    def _lose(self, reason: str) -> NoReturn:
-        """There is no theta from here on, until one is loaded, also where ranks of the group still answer."""
-        self._attempt, self._lost = "", f"lost the group ({reason})"
+    def _lose_state(self, reason: str) -> NoReturn:
+        """Note that theta is lost until one is loaded, even if some ranks of the group still answer."""
+        self._group = ""
+        self._lost = f"lost the group ({reason})"
         raise LostStateError(self._lost)
 
-    def _end(self, left: bool = False) -> None:
-        """Ends the host, and whatever is below it, also the places of a group that has not left by itself."""
+    def _kill_host(self, group_has_left: bool = False) -> None:
+        """Kill the host and everything that it started. If the group has not left by itself, free its resources."""
         self._ray.kill(self._host)
-        self._host, self._attempt = None, ""
-        if not left:
+        self._host = None
+        self._group = ""
+        if not group_has_left:
             remove_orphaned_placement_groups(self._ray, ORPHAN_SECONDS)
 
-    def _raise(self, answers: list[RankAnswer], stopped: BaseException | None) -> NoReturn:
+    def _raise_failure(self, answers: list[RankAnswer], interruption: BaseException | None) -> NoReturn:
+        """Raise what stopped the group: a rank's error if there is one, else what `check` raised."""
         failures = [answer.failure for answer in answers if answer.failure is not None]
-        real = [failure for failure in failures if not isinstance(failure.error, Abandoned)]
-        if real:
-            reraise(real[0])
-        assert stopped is not None, "abandoned without a reason"
-        raise stopped
+        errors = [failure for failure in failures if not isinstance(failure.error, Abandoned)]
+        if errors:
+            raise_rank_error(errors[0])
+        assert interruption is not None, "the group abandoned a step without a reason"
+        raise interruption
 
 
 class GroupPool:
-    """Evaluations by the group's own ranks: nobody else needs room."""
+    """Lets the group's own ranks compute evaluations, so that no other workers need room."""
 
     def __init__(self, strategy: AllReduce):
         self._strategy = strategy
@@ -317,23 +367,29 @@ class GroupPool:
         return self._strategy.score(flat, shards, check)
 
     def close(self) -> None:
-        pass  # the strategy's
+        pass  # the strategy closes the group
 
 
-def boundary(problem: Problem, step: int) -> int:
-    """The first step after `step` whose theta is evaluated, saved, or stepped on with other settings."""
+def next_boundary(problem: Problem, step: int) -> int:
+    """Return the first step after `step` whose theta is evaluated or saved, or after which a change takes effect."""
     run = problem.job.run
     ends = [run.steps, *(change.step for change in problem.job.changes)]
-    ends += [(step // every + 1) * every for every in (run.eval_every, run.checkpoint_every) if every]
+    for interval in (run.eval_every, run.checkpoint_every):
+        if interval:
+            ends.append((step // interval + 1) * interval)
     return min(end for end in ends if end > step)
 
 
-def shards_of_a_rank(shards: int, world: int) -> int:
+def most_shards_per_rank(shards: int, world: int) -> int:
+    """Return ⌈shards / world⌉."""
     return -(-shards // world)
 
 
-def reraise(failure: RankError) -> NoReturn:
-    """Raises here what was raised on a rank: a user's mistake alone, anything else with the rank's traceback."""
+def raise_rank_error(failure: RankError) -> NoReturn:
+    """Raise here what was raised on a rank.
+
+    A user's mistake is raised without a traceback, anything else with the rank's traceback.
+    """
     if isinstance(failure.error, InputError):
         raise failure.error
     raise failure.error from RuntimeError(failure.traceback)

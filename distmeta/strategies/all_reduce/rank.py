@@ -1,4 +1,4 @@
-"""A rank of the `all-reduce` group: a replica of theta and the outer optimizer, and the shards that are its own."""
+"""A rank of the `all-reduce` group: a replica of theta and the outer optimizer, and a worker for some shards."""
 
 from __future__ import annotations
 
@@ -14,47 +14,59 @@ import torch
 from torch import distributed
 
 from distmeta.compute.compression import decode
-from distmeta.compute.vectors import Layout, finite, tree_sum
+from distmeta.compute.vectors import Layout
 from distmeta.errors import NumericsError
-from distmeta.runtime.failure_policy import another_may_fare_better
+from distmeta.runtime.failure_policy import is_worth_retrying
+from distmeta.runtime.parameter_server import is_finite, tree_sum
 from distmeta.runtime.problem import Problem
-from distmeta.runtime.strategy import server_of
-from distmeta.runtime.worker import Shard, ShardResult, Worker, WorkerSpec, problem_of
-from distmeta.strategies.all_reduce.group import (
+from distmeta.runtime.shards import Shard, ShardResult, WorkerSpec
+from distmeta.runtime.strategy import build_server
+from distmeta.runtime.worker import Worker
+from distmeta.strategies.all_reduce.messages import (
     GET_SECONDS,
+    Abandon,
     Abandoned,
+    Leave,
+    LoadState,
+    PackedState,
     RankAnswer,
     RankError,
-    Give,
-    Halt,
-    Load,
-    PackedState,
     Retune,
-    Score,
-    Steps,
-    Stop,
+    ScoreShards,
+    SendState,
+    TakeSteps,
 )
-from distmeta.strategies.gradient_step import Central
+from distmeta.strategies.driver import CentralStep
+
+FIRST_SLOT_BYTES = 4096
+"""What a rank sends to the others after each step usually fits into so many bytes."""
+LENGTH_BYTES = 8
+"""A slot begins with the length of its content."""
 
 
-class Agreed(Exception):  # noqa: N818 - control flow within a rank
-    """What one rank's computation raised, on every rank: none of them takes the step."""
+class GroupFailure(Exception):  # noqa: N818 - control flow within a rank
+    """What one rank's computation raised. It is raised on every rank, so that none of them takes the step."""
 
     def __init__(self, failure: RankError):
         super().__init__(failure)
         self.failure = failure
 
 
-class Ranks:
-    """Shard i is computed by rank i mod world; all ranks have all results, but each the gradients of its own shards."""
+class RankPool:
+    """Computes shard i on rank i mod world. Every rank gets all results, but only the gradients of its own shards."""
 
     def __init__(self, worker: Worker):
-        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+        self.rank = distributed.get_rank()
+        self.size = distributed.get_world_size()
         self.gradients: list[np.ndarray] = []
+        """Gradient sums of this rank's shards in the current step, float32."""
         self._worker = worker
-        self._slot = 4096
+        self._slot_bytes = FIRST_SLOT_BYTES
 
-    def own(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
+    def compute_own(
+        self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]
+    ) -> list[ShardResult]:
+        """Compute this rank's share of the shards."""
         results = []
         for shard in shards[self.rank :: self.size]:
             check()
@@ -62,186 +74,222 @@ class Ranks:
         return results
 
     def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
-        """Raises Agreed, on every rank, what any of them raised."""
+        """Compute the shards together with the other ranks and return all results, without gradients.
+
+        Raises:
+            GroupFailure: a rank's computation failed.
+        """
+        own: list[ShardResult] | RankError
         try:
-            results: list[ShardResult] | RankError = self.own(flat, shards, check)
-        except Exception as error:
-            if another_may_fare_better(error):
-                raise  # this rank leaves, and Ray Train makes the group anew
-            results = RankError.of(error)
-        if isinstance(results, list):
+            results = self.compute_own(flat, shards, check)
             self.gradients = [decode(r.gradient) for r in results if r.gradient is not None]
-            results = [replace(result, gradient=None) for result in results]
-        gathered = self._gathered(results)
-        failures = [part for part in gathered if isinstance(part, RankError)]
-        if failures:  # a mistake rather than the interruption that it came with
-            raise Agreed(min(failures, key=lambda failure: isinstance(failure.error, Abandoned)))
+            own = [replace(result, gradient=None) for result in results]
+        except Exception as error:
+            if is_worth_retrying(error):
+                raise  # this rank leaves, and Ray Train makes a new group
+            own = RankError.from_exception(error)
+        gathered = self.gather(own)
+        failures = [answer for answer in gathered if isinstance(answer, RankError)]
+        if failures:  # a real error is more important than an interruption that came at the same time
+            raise GroupFailure(min(failures, key=lambda failure: isinstance(failure.error, Abandoned)))
         return [gathered[i % self.size][i // self.size] for i in range(len(shards))]
 
     def close(self) -> None:
         pass
 
-    def _gathered(self, thing: Any) -> list[Any]:
-        """Every rank's, in one small collective; in two where one is larger than any before. (all_gather_object: always
-        two, and slower ones.)"""
+    def gather(self, thing: Any) -> list[Any]:
+        """Return every rank's `thing`, by rank.
+
+        This takes one small collective, or two if a thing is larger than any before. torch's `all_gather_object` always
+        takes two, and slower ones.
+        """
         data = np.frombuffer(pickle.dumps(thing), np.uint8)
         while True:
-            slot = np.zeros(self._slot, np.uint8)
-            slot[:8] = np.frombuffer(len(data).to_bytes(8, "little"), np.uint8)
-            fits = min(len(data), self._slot - 8)
-            slot[8 : 8 + fits] = data[:fits]
-            parts = [torch.empty(self._slot, dtype=torch.uint8) for _ in range(self.size)]
-            distributed.all_gather(parts, torch.from_numpy(slot))
-            found = [part.numpy().tobytes() for part in parts]
-            lengths = [int.from_bytes(part[:8], "little") for part in found]
-            if max(lengths) + 8 <= self._slot:
-                return [pickle.loads(part[8 : 8 + n]) for part, n in zip(found, lengths, strict=True)]
-            self._slot = 1 << (max(lengths) + 8).bit_length()
+            slot = np.zeros(self._slot_bytes, np.uint8)
+            slot[:LENGTH_BYTES] = np.frombuffer(len(data).to_bytes(LENGTH_BYTES, "little"), np.uint8)
+            fitting = min(len(data), self._slot_bytes - LENGTH_BYTES)
+            slot[LENGTH_BYTES : LENGTH_BYTES + fitting] = data[:fitting]
+            slots = [torch.empty(self._slot_bytes, dtype=torch.uint8) for _ in range(self.size)]
+            distributed.all_gather(slots, torch.from_numpy(slot))
+            parts = [received.numpy().tobytes() for received in slots]
+            lengths = [int.from_bytes(part[:LENGTH_BYTES], "little") for part in parts]
+            needed = max(lengths) + LENGTH_BYTES
+            if needed <= self._slot_bytes:
+                return [
+                    pickle.loads(part[LENGTH_BYTES : LENGTH_BYTES + length])
+                    for part, length in zip(parts, lengths, strict=True)
+                ]
+            self._slot_bytes = 1 << needed.bit_length()
 
 
-class Replicated(Central):
-    """The parameter server of `driver`, on every rank: the same sums everywhere, so the same theta everywhere.
+class ReplicatedDriver(CentralStep):
+    """The strategy `driver` on every rank: the same sums everywhere, so the same theta everywhere.
 
-    A rank adds its shards by the fixed tree; the all-reduce adds the ranks' sums in an order of its own.
+    A rank adds the gradients of its shards by the fixed tree. The all-reduce adds the ranks' sums in its own order.
     """
 
     def __init__(self, problem: Problem):
-        super().__init__(server_of(problem, problem.job.outer, None))
+        super().__init__(build_server(problem, problem.job.outer, None))
         self._device = problem.device
-        worker = Worker.of(problem, self._server.layout)
-        worker.draw_ahead()
-        self.pool = self.ranks = Ranks(worker)
+        worker = Worker(problem, self._server.layout)
+        worker.start_prefetching()
+        self.ranks = RankPool(worker)
+        self.pool = self.ranks
 
-    def _map(self, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
-        return self.ranks.map(self._flat_for(shards), shards, check)
+    def compute_shards(self, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
+        return self.ranks.map(self.flat_for(shards), shards, check)
 
-    def _average(self, results: list[ShardResult], tasks: int) -> bool:
-        parts = self.ranks.gradients
-        total = tree_sum(parts) if parts else np.zeros(self._server.layout.size, np.float32)
-        summed = torch.from_numpy(total).to(self._device if _nccl() else "cpu")
-        distributed.all_reduce(summed)
-        self._mean = summed.cpu().numpy() / np.float32(tasks)
-        return finite(self._mean)
+    def average(self, results: list[ShardResult], tasks: int) -> bool:
+        own_sum = np.zeros(self._server.layout.size, np.float32)
+        if self.ranks.gradients:
+            own_sum = tree_sum(self.ranks.gradients)
+        uses_nccl = "nccl" in distributed.get_backend_config()
+        total = torch.from_numpy(own_sum).to(self._device if uses_nccl else "cpu")
+        distributed.all_reduce(total)
+        self._mean = total.cpu().numpy() / np.float32(tasks)
+        return is_finite(self._mean)
 
     @property
     def layout(self) -> Layout:
         return self._server.layout
 
-    def packed(self, whole: bool) -> PackedState:
-        return PackedState.of(self._server, whole)
+    def pack(self, complete: bool) -> PackedState:
+        """Return the state in the form in which it travels; only theta unless `complete`."""
+        return PackedState.from_server(self._server, complete)
 
 
-def _nccl() -> bool:
-    return "nccl" in distributed.get_backend_config()
+def run_rank(config: dict[str, Any]) -> None:
+    """Obey the driver's commands, in Ray Train's training thread, until the driver or the host is gone.
 
-
-def serve(config: dict[str, Any]) -> None:
-    """A rank's life, in Ray Train's training thread: command after command, until the driver or the host is gone."""
+    Args:
+        config: `host`, the `GroupHost` actor, and `spec`, a reference to the `WorkerSpec` in a list.
+    """
     import ray
     from ray.exceptions import RayActorError
 
     try:
-        _Rank(ray, config["host"], config["spec"][0]).serve()
-    except RayActorError:  # no host, no driver
+        RankLoop(ray, config["host"], config["spec"][0]).run()
+    except RayActorError:  # the host is gone, and so is the driver
         return
 
 
-def take_own_gpu() -> None:
-    """Ray Train shows a rank the GPUs of all ranks on its node. The problem is built on torch's current one, which is
-    the first for all of them, and NCCL refuses ranks that share a GPU. Holds for this thread."""
+def select_own_gpu() -> None:
+    """Make this rank's GPU the current device of this thread.
+
+    Ray Train shows each rank the GPUs of all ranks on its node. The job's parts are built on torch's current device,
+    which would be the first GPU for all of them, and NCCL refuses ranks that share a GPU.
+    """
     from ray.train.torch import get_device
 
     torch.cuda.set_device(get_device())
 
 
-class _Rank:
+class RankLoop:
+    """Fetches commands from the host and answers them."""
+
     def __init__(self, ray: Any, host: Any, spec: Any):
-        self._ray, self._host = ray, host
-        self._rank, self._number, self._upcoming = distributed.get_rank(), 0, None
+        self._ray = ray
+        self._host = host
+        self._rank = distributed.get_rank()
+        self._number = 0
+        """Number of the command that comes next."""
+        self._upcoming: Any = None
+        """Reference to that command."""
+        self._sent_state: Any = None
+        """The state that rank 0 sent last. The driver only has a reference, so it is kept until the next command."""
         names = [uuid.uuid4().hex]
         distributed.broadcast_object_list(names)
-        self._attempt = names[0]
-        self._kept: Any = None
-        """What the driver was given a reference to."""
+        self._group = names[0]
         failure = self._build(spec)
-        self._get(host.join.remote(self._attempt, self._rank, distributed.get_world_size(), failure))
+        world = distributed.get_world_size()
+        self._get(host.join.remote(self._group, self._rank, world, failure))
 
-    def serve(self) -> None:
-        self._ask()
+    def run(self) -> None:
+        """Obey commands until one says to leave."""
+        self._request_command()
         while True:
-            command, number = self._await(), self._number
-            if isinstance(command, Stop):
+            command = self._wait_for_command()
+            number = self._number
+            if isinstance(command, Leave):
                 return
             self._number += 1
-            self._ask()  # the next one, so that it is seen here when there is one
-            if isinstance(command, Halt):
-                continue
+            self._request_command()  # the next one, so that `_check` sees when it is there
+            if isinstance(command, Abandon):
+                continue  # it came after the command that it was meant for
             answer = self._obey(command)
-            self._get(self._host.answer.remote(self._attempt, number, self._rank, answer))
+            self._get(self._host.answer.remote(self._group, number, self._rank, answer))
 
     def _build(self, spec: Any) -> RankError | None:
+        """Build the job's parts; return why that failed, if it did."""
         try:
-            wanted: WorkerSpec = self._get(spec)
-            if wanted.job["run"]["gpus_per_worker"] and torch.cuda.is_available():
-                take_own_gpu()
-            self._problem = problem_of(wanted)
-            self._replica = Replicated(self._problem)
+            worker_spec: WorkerSpec = self._get(spec)
+            if worker_spec.job["run"]["gpus_per_worker"] and torch.cuda.is_available():
+                select_own_gpu()
+            self._problem = worker_spec.build_problem()
+            self._replica = ReplicatedDriver(self._problem)
         except Exception as error:
-            if another_may_fare_better(error):
+            if is_worth_retrying(error):
                 raise
-            return RankError.of(error)
+            return RankError.from_exception(error)
         return None
 
     def _obey(self, command: Any) -> RankAnswer:
-        """What a circumstance raises (a lost rank, memory) is raised: this rank leaves."""
-        self._kept = None
-        if isinstance(command, Steps):
-            return self._steps(command)
-        if isinstance(command, Score):
+        """Carry out a command. An error that is worth retrying is raised: this rank leaves."""
+        self._sent_state = None
+        if isinstance(command, TakeSteps):
+            return self._take_steps(command)
+        if isinstance(command, ScoreShards):
             return self._score(command)
-        if isinstance(command, Give):
-            packed = self._replica.packed(command.whole)
-            self._kept = self._ray.put(packed) if self._rank == 0 else None
-            return RankAnswer((zlib.crc32(packed.flat.data) if command.whole else 0, [self._kept]))
-        if isinstance(command, Load):
+        if isinstance(command, SendState):
+            return self._send_state(command)
+        if isinstance(command, LoadState):
             packed = self._get(command.state[0])
-            self._replica.load(packed.unpacked(self._replica.layout), command.outer)
+            self._replica.load(packed.unpack(self._replica.layout), command.outer)
             return RankAnswer()
         assert isinstance(command, Retune), command
         self._replica.retune(command.outer)
         return RankAnswer()
 
-    def _steps(self, command: Steps) -> RankAnswer:
-        """The records of the steps that were taken: rank 0's."""
+    def _take_steps(self, command: TakeSteps) -> RankAnswer:
+        """Answer with the records of the steps taken; ranks other than 0 only with their number."""
         self._problem = self._problem.at(command.phase)
         records = []
         for step in range(command.step, command.step + command.count):
             try:
                 records += self._replica.advance(self._problem, step, self._check)
-            except Agreed as agreed:
-                return RankAnswer(records, agreed.failure)
-            except NumericsError as error:  # from the sum, which all ranks see
-                return RankAnswer(records, RankError.of(error))
+            except GroupFailure as error:
+                return RankAnswer(records, error.failure)
+            except NumericsError as error:  # raised on all ranks, because all have the same sum
+                return RankAnswer(records, RankError.from_exception(error))
         return RankAnswer(records if self._rank == 0 else len(records))
 
-    def _score(self, command: Score) -> RankAnswer:
+    def _score(self, command: ScoreShards) -> RankAnswer:
         flat = self._replica.flat() if command.flat is None else self._get(command.flat[0])
         try:
-            return RankAnswer(self._replica.ranks.own(flat, command.shards, self._check))
+            return RankAnswer(self._replica.ranks.compute_own(flat, command.shards, self._check))
         except Exception as error:
-            if another_may_fare_better(error):
+            if is_worth_retrying(error):
                 raise
-            return RankAnswer(None, RankError.of(error))
+            return RankAnswer(None, RankError.from_exception(error))
+
+    def _send_state(self, command: SendState) -> RankAnswer:
+        """Answer with the checksum of theta (0 unless `complete`) and, on rank 0, a reference to the state."""
+        packed = self._replica.pack(command.complete)
+        checksum = zlib.crc32(packed.flat.data) if command.complete else 0
+        if self._rank == 0:
+            self._sent_state = self._ray.put(packed)
+        return RankAnswer((checksum, [self._sent_state]))
 
     def _check(self) -> None:
+        """Raise Abandoned if there is another command already: the driver does not wait for the current one."""
         if self._ray.wait([self._upcoming], timeout=0)[0]:
             raise Abandoned
 
-    def _ask(self) -> None:
-        self._upcoming = self._host.next.remote(self._attempt, self._number)
+    def _request_command(self) -> None:
+        self._upcoming = self._host.next_command.remote(self._group, self._number)
 
-    def _await(self) -> Any:
-        """The next command, however long the driver is busy; the host's end ends it."""
+    def _wait_for_command(self) -> Any:
+        """Return the next command, however long the driver is busy. If the host ends, this raises RayActorError."""
         while not self._ray.wait([self._upcoming], timeout=GET_SECONDS)[0]:
             continue
         return self._get(self._upcoming)

@@ -1,4 +1,4 @@
-"""Ray Train's part in `all-reduce`: its TorchTrainer, and what it is told and tells."""
+"""Ray Train's part in `all-reduce`: its TorchTrainer and how it is set up."""
 
 from __future__ import annotations
 
@@ -15,94 +15,115 @@ import ray
 from ray import train
 from ray.train.torch import TorchConfig, TorchTrainer
 
+# Ray 2.60 does not export the class that wraps the death of a worker, and its text leaves out the type of the error.
+# Import it from ray.train when it is public.
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
 from distmeta.config.sections import RunSection
-from distmeta.strategies.all_reduce.rank import serve
+from distmeta.strategies.all_reduce.rank import run_rank
 
 SIOCGIFADDR = 0x8915
-"""Linux: the address of a network interface."""
+"""Linux: request for the address of a network interface."""
 
 
 class GroupFailureReporter(train.UserCallback):
-    """Tells the host at once of what ended a group."""
+    """Tells the host at once what ended a group."""
 
     def __init__(self, host: Any):
         self._host = host
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        self._host.lost.remote(reason_of(worker_exceptions))
+        self._host.report_loss.remote(describe_failure(worker_exceptions))
 
 
-class OnRaysNetwork(TorchConfig().backend_cls):  # type: ignore[misc]
-    """gloo on the interface that Ray's nodes know each other by: its own choice, where the machine's name leads, is
-    127.0.0.1 on many a machine."""
+class InterfaceBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """Makes gloo use the network interface by which Ray's nodes know each other.
+
+    gloo itself uses the interface that the machine's name resolves to, which on many machines is 127.0.0.1.
+    """
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(name_interface)
+        worker_group.execute(set_gloo_interface)
         super().on_start(worker_group, backend_config)
 
 
 class InterfaceTorchConfig(TorchConfig):
+    """A TorchConfig with `InterfaceBackend`."""
+
     @property
     def backend_cls(self) -> Any:
-        return OnRaysNetwork
+        return InterfaceBackend
 
 
-def fit(host: Any, spec: list[Any], run: RunSection, per_rank: int) -> None:
-    """A group of `run.workers` ranks, made anew whenever one is lost, until `serve` returns.
+def run_trainer(host: Any, spec: list[Any], run: RunSection, shards_per_rank: int) -> None:
+    """Run a group of `run.workers` ranks until they were told to leave. Ray Train replaces a group that is lost.
 
-    Ray Train's own limit of failures is off: it counts over the whole run, distmeta's in a row. Nothing is reported to
-    it, so its storage, in memory, is never written but for a marker.
+    Ray Train's own limit of failures is off, because it counts over the whole run and distmeta counts in a row. Nothing
+    is reported to Ray Train, so its storage, which is in memory, only holds a marker.
+
+    Args:
+        host: the `GroupHost` actor.
+        spec: a reference to the `WorkerSpec`, in a list.
+        shards_per_rank: the most shards that one rank computes in a step.
     """
-    least, most, gpus = run.min_workers, run.max_workers, run.gpus_per_worker
-    whole = gpus >= 1 and float(gpus).is_integer()  # NCCL refuses ranks that share a GPU
-    memory = pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fsspec.filesystem("memory")))
-    TorchTrainer(
-        serve,
+    gpus = run.gpus_per_worker
+    uses_nccl = gpus >= 1 and float(gpus).is_integer()  # NCCL refuses ranks that share a GPU
+    resources = {"CPU": run.cpus_per_worker}
+    if gpus:
+        resources["GPU"] = gpus
+    workers: Any = run.min_workers
+    if run.min_workers != run.max_workers:
+        workers = (run.min_workers, run.max_workers)
+    trainer = TorchTrainer(
+        run_rank,
         train_loop_config={"host": host, "spec": spec},
         torch_config=InterfaceTorchConfig(
-            "cpu:gloo,cuda:nccl" if whole else "gloo", timeout_s=1 + int(run.shard_timeout * per_rank)
+            "cpu:gloo,cuda:nccl" if uses_nccl else "gloo",
+            timeout_s=1 + int(run.shard_timeout * shards_per_rank),
         ),
         scaling_config=train.ScalingConfig(
-            num_workers=least if least == most else (least, most),
-            use_gpu=gpus > 0,
-            resources_per_worker={"CPU": run.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+            num_workers=workers, use_gpu=gpus > 0, resources_per_worker=resources
         ),
         run_config=train.RunConfig(
             name="distmeta",
             storage_path="distmeta",
-            storage_filesystem=memory,
+            storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(fsspec.filesystem("memory"))),
             failure_config=train.FailureConfig(max_failures=-1),
             callbacks=[GroupFailureReporter(host)],
             logging_config=train.LoggingConfig(log_level="ERROR"),
         ),
-    ).fit()
+    )
+    trainer.fit()
 
 
-def reason_of(errors: Mapping[int, Exception]) -> str:
-    """One line for what ended a group, from each rank's error: the death of one rather than what its peers raised."""
+def describe_failure(errors: Mapping[int, Exception]) -> str:
+    """Return one line about what ended a group, from each rank's error.
+
+    The death of a rank is preferred to what the other ranks raised because of it.
+    """
     for rank, error in errors.items():
-        died = getattr(error, "health_check_failure", None)  # Ray Train's (2.60) wraps Ray's
-        if died is not None:
-            return f"rank {rank}: {type(died).__name__}"
+        if isinstance(error, WorkerHealthCheckFailedError):
+            return f"rank {rank}: {type(error.health_check_failure).__name__}"
     rank, error = next(iter(errors.items()))
-    return f"rank {rank}: {str(error).strip().splitlines()[-1][:200]}"  # of a traceback
+    last_line_of_traceback = str(error).strip().splitlines()[-1]
+    return f"rank {rank}: {last_line_of_traceback[:200]}"
 
 
-def name_interface() -> None:
-    """On a rank, before gloo starts; what the machine's owner has set stays."""
-    name = interface_of(ray.util.get_node_ip_address())
+def set_gloo_interface() -> None:
+    """Tell gloo which network interface to use, on a rank before it starts. A variable that is already set stays."""
+    name = find_interface(ray.util.get_node_ip_address())
     if name is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
-def interface_of(address: str) -> str | None:
-    """The network interface that has an IPv4 address; None: not found (or not Linux)."""
+def find_interface(address: str) -> str | None:
+    """Return the network interface that has an IPv4 address, or None if there is none (or this is not Linux)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
-                found = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+                reply = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
             except OSError:  # an interface without an address
                 continue
-            if socket.inet_ntoa(found[20:24]) == address:
+            if socket.inet_ntoa(reply[20:24]) == address:
                 return name
     return None
