@@ -1,4 +1,4 @@
-"""Ray's Jobs API: a client whose errors are one line, and a job's log and end, followed across lost connections."""
+"""Ray's Jobs API: a client with one-line errors, and following a job's log across lost connections until it ends."""
 
 from __future__ import annotations
 
@@ -12,22 +12,29 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
-from distmeta.errors import InputError, redact
+from distmeta.errors import InputError, first_line, redact
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 CONNECT_SECONDS = 5.0
-"""Longest wait for the dashboard to answer at all."""
+"""How long to wait for a connection to the dashboard."""
 ANSWER_SECONDS = 60.0
-"""Longest wait for an answer, and for a line of the log: a connection that broke may never say so."""
+"""How long to wait for an answer or a piece of the log. A broken connection may never report that it is broken."""
 REQUEST_SECONDS = 300.0
-"""Longest silence of a request: a package is taken in as a whole."""
+"""How long a request may be silent. A package is uploaded in one request."""
 LOST_SECONDS = 120.0
-"""Without an answer from the cluster, after which following ends."""
+"""Following ends if the cluster has not answered for this long."""
+LONGEST_REASON = 300
+"""Characters of Ray's reason for a failure that we repeat."""
+COMMAND_NOT_FOUND = 127
+"""A shell's exit code for an unknown command."""
+RUN_LINE = re.compile(r"(?:run folder|sweep folder|copied after each save to) (\S.*)")
+"""Lines of a job's log that name its run. The last one counts."""
 
 
 @dataclass(frozen=True)
@@ -36,70 +43,99 @@ class Submission:
 
     submission_id: str
     address: str
+    """URL of the dashboard."""
     status: str
-    """PENDING, RUNNING, SUCCEEDED, STOPPED or FAILED, as Ray says."""
+    """PENDING, RUNNING, SUCCEEDED, STOPPED or FAILED, as Ray reports it."""
     exit_code: int | None = None
-    """What `distmeta train` would have exited with here: 0, 1, 2, 130; None while it runs."""
+    """What `distmeta train` would have exited with here: 0, 1, 2 or 130. None while the job runs."""
     message: str = ""
-    """Why it failed: one line."""
+    """Why the job failed, in one line."""
     in_log: bool = False
-    """Whether the log ended with that line."""
+    """Whether the job's log contains that line."""
     run: str | None = None
-    """The run folder that its log names, on the cluster."""
-
-    again: str = "distmeta submit"
-    """The command that submitted it."""
+    """The run folder that the log names, on the cluster."""
+    command: str = "distmeta submit"
+    """The command that submitted the job."""
 
     @property
-    def to_resume(self) -> str:
-        return f"{self.again} --resume {shlex.quote(self.run or 'RUN')}"
+    def resume_command(self) -> str:
+        return f"{self.command} --resume {shlex.quote(self.run or 'RUN')}"
 
     def next_steps(self) -> str:
-        """What one can do with a job that runs on without us."""
-        words = f"--address {redact(self.address)} {self.submission_id}"
+        """Return what the user can do with a job that continues without us."""
+        job = f"--address {redact(self.address)} {self.submission_id}"
         return (
-            f"  follow: ray job logs --follow {words}\n  stop, with a checkpoint: ray job stop {words}\n"
-            f"  resume after that: {self.to_resume}"
+            f"  follow: ray job logs --follow {job}\n"
+            f"  stop, with a checkpoint: ray job stop {job}\n"
+            f"  resume after that: {self.resume_command}"
         )
 
 
 class LeftRunning(KeyboardInterrupt):
-    """Following was interrupted; the job goes on."""
+    """Following was interrupted. The job continues."""
 
     def __init__(self, submission: Submission):
         super().__init__(submission)
         self.submission = submission
 
 
-def dashboard(address: str | None) -> str:
-    """The dashboard's URL: what is given, else what the environment says, else this machine's.
+def find_dashboard(address: str | None) -> str:
+    """Return the dashboard's URL: the given one, or the environment's, or this machine's.
 
     Raises:
-        InputError: not an http(s) URL.
+        InputError: the address is not an http(s) URL.
     """
-    given = {"--address": address} | {
-        name: os.environ.get(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
-    }
-    field, url = next(((name, text) for name, text in given.items() if text), ("--address", DEFAULT_ADDRESS))
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # brackets or a port that are none
-        good = False
-    if not good:
+    candidates = [("--address", address)]
+    candidates += [(name, os.environ.get(name)) for name in ADDRESS_VARIABLES]
+    candidates.append(("--address", DEFAULT_ADDRESS))
+    field_name, url = next((name, text) for name, text in candidates if text)
+    if not _is_http_url(url):
         raise InputError(
-            f"{field}: got {redact(url)!r}, expected the URL of Ray's dashboard, such as http://HEAD:8265 "
-            "(--address goes before the environment)"
+            f"{field_name}: got {redact(url)!r}, expected the URL of Ray's dashboard, such as http://HEAD:8265 "
+            "(--address takes precedence over the environment)"
         )
     return url.rstrip("/")
 
 
+def _is_http_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # unbalanced brackets, or a port that is not a number
+        return False
+
+
 def connect(url: str) -> Any:
-    """A `JobSubmissionClient` of a cluster that answers.
+    """Return a `JobSubmissionClient` of a cluster that answers.
 
     Raises:
-        InputError: nothing answers, something other than Ray does, or it wants another token.
+        InputError: nothing answers, something other than Ray answers, or the token is wrong.
     """
+    _check_port(url)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import requests
+    from ray.job_submission import JobSubmissionClient
+
+    for module in ("dashboard_sdk", "job.sdk"):  # they log every upload and connection
+        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.ERROR)
+    try:
+        with explain_errors(url), _address_variable(url):
+            client = JobSubmissionClient(url)
+    except (RuntimeError, ValueError, KeyError, requests.RequestException) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"--address: {redact(url)} does not answer as Ray's dashboard does ({first_line(error)}), expected the "
+            "dashboard of a cluster that has ray[default]"
+        ) from None
+    # Ray 2.60 sends requests without a time limit, and JobSubmissionClient has no parameter for one. `_do_request` is
+    # private. Remove this when the client accepts a timeout.
+    client._do_request = partial(client._do_request, timeout=(CONNECT_SECONDS, REQUEST_SECONDS))
+    return client
+
+
+def _check_port(url: str) -> None:
+    """Check that something listens at an address. Ray itself would retry for a long time."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
@@ -109,37 +145,30 @@ def connect(url: str) -> Any:
             f"--address: nothing answers at {redact(url)} ({error}), expected the dashboard of a running Ray cluster "
             "(a cluster's own network may need `kubectl port-forward` or `ray dashboard`)"
         ) from None
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import requests
-    from ray.job_submission import JobSubmissionClient
-
-    for module in ("dashboard_sdk", "job.sdk"):  # they tell of every upload and connection
-        logging.getLogger(f"ray.dashboard.modules.{module}").setLevel(logging.ERROR)
-    before = os.environ.get("RAY_API_SERVER_ADDRESS")
-    os.environ["RAY_API_SERVER_ADDRESS"] = url  # Ray lets the environment go before what it is given
-    try:
-        with explained(url):
-            client = JobSubmissionClient(url)
-            # Ray asks without a time limit, and gives none to set
-            client._do_request = partial(client._do_request, timeout=(CONNECT_SECONDS, REQUEST_SECONDS))
-            return client
-    except (RuntimeError, ValueError, KeyError, requests.RequestException) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"--address: {redact(url)} does not answer as Ray's dashboard does ({_line(error)}), expected the "
-            "dashboard of a cluster that has ray[default]"
-        ) from None
-    finally:
-        if before is None:
-            del os.environ["RAY_API_SERVER_ADDRESS"]
-        else:
-            os.environ["RAY_API_SERVER_ADDRESS"] = before
 
 
 @contextmanager
-def explained(url: str) -> Iterator[None]:
-    """Turns what Ray raises on a wrong token, a lost head or a package that it does not take into one line each."""
+def _address_variable(url: str) -> Iterator[None]:
+    """Set RAY_API_SERVER_ADDRESS for a moment.
+
+    Up to Ray 2.60 the environment takes precedence over the address that `JobSubmissionClient` is given
+    (ray-project/ray#50287). Remove this when that is fixed.
+    """
+    name = "RAY_API_SERVER_ADDRESS"
+    before = os.environ.get(name)
+    os.environ[name] = url
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextmanager
+def explain_errors(url: str) -> Iterator[None]:
+    """Turn Ray's errors about a wrong token, a lost head node or a large package into one line each."""
     import requests
     from ray.exceptions import AuthenticationError
 
@@ -151,116 +180,162 @@ def explained(url: str) -> Iterator[None]:
             "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         ) from None
     except (ConnectionError, requests.ConnectionError, requests.Timeout) as error:
-        raise InputError(f"--address: {redact(url)} cannot be reached ({_line(error)})") from None
+        raise InputError(f"--address: {redact(url)} cannot be reached ({first_line(error)})") from None
     except RuntimeError as error:
         if "exceeds the maximum size" in str(error) or "413" in str(error)[:60]:
             raise InputError(
-                "--working-dir: the cluster does not take a package of this size, expected a smaller one: have git "
+                "--working-dir: the cluster does not accept a package of this size, expected a smaller one: let git "
                 "ignore large files, or name data by a URI or an absolute path"
             ) from None
         raise
 
 
 def follow(client: Any, submission: Submission, show: Callable[[str], None]) -> Submission:
-    """Shows the log until the job ends; how it ended.
+    """Show a job's log until the job ends, and return how it ended.
 
     Raises:
         LeftRunning: Ctrl-C.
         ConnectionError: the cluster did not answer for `LOST_SECONDS`.
     """
-    tail = Tail(show)
+    tail = LogTail(show)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of how Ray calls aiohttp
-            info = asyncio.run(_followed(client, submission, tail))
+            # Ray 2.60 calls aiohttp in a deprecated way. Remove this when Ray does not warn any more.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            details = asyncio.run(_follow(client, submission, tail))
     except KeyboardInterrupt:
         raise LeftRunning(replace(submission, status="RUNNING", run=tail.run)) from None
-    return _ended(submission, info, tail)
+    return _conclude(submission, details, tail)
 
 
-class Tail:
-    """What of the log was shown: a connection that is opened anew starts from the log's beginning."""
+class LogTail:
+    """Shows each part of a log once. A new connection starts at the log's beginning again."""
 
     def __init__(self, show: Callable[[str], None]):
-        self._show, self._seen, self._line, self._said = show, 0, "", ""
+        self._show = show
+        self._last_report = ""
+        self._line = ""  # the last line, as far as it has arrived
+        self.seen = 0
+        """Characters of the log that were shown."""
         self.run: str | None = None
+        """The run that the log names."""
         self.error = ""
-        """The last line that begins with `error:`."""
+        """The last line that begins with `error: `, without it."""
 
-    def say(self, text: str) -> None:
-        """Says a line of ours, once."""
-        if text != self._said:
-            self._said = text
+    def report(self, text: str) -> None:
+        """Show a line of ours, unless it is the same as the last one."""
+        if text != self._last_report:
+            self._last_report = text
             self._show(text + "\n")
 
-    def take(self, start: int, text: str) -> int:
-        """Shows what is new of `text`, which is at `start` of the log; returns where it ends."""
+    def add(self, start: int, text: str) -> int:
+        """Show the new part of `text`, which begins at position `start` of the log. Return where it ends."""
         stop = start + len(text)
-        if stop > self._seen:
-            new = text[max(self._seen - start, 0) :]
-            self._seen = stop
-            self._note(new)
+        if stop > self.seen:
+            new = text[max(self.seen - start, 0) :]
+            self.seen = stop
+            self._read(new)
             self._show(new)
         return stop
 
-    def _note(self, new: str) -> None:
+    def _read(self, new: str) -> None:
         *lines, self._line = (self._line + new).split("\n")
         for line in lines:
-            if found := re.match(r"(?:run folder|sweep folder|copied after each save to) (\S.*)", line):
-                self.run = found[1].strip()
+            if match := RUN_LINE.match(line):
+                self.run = match[1].strip()
             elif line.startswith("error: "):
                 self.error = line.removeprefix("error: ")
 
 
-async def _followed(client: Any, submission: Submission, tail: Tail) -> Any:
-    """Ray's details of the job after its end."""
-    import aiohttp
+@dataclass
+class Contact:
+    """When the cluster answered last, and why it did not answer since."""
 
-    answered, failure = time.monotonic(), ""
-    lost = (aiohttp.ClientError, OSError, RuntimeError, asyncio.TimeoutError)
+    last_answer: float = field(default_factory=time.monotonic)
+    failure: str = ""
+
+    def succeed(self) -> None:
+        self.last_answer = time.monotonic()
+
+    def fail(self, error: BaseException) -> None:
+        self.failure = first_line(error)
+
+    @property
+    def is_lost(self) -> bool:
+        return time.monotonic() - self.last_answer > LOST_SECONDS
+
+
+async def _follow(client: Any, submission: Submission, tail: LogTail) -> Any:
+    """Show the log until the job ends. Return Ray's `JobDetails`."""
+    contact = Contact()
     while True:
-        pieces, position = client.tail_job_logs(submission.submission_id), 0
-        try:
-            while True:
-                position = tail.take(position, await asyncio.wait_for(anext(pieces), ANSWER_SECONDS))
-                answered = time.monotonic()
-        except StopAsyncIteration:
-            pass
-        except lost as error:
-            failure = _line(error)
-        try:
-            asked = asyncio.to_thread(client.get_job_info, submission.submission_id)
-            info = await asyncio.wait_for(asked, ANSWER_SECONDS)
-            answered = time.monotonic()
-            if info.status.is_terminal():
-                return info
-            if info.status == "PENDING" and not position:
-                tail.say(info.message)
-        except lost as error:
-            failure = _line(error)
-        if time.monotonic() - answered > LOST_SECONDS:
+        await _show_log(client, submission.submission_id, tail, contact)
+        details = await _ask_details(client, submission.submission_id, contact)
+        if details is not None and details.status.is_terminal():
+            return details
+        if details is not None and details.status == "PENDING" and not tail.seen:
+            tail.report(details.message)
+        if contact.is_lost:
             raise ConnectionError(
-                f"{redact(submission.address)} did not answer for {LOST_SECONDS:g} s ({failure}); the job may go on"
+                f"{redact(submission.address)} did not answer for {LOST_SECONDS:g} s ({contact.failure}); "
+                "the job may continue"
             )
         await asyncio.sleep(1)
 
 
-def _ended(submission: Submission, info: Any, tail: Tail) -> Submission:
-    """The exit status that Ray tells, in `distmeta train`'s terms."""
-    status, driver = info.status.value, info.driver_exit_code
+async def _show_log(client: Any, submission_id: str, tail: LogTail, contact: Contact) -> None:
+    """Show the log until it ends or the connection breaks."""
+    pieces = client.tail_job_logs(submission_id)
+    position = 0
+    try:
+        while True:
+            piece = await asyncio.wait_for(anext(pieces), ANSWER_SECONDS)
+            position = tail.add(position, piece)
+            contact.succeed()
+    except StopAsyncIteration:
+        pass
+    except _connection_errors() as error:
+        contact.fail(error)
+
+
+async def _ask_details(client: Any, submission_id: str, contact: Contact) -> Any | None:
+    try:
+        answer = asyncio.to_thread(client.get_job_info, submission_id)
+        details = await asyncio.wait_for(answer, ANSWER_SECONDS)
+    except _connection_errors() as error:
+        contact.fail(error)
+        return None
+    contact.succeed()
+    return details
+
+
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """Return what Ray's client raises if a connection breaks."""
+    import aiohttp
+
+    return aiohttp.ClientError, OSError, RuntimeError, asyncio.TimeoutError
+
+
+def _conclude(submission: Submission, details: Any, tail: LogTail) -> Submission:
+    """Translate the end that Ray reports into the exit code and message of `distmeta train`."""
+    status = details.status.value
     ended = replace(submission, status=status, run=tail.run)
+    if status == "SUCCEEDED":
+        return replace(ended, exit_code=0)
     if (
         status != "FAILED"
-    ):  # a stopped job's exit code is not told: SIGTERM came, which saves and exits with 130
-        return replace(ended, exit_code=0 if status == "SUCCEEDED" else 130)
-    if driver == 127:  # the shell's word for a command that is not there
+    ):  # Ray reports no exit code of a stopped job; on SIGTERM a run saves and exits with 130
+        return replace(ended, exit_code=130)
+    code = details.driver_exit_code
+    if code == COMMAND_NOT_FOUND:
         message = "the cluster has no `distmeta` on the PATH of its `ray start`, expected it installed on every node"
         return replace(ended, exit_code=2, message=message)
-    told = redact(" ".join((info.message or "no reason given").split()))[-300:]
-    message = tail.error or (told if driver is None else f"its driver ended with exit code {driver}")
-    code = driver if driver in (2, 130) else 1
-    return replace(ended, exit_code=code, message=message, in_log=bool(tail.error))
-
-
-def _line(error: BaseException) -> str:
-    return redact((str(error).splitlines() or [""])[0].strip())[:200] or type(error).__name__
+    if tail.error:
+        message = tail.error
+    elif code is not None:
+        message = f"its driver ended with exit code {code}"
+    else:
+        reason = " ".join((details.message or "no reason given").split())
+        message = redact(reason)[-LONGEST_REASON:]
+    exit_code = code if code in (2, 130) else 1
+    return replace(ended, exit_code=exit_code, message=message, in_log=bool(tail.error))

@@ -1,4 +1,4 @@
-"""A job on a Ray cluster: check it here, package it, have `distmeta train` run there, follow its log."""
+"""Run a job on a Ray cluster: check it here, package it, run `distmeta train` there, follow its log."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from distmeta.cluster.jobs_client import Submission, connect, dashboard, explained, follow
-from distmeta.cluster.packaging import pack
+from distmeta.cluster.jobs_client import Submission, connect, explain_errors, find_dashboard, follow
+from distmeta.cluster.packaging import build_package
 from distmeta.config.job import Job
 from distmeta.errors import InputError, redact
 
 STOP_SECONDS = 60
-"""From `ray job stop`'s SIGTERM to its SIGKILL, to save a checkpoint in. Ray's own default is 3."""
+"""Time between the SIGTERM and the SIGKILL of `ray job stop`, to save a checkpoint. Ray's own default is 3 s."""
 ROOT = '"${DISTMETA_HOME:-$HOME/distmeta}"'
-"""Where relative paths of runs are on the driver's node: Ray deletes a job's working folder after the job."""
+"""Shell text: the folder on the driver's node that relative run folders are in. Ray deletes a job's working folder."""
+SECRET_VARIABLE = re.compile("PASSWORD|TOKEN|SECRET|KEY|CREDENTIAL")
+LOCAL_STORE = re.compile(r"sqlite:///(?!/)|file:(?!/)|(?!/|databricks)[^:]*$")
+"""MLflow's tracking URIs that mean a file relative to the working folder."""
 
 
 def submit(
@@ -36,92 +39,120 @@ def submit(
     wait: bool = True,
     show: Callable[[str], None] = lambda text: None,
 ) -> Submission:
-    """Runs a job on a Ray cluster; with `wait`, until its end.
+    """Run a job on a Ray cluster.
 
     Args:
-        job: job file, in the working folder; None with a `resume` that names a run.
-        address: URL of Ray's dashboard; None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else this machine's.
-        working_dir: folder that is packaged: the job, the user's own modules, small data.
-        resume: as in `train`; runs are on the cluster, relative paths of theirs under `ROOT`.
+        job: job file in the working folder; None if `resume` names a run.
+        overrides: `key=value` changes to the job.
+        address: URL of Ray's dashboard; None: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine's.
+        working_dir: folder to package: the job, the user's own modules, small data.
+        resume: as in `train`. Runs are on the cluster; relative paths are below `ROOT`.
         sweep: run `distmeta sweep` instead of `distmeta train`.
-        driver_cpus: CPUs that the driver asks for, on any node; 0: it runs on the head and asks for none.
-        show: gets the log as it comes, in pieces.
+        driver_cpus: CPUs that the driver reserves, on any node. With 0 it runs on the head node and reserves none.
+        wait: show the log and return when the job has ended.
+        show: receives the log in pieces as they arrive.
 
     Raises:
-        InputError: the job, the folder, the address or the token is wrong; nothing was submitted.
+        InputError: the job, the folder, the address or the token is wrong. Nothing was submitted.
         LeftRunning: Ctrl-C while waiting.
     """
-    url, folder = dashboard(address), Path(working_dir)
-    file, loaded = _checked(job, overrides, folder, resume)
+    url = find_dashboard(address)
+    folder = Path(working_dir)
+    file, loaded = _check_job(job, overrides, folder, resume)
     if sweep:
         _check_sweep(loaded, resume)
     client = connect(url)
-    with tempfile.TemporaryDirectory() as scratch, explained(url):
-        named = [] if loaded is None else [file, *_files_named(loaded, folder)]
-        runs = [] if loaded is None or _is_rooted(loaded.output) else [os.path.normpath(loaded.output)]
-        runs = [name for name in runs if not name.startswith(".")]  # the folder itself, or outside of it
-        package = pack(folder, Path(scratch) / "package.zip", named, runs)
+    with tempfile.TemporaryDirectory() as scratch, explain_errors(url):
+        target = Path(scratch) / "package.zip"
+        package = build_package(
+            folder, target, _files_to_add(file, loaded, folder), _folders_to_leave_out(loaded)
+        )
         if package.withheld:
-            show(f"not packaged, since their names are those of secrets: {', '.join(package.withheld)}\n")
+            show(f"not packaged, because their names suggest secrets: {', '.join(package.withheld)}\n")
         submission_id = client.submit_job(
-            entrypoint=entrypoint(file, overrides, loaded, resume, sweep),
+            entrypoint=build_entrypoint(file, overrides, loaded, resume, sweep),
             submission_id=_new_id("resumed" if loaded is None else loaded.name),
-            runtime_env={"working_dir": str(package.path), "env_vars": _variables(show)},
+            runtime_env={"working_dir": str(package.path), "env_vars": _select_variables(show)},
             entrypoint_num_cpus=driver_cpus or None,
         )
     show(f"submitted {submission_id} to {redact(url)}: {len(package.files)} files of {folder.resolve()}\n")
-    words = ["distmeta", "submit", *([str(job)] if job is not None else []), *overrides]
-    words += ["--working-dir", str(working_dir)] * (str(working_dir) != ".") + ["--sweep"] * sweep
-    again = shlex.join([*words, "--address", redact(url)])
-    submission = Submission(submission_id, url, "PENDING", again=again)
+    command = _describe_command(job, overrides, working_dir, sweep, url)
+    submission = Submission(submission_id, url, "PENDING", command=command)
     if not wait:
         return submission
-    with explained(url):
+    with explain_errors(url):
         return follow(client, submission, show)
 
 
-def entrypoint(
+def build_entrypoint(
     file: str, overrides: Sequence[str], job: Job | None, resume: str | None, sweep: bool = False
 ) -> str:
-    """The driver's command line; its shell fills in the folder that outlives the job."""
-    line = shlex.join(["distmeta", "sweep" if sweep else "train", *([file] if file else []), *overrides])
-    if job is not None and not _is_rooted(job.output):
+    """Return the driver's command line. Its shell fills in `ROOT`, the folder that outlives the job.
+
+    Args:
+        file: the job file's path in the package, or "" with a `resume` that names a run.
+        job: the job itself, or None.
+    """
+    words = ["distmeta", "sweep" if sweep else "train"]
+    if file:
+        words.append(file)
+    line = shlex.join([*words, *overrides])
+    if job is not None and not _is_absolute(job.output):
         line += f' output="$root"/{shlex.quote(os.path.normpath(job.output))}'
     if job is not None and job.run.address is not None:
-        line += " run.address=null"  # on the cluster that it is submitted to
+        line += " run.address=null"  # it runs on the cluster that it is submitted to
     if resume is not None:
-        relative = resume != "auto" and not _is_rooted(resume)
-        line += " --resume " + '"$root"/' * relative + shlex.quote(resume)
+        is_relative = resume != "auto" and not _is_absolute(resume)
+        folder = '"$root"/' if is_relative else ""
+        line += f" --resume {folder}{shlex.quote(resume)}"
     database = "${MLFLOW_TRACKING_URI:-sqlite:///$root/mlflow.db}"
-    # exec: the signal of `ray job stop` and the exit status are the driver's, not a shell's
+    # exec: the driver itself receives the signal of `ray job stop`, and Ray sees its exit code
     return f'root={ROOT}; mkdir -p "$root"; export MLFLOW_TRACKING_URI="{database}"; exec {line}'
 
 
-def _checked(
+def _describe_command(
+    job: str | Path | None, overrides: Sequence[str], working_dir: str | Path, sweep: bool, url: str
+) -> str:
+    """Return the command that submits this job again."""
+    words = ["distmeta", "submit"]
+    if job is not None:
+        words.append(str(job))
+    words += overrides
+    if str(working_dir) != ".":
+        words += ["--working-dir", str(working_dir)]
+    if sweep:
+        words.append("--sweep")
+    return shlex.join([*words, "--address", redact(url)])
+
+
+def _check_job(
     job: str | Path | None, overrides: Sequence[str], folder: Path, resume: str | None
 ) -> tuple[str, Job | None]:
-    """The job file's path within the working folder, and the job, read there as the cluster will."""
-    texts = [("--resume", resume or ""), *((text.partition("=")[0], text) for text in overrides)]
+    """Read the job in the working folder, as the cluster will. Return its path in that folder, and the job."""
+    texts = [("--resume", resume or "")]
+    texts += [(text.partition("=")[0], text) for text in overrides]
     if job is None:
         if resume is None or resume == "auto":
-            raise InputError("JOB: missing, expected a job file (only --resume RUN goes without)")
+            raise InputError("JOB: missing, expected a job file (it is optional only with --resume RUN)")
         _refuse_credentials(texts)
         return "", None
-    path = Path(job) if Path(job).exists() or not (folder / job).exists() else folder / job
+    path = Path(job)
+    if not path.exists() and (folder / job).exists():
+        path = folder / job
     file = os.path.relpath(path.resolve(), folder.resolve())
     if path.exists() and file.startswith(".."):
         raise InputError(
             f"JOB: got {str(job)!r}, which is outside the working folder {folder.resolve()}, expected a file in it: "
             "give --working-dir a folder that has both the job and its modules"
         )
-    with _inside(folder):
+    with _working_folder(folder):
         loaded = Job.load(file if path.exists() else job, overrides)
-    _refuse_credentials([*_texts(loaded.tree()), *texts])
+    _refuse_credentials([*_list_texts(loaded.to_dict()), *texts])
     return file, loaded
 
 
 def _check_sweep(job: Job | None, resume: str | None) -> None:
-    """Refuses here what `distmeta sweep` would refuse there."""
+    """Refuse here what `distmeta sweep` would refuse on the cluster."""
     if job is not None and job.sweep is None:
         raise InputError("--sweep: the job has no section sweep, expected one with a space")
     if job is not None and "://" in job.output:
@@ -133,6 +164,7 @@ def _check_sweep(job: Job | None, resume: str | None) -> None:
 
 
 def _refuse_credentials(texts: Sequence[tuple[str, str]]) -> None:
+    """Check (key, text) pairs: everybody who may see the job on the cluster sees them."""
     for key, text in texts:
         if redact(text) != text:
             raise InputError(
@@ -142,8 +174,8 @@ def _refuse_credentials(texts: Sequence[tuple[str, str]]) -> None:
 
 
 @contextmanager
-def _inside(folder: Path) -> Iterator[None]:
-    """In the working folder for a moment: a job's relative paths and modules are meant from there."""
+def _working_folder(folder: Path) -> Iterator[None]:
+    """Change the working folder for a moment: a job's relative paths and modules are relative to it."""
     before = os.getcwd()
     try:
         os.chdir(folder)
@@ -157,45 +189,53 @@ def _inside(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def _files_named(job: Job, folder: Path) -> list[str]:
-    """Relative paths of files that the job names, such as `tasks.path`: they go along even where git ignores them."""
-    texts = [text for _, text in _texts(job.tree()) if text and "\0" not in text and not _is_rooted(text)]
-    names = [os.path.normpath(text) for text in texts]
-    return [name for name in names if not name.startswith("..") and (folder / name).is_file()]
+def _files_to_add(file: str, job: Job | None, folder: Path) -> list[str]:
+    """Return the job file and the files that the job names, such as `tasks.path`. Git may ignore them."""
+    if job is None:
+        return []
+    texts = [text for _, text in _list_texts(job.to_dict()) if text and "\0" not in text]
+    paths = [os.path.normpath(text) for text in texts if not _is_absolute(text)]
+    return [file, *(path for path in paths if not path.startswith("..") and (folder / path).is_file())]
 
 
-def _texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def _folders_to_leave_out(job: Job | None) -> list[str]:
+    """Return the folder of the job's runs, if it is a real subfolder of the working folder."""
+    if job is None or _is_absolute(job.output):
+        return []
+    output = os.path.normpath(job.output)
+    return [] if output.startswith(".") else [output]
+
+
+def _list_texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, text) for every text in a tree."""
     if isinstance(tree, str):
         yield key, tree
     elif isinstance(tree, dict):
         for name, value in tree.items():
-            yield from _texts(value, f"{key}.{name}".lstrip("."))
+            yield from _list_texts(value, f"{key}.{name}".lstrip("."))
     elif isinstance(tree, list):
         for value in tree:
-            yield from _texts(value, key)
+            yield from _list_texts(value, key)
 
 
-def _is_rooted(path: str) -> bool:
-    """Whether a path means the same in every working folder: absolute, or a URI."""
+def _is_absolute(path: str) -> bool:
+    """Whether a path means the same in every working folder: an absolute path or a URI."""
     return path.startswith("/") or "://" in path
 
 
-def _variables(show: Callable[[str], None]) -> dict[str, str]:
-    """The job's environment: MLflow's variables. What is secret stays, since Ray shows and logs the others."""
-    carried = {"RAY_JOB_STOP_WAIT_TIME_S": os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", str(STOP_SECONDS))}
+def _select_variables(show: Callable[[str], None]) -> dict[str, str]:
+    """Return the job's environment: our MLflow variables, except secrets, because Ray shows and logs the variables."""
+    stop_seconds = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", str(STOP_SECONDS))
+    selected = {"RAY_JOB_STOP_WAIT_TIME_S": stop_seconds}
     for name in sorted(name for name in os.environ if name.startswith("MLFLOW_")):
         value = os.environ[name]
-        if re.search("PASSWORD|TOKEN|SECRET|KEY|CREDENTIAL", name) or redact(value) != value:
-            show(
-                f"{name} is a secret and not carried along: set it in the environment of the cluster's nodes\n"
-            )
-        elif name == "MLFLOW_TRACKING_URI" and re.match(
-            r"sqlite:///(?!/)|file:(?!/)|(?!/|databricks)[^:]*$", value
-        ):
-            show(f"{name} is a file of this machine and not carried along\n")
+        if SECRET_VARIABLE.search(name) or redact(value) != value:
+            show(f"{name} is a secret and not sent: set it in the environment of the cluster's nodes\n")
+        elif name == "MLFLOW_TRACKING_URI" and LOCAL_STORE.match(value):
+            show(f"{name} is a file on this machine and not sent\n")
         else:
-            carried[name] = value
-    return carried
+            selected[name] = value
+    return selected
 
 
 def _new_id(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Evaluation on unseen tasks: scores before adaptation and after each inner step, pictures, a film."""
+"""Evaluation on unseen tasks: scores before adaptation and after each inner step, figures, a video."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from distmeta.compute.gradient import Execution
-from distmeta.compute.scoring import score_tasks
+from distmeta.compute.execution import Execution
+from distmeta.compute.scoring import Scores, score_tasks
 from distmeta.compute.vectors import Layout
 from distmeta.errors import InputError
-from distmeta.evaluation.figures import check_video, draw_curve, draw_tasks, film, send
+from distmeta.evaluation.figures import check_video, draw_curve, draw_tasks, send, write_video
 from distmeta.evaluation.learner import Learner, load
 from distmeta.evaluation.predictions import write_predictions
 from distmeta.files import to_json_value
 from distmeta.protocols import Batch, Episode
+from distmeta.runtime.parameter_server import mean_metrics
 from distmeta.runtime.pool import open_pool
-from distmeta.runtime.problem import with_score
-from distmeta.runtime.scores import evaluate_tasks, mean_metrics, primary
+from distmeta.runtime.problem import Problem, with_score
+from distmeta.runtime.scores import evaluate_tasks, find_primary_metric
+from distmeta.tasks.few_shot import ClassificationScore
+from distmeta.tasks.image_preparation import Preparation
+
+if TYPE_CHECKING:
+    from distmeta.tasks.fixed_episodes import FixedEpisode
 
 
 @dataclass(frozen=True)
@@ -32,14 +37,15 @@ class Evaluation:
     """Scores before and after adaptation."""
 
     tasks: int
+    """Number of tasks that were scored."""
     figures: dict[str, float | None]
     """`loss_before`, `loss_after`, `accuracy_*`, `return_*`: means over tasks."""
     ci95: float | None
-    """1.96·s/√tasks of `main`, s the standard deviation over tasks; null for fewer than two."""
+    """Half the 95 % interval of `main`: 1.96·s/√tasks, with s the standard deviation over tasks. None for one task."""
     main: str
-    """The figure the interval belongs to."""
+    """The figure that the interval is about."""
     curve: dict[str, list[float]]
-    """Each metric after 0, 1, … inner steps."""
+    """Each metric's mean after 0, 1, … inner steps."""
     curve_ci95: dict[str, list[float | None]]
     """The interval of each number in `curve`."""
 
@@ -51,70 +57,83 @@ def evaluate(
     predictions: str | Path | None = None,
     figures: str | Path | None = None,
     video: str | Path | None = None,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
+    report: Callable[[str], None] = lambda text: print(text, file=sys.stderr),
 ) -> Evaluation:
-    """Adapts to unseen tasks of the test split, or to fixed episodes, and scores before and after.
+    """Adapt to unseen tasks of the test split, or to fixed episodes, and score before and after.
 
     Args:
         checkpoint: a run folder (its latest checkpoint), RUN/checkpoints/best, or a checkpoint.
         overrides: `key=value` on the run's job: `tasks.shots=5`, `algorithm.inner_steps=10`, `run.eval_tasks=1000`.
             Evaluation runs in this process unless `run.workers` is among them.
-        episodes: Parquet file of fixed episodes (see `tasks.episodes`).
+        episodes: Parquet file of fixed episodes (see `tasks.fixed_episodes`).
         predictions: Parquet file to write: episode, row, label, prediction.
-        figures: folder to write: evaluation.json, curve.png, the task family's own figures. They go to the run's
-            artifacts in MLflow too, as the video does; an MLflow that is away is said, and is no error.
-        video: .gif or .mp4 to write of one test task before adaptation and after each inner step.
+        figures: folder to write: evaluation.json, curve.png, the task family's own figures. The run's tracker gets them
+            too, as it gets the video. If it cannot be reached, that is reported and is no error.
+        video: .gif or .mp4 to write: one test task before adaptation and after each inner step.
+        report: is told what the user should know.
 
     Raises:
-        InputError: no such checkpoint, impossible overrides, a file of another schema, tasks that cannot be filmed.
+        InputError: there is no such checkpoint, an override is impossible, the file has another schema, or the tasks
+            cannot be filmed.
     """
-    learner = load(checkpoint, overrides, say=say)
+    learner = load(checkpoint, overrides, report=report)
     if predictions is not None and not Path(predictions).absolute().parent.is_dir():
         raise InputError(f"--predictions: the folder of {str(predictions)!r} does not exist")
     if video is not None:
         check_video(learner, Path(video))
     if figures is not None:
         _make_folder(Path(figures))
-    if episodes is not None:
-        found = _fixed_episodes(learner, episodes, predictions)
+    if episodes is None:
+        evaluation = _score_unseen_tasks(learner, predictions)
     else:
-        found = _unseen_tasks(learner, predictions)
-    drawn = [] if figures is None else _draw(learner, found, episodes is None, overrides, Path(figures))
+        evaluation = _score_fixed_episodes(learner, episodes, predictions)
+    files: list[Path] = []
+    if figures is not None:
+        files += _write_figures(learner, evaluation, overrides, Path(figures))
+        if episodes is None:
+            files += draw_tasks(learner, Path(figures))
     if video is not None:
-        film(learner, Path(video))
-        drawn.append(Path(video))
-    if drawn:
-        send(learner, drawn, say)
-    return found
+        write_video(learner, Path(video))
+        files.append(Path(video))
+    if files:
+        send(learner, files, report)
+    return evaluation
 
 
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"--figures: got {str(folder)!r}, where no folder can be made ({error})") from None
+        raise InputError(
+            f"--figures: got {str(folder)!r}, expected a folder that can be made ({error})"
+        ) from None
 
 
-def _draw(
-    learner: Learner, found: Evaluation, drawn_tasks: bool, overrides: Sequence[str], folder: Path
+def _write_figures(
+    learner: Learner, evaluation: Evaluation, overrides: Sequence[str], folder: Path
 ) -> list[Path]:
-    """evaluation.json, curve.png where there is a curve, and the family's figures where its own tasks were scored."""
-    record = {"step": learner.checkpoint.progress.step, "overrides": list(overrides), **asdict(found)}
+    """Write evaluation.json, and curve.png if there is more than one point. Return the files."""
+    record = {
+        "step": learner.checkpoint.progress.step,
+        "overrides": list(overrides),
+        **asdict(evaluation),
+    }
+    text = json.dumps(to_json_value(record), indent=1, ensure_ascii=False)
     paths = [folder / "evaluation.json"]
-    paths[0].write_text(
-        json.dumps(to_json_value(record), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
-    metric = found.main.removesuffix("_after")
-    if len(found.curve[metric]) > 1:
-        paths.append(folder / "curve.png")
-        draw_curve(metric, found.curve[metric], found.curve_ci95[metric], found.tasks, paths[-1])
-    return paths + (draw_tasks(learner, folder) if drawn_tasks else [])
+    paths[0].write_text(text + "\n", encoding="utf-8")
+    metric = evaluation.main.removesuffix("_after")
+    means = evaluation.curve[metric]
+    if len(means) > 1:
+        path = folder / "curve.png"
+        draw_curve(metric, means, evaluation.curve_ci95[metric], evaluation.tasks, path)
+        paths.append(path)
+    return paths
 
 
-def _unseen_tasks(learner: Learner, predictions: str | Path | None) -> Evaluation:
-    """Scores the first tasks of the test split, in the job's pool."""
+def _score_unseen_tasks(learner: Learner, predictions: str | Path | None) -> Evaluation:
+    """Score the first tasks of the test split, in the job's pool."""
     problem = learner.problem
-    layout = Layout.of(learner.theta)
+    layout = Layout.from_theta(learner.theta)
     pool = open_pool(problem, layout, lambda text: None)
     try:
         results = evaluate_tasks(
@@ -129,90 +148,104 @@ def _unseen_tasks(learner: Learner, predictions: str | Path | None) -> Evaluatio
         )
     finally:
         pool.close()
-    columns = {name: np.concatenate([r.metrics[name] for r in results]) for name in results[0].metrics}
+    names = list(results[0].metrics)
+    columns = {name: np.concatenate([result.metrics[name] for result in results]) for name in names}
     if predictions is not None:
-        rows = [pair for r in results if r.predictions is not None for pair in r.predictions]
+        rows = [row for result in results for row in result.predictions or []]
         write_predictions(predictions, list(range(len(rows))), rows)
-    return _evaluation(columns, mean_metrics(results, every=True))
+    return _summarize(columns, mean_metrics(results, over_all=True))
 
 
-def _fixed_episodes(learner: Learner, path: str | Path, predictions: str | Path | None) -> Evaluation:
-    """Scores the episodes of a file one by one: each may have its own ways and shots."""
-    from distmeta.tasks.few_shot import ClassificationScore
+def _score_fixed_episodes(learner: Learner, path: str | Path, predictions: str | Path | None) -> Evaluation:
+    """Score the episodes of a file one by one, because each may have its own ways and shots."""
     from distmeta.tasks.fixed_episodes import read_episodes
 
     problem = learner.problem
-    columns: dict[str, list[np.ndarray]] = {}
-    numbers, rows = [], []
-    adapts = problem.algorithm.inner_steps > 0
-    for fixed in read_episodes(str(path), tuple(problem.family.in_shape), _preparation(learner)):
-        ways = len(fixed.labels)
-        scorer = ClassificationScore(ways)
-        episode = Episode(_stacked(fixed.support, problem.device), _stacked(fixed.query, problem.device))
-        algorithm = with_score(problem.algorithm, scorer)
-        with learner.ready():
-            scores = score_tasks(
-                algorithm,
-                scorer,
-                learner.theta,
-                episode,
-                np.zeros(1, np.uint64),
-                Execution("loop", 1),
-                learner.steps,
-                True,
-            )
+    in_shape = tuple(problem.family.in_shape)
+    parts: dict[str, list[np.ndarray]] = {}
+    numbers: list[int] = []
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    for fixed in read_episodes(str(path), in_shape, _read_preparation(learner)):
+        scores = _score_fixed_episode(learner, fixed)
         for name, curve in scores.metrics.items():
-            columns.setdefault(f"{name}_curve", []).append(curve)
-            columns.setdefault(f"{name}_after", []).append(curve[:, -1])
-            if adapts:
-                columns.setdefault(f"{name}_before", []).append(curve[:, 0])
+            parts.setdefault(f"{name}_curve", []).append(curve)
+            parts.setdefault(f"{name}_after", []).append(curve[:, -1])
+            if problem.algorithm.inner_steps > 0:
+                parts.setdefault(f"{name}_before", []).append(curve[:, 0])
         labels = np.asarray(fixed.labels)
+        outputs_QW = scores.outputs[0][:, : len(labels)]
+        predicted = outputs_QW.argmax(-1).cpu().numpy()
         numbers.append(fixed.episode)
-        predicted = scores.outputs[0][:, :ways].argmax(-1).cpu().numpy()
         rows.append((labels[fixed.query.y.numpy()], labels[predicted]))
     if predictions is not None:
         write_predictions(predictions, numbers, rows)
-    joined = {name: np.concatenate(parts) for name, parts in columns.items()}
+    columns = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     means: dict[str, float | None] = {"loss_before": None}
-    means |= {name: float(np.mean(column)) for name, column in joined.items() if column.ndim == 1}
-    return _evaluation(joined, means)
+    means |= {name: float(np.mean(column)) for name, column in columns.items() if column.ndim == 1}
+    return _summarize(columns, means)
 
 
-def _preparation(learner: Learner) -> Any:
-    from distmeta.tasks.image_preparation import Preparation
+def _score_fixed_episode(learner: Learner, fixed: FixedEpisode) -> Scores:
+    """Adapt to one episode and score it after every inner step."""
+    problem = learner.problem
+    score = ClassificationScore(len(fixed.labels))
+    episode = Episode(_add_task_axis(fixed.support, problem), _add_task_axis(fixed.query, problem))
+    with learner.inference_settings():
+        return score_tasks(
+            with_score(problem.algorithm, score),
+            score,
+            learner.theta,
+            episode,
+            np.zeros(1, np.uint64),
+            Execution("loop", 1),
+            learner.steps,
+            outputs=True,
+        )
 
+
+def _read_preparation(learner: Learner) -> Preparation | None:
+    """Return how the checkpoint's images were prepared, or None if its tasks are not images."""
     stored = (learner.checkpoint.examples or {}).get("preparation")
     return None if stored is None else Preparation.from_dict(stored)
 
 
-def _stacked(batch: Batch, device: torch.device) -> Batch:
-    return Batch(batch.x[None].to(device), batch.y[None].to(device))
+def _add_task_axis(batch: Batch, problem: Problem) -> Batch:
+    return Batch(batch.x[None].to(problem.device), batch.y[None].to(problem.device))
 
 
-def _evaluation(columns: Mapping[str, np.ndarray], means: dict[str, float | None]) -> Evaluation:
-    main = primary(means)[0]
+def _summarize(columns: Mapping[str, np.ndarray], means: Mapping[str, float | None]) -> Evaluation:
+    """Return the evaluation.
+
+    Args:
+        columns: `*_curve` [tasks, steps + 1], `*_after` [tasks] and perhaps `*_before` [tasks].
+        means: of the columns with one number per task.
+    """
+    figures = dict(means)
+    for name in means:
+        if name.endswith("_after"):
+            figures.setdefault(name.removesuffix("_after") + "_before", None)
+    main = find_primary_metric(means)[0]
     curves = {
         name.removesuffix("_curve"): column for name, column in columns.items() if name.endswith("_curve")
     }
-    for name in list(means):
-        if name.endswith("_after"):
-            means.setdefault(name.removesuffix("_after") + "_before", None)
-    order = sorted(
-        means,
-        key=lambda name: (name.partition("_")[0] != "loss", name.partition("_")[0], name.endswith("after")),
-    )
     return Evaluation(
-        len(columns[main]),
-        {name: means[name] for name in order},
-        _interval(columns[main]),
-        main,
-        {name: [float(v) for v in column.mean(0)] for name, column in curves.items()},
-        {name: [_interval(values) for values in column.T] for name, column in curves.items()},
+        tasks=len(columns[main]),
+        figures={name: figures[name] for name in sorted(figures, key=_figure_order)},
+        ci95=_half_interval(columns[main]),
+        main=main,
+        curve={name: [float(mean) for mean in column.mean(0)] for name, column in curves.items()},
+        curve_ci95={name: [_half_interval(values) for values in column.T] for name, column in curves.items()},
     )
 
 
-def _interval(values: np.ndarray) -> float | None:
-    """1.96·s/√tasks; None for fewer than two, NaN where a task diverged."""
+def _figure_order(name: str) -> tuple[bool, str, bool]:
+    """Sort key: the loss first, then the other metrics by name; before adaptation, then after it."""
+    metric = name.partition("_")[0]
+    return metric != "loss", metric, name.endswith("after")
+
+
+def _half_interval(values: np.ndarray) -> float | None:
+    """Return 1.96·s/√tasks; None for fewer than two tasks, NaN if a task diverged."""
     if len(values) < 2:
         return None
     with np.errstate(invalid="ignore"):

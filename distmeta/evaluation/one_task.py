@@ -1,80 +1,130 @@
-"""`distmeta check --run-one-task`: one task of a user's model, looked at closely."""
+"""`distmeta check --run-one-task`: run one task of a job and report what a user wants to know about it."""
 
 from __future__ import annotations
 
 import resource
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import numpy as np
 from torch.utils._pytree import tree_leaves
 
 from distmeta.compute.compiler import Compiler
-from distmeta.compute.episodes import episodes_of
-from distmeta.compute.gradient import shard_gradient
-from distmeta.compute.vectors import Layout, norm
+from distmeta.compute.episodes import make_episodes
+from distmeta.compute.execution import shard_gradient
+from distmeta.compute.gradient import ShardGradient
+from distmeta.compute.vectors import Layout
 from distmeta.config.job import Job
 from distmeta.errors import InputError
-from distmeta.runtime.problem import build, device_of, numerics_of
+from distmeta.protocols import Episodes, provided_capabilities
+from distmeta.runtime.parameter_server import vector_norm
+from distmeta.runtime.problem import Problem, apply_job_numerics, build_problem, choose_device
 from distmeta.runtime.resolve import resolve
 from distmeta.seeding import task_ids
 
-NEAR = 1e-4
-"""Relative distance of two gradients of a task on a GPU whose kernels are free to add in any order."""
+TOLERANCE = 1e-4
+"""Relative distance of two gradients of a task on a GPU, whose kernels may add in any order."""
+
+
+class GradientRun(NamedTuple):
+    """One computation of the meta-gradient."""
+
+    result: ShardGradient
+    flat: np.ndarray  # the gradient as a vector, [parameters]
+    seconds: float
 
 
 def run_one_task(job: Job) -> Iterator[str]:
-    """Runs one group of training tasks twice; yields what it saw, a line each.
+    """Run one group of training tasks twice and yield what was found, one line each.
 
     Raises:
-        InputError: the gradient differs between the two (something impure), is not finite, or is zero everywhere.
+        InputError: the two gradients differ (something is impure), or the gradient is not finite or zero everywhere.
     """
-    with numerics_of(job, device_of(job)):
-        said: list[str] = []
-        problem = resolve(build(job), said.append)
-        yield from said
-        algorithm, compute = problem.training_at(0), problem.job.compute
+    with apply_job_numerics(job, choose_device(job)):
+        notes: list[str] = []
+        problem = resolve(build_problem(job), notes.append)
+        yield from notes
+        yield from describe_capabilities(problem)
+        algorithm = problem.training_at(0)
         theta = {name: value.to(problem.device) for name, value in problem.init().items()}
-        compiler = Compiler(compute.precision) if compute.compile else None
         ids = task_ids(job.seed, "train", 0, algorithm.group_size)
-        episodes = episodes_of(
+        episodes = make_episodes(
             problem.family, algorithm, theta, "train", ids, algorithm.inner_steps, problem.device
         )
-        leaves = tree_leaves(episodes)
-        yield "episode: " + ", ".join(
-            f"{list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}" for leaf in leaves
-        )
-        layout = Layout.of(theta)
-        yield (
-            f"theta: {len(layout.names)} tensors, {layout.parameters:,} numbers, {layout.size * 4 / 1e6:.2f} MB; "
-            + (f"{len(problem.model.constants)} constants" if problem.model.constants else "no constants")
-        )
-        flats, seconds = [], []
+        yield _describe_episodes(episodes)
+        layout = Layout.from_theta(theta)
+        yield _describe_theta(layout, problem)
+        compute = problem.job.compute
+        compiler = Compiler(compute.precision) if compute.compile else None
+        runs = []
         for _ in range(2):
             started = time.perf_counter()
             result = shard_gradient(
                 algorithm, problem.score("train"), theta, episodes, ids, problem.execution, compiler
             )
-            seconds.append(time.perf_counter() - started)
-            flats.append(layout.flatten({name: value.cpu() for name, value in result.gradient.items()}))
-    # a GPU's kernels may add in another order each time, unless told not to
-    exact = problem.device.type == "cpu" or compute.deterministic
-    if norm(flats[0] - flats[1]) > (0.0 if exact else NEAR) * norm(flats[0]):
-        raise InputError(
-            "purity: the same task gave two different gradients: the model or algorithm keeps state or draws"
-        )
-    if result.dropped:
-        raise InputError("numbers: the task's meta-gradient is not finite at the initialisation")
-    zero = [name for name, value in result.gradient.items() if not bool(value.any())]
-    if len(zero) == len(layout.names):
-        raise InputError("gradient: zero everywhere: the query loss does not depend on theta")
-    yield f"pure: two runs gave the same {'bits' if exact else 'gradient'}" + (
-        f"; no gradient reaches {', '.join(zero)}" if zero else ""
-    )
-    first, second = (1e3 * s / algorithm.group_size for s in seconds)
-    how = (
-        f"{compute.execution}, {compute.differentiation}, {compute.precision}{', compiled' * compute.compile}"
-    )
-    yield f"execution {how}; {second:.1f} ms a task (first call {first:.0f} ms)"
-    yield f"peak memory of this process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB"
-    metrics = {name: float(value.mean()) for name, value in result.metrics.items()}
+            seconds = time.perf_counter() - started
+            flat = layout.flatten({name: value.cpu() for name, value in result.gradient.items()})
+            runs.append(GradientRun(result, flat, seconds))
+    yield _check_gradient(problem, *runs)
+    yield _describe_execution(problem, *runs)
+    peak_MiB = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    yield f"peak memory of this process {peak_MiB:.0f} MB"
+    metrics = {name: float(value.mean()) for name, value in runs[0].result.metrics.items()}
     yield "metrics: " + ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
+
+
+def describe_capabilities(problem: Problem) -> Iterator[str]:
+    """Yield a line for the algorithm and one for the tasks, with the optional capabilities that they provide."""
+    parts = {"algorithm": problem.algorithm, "tasks": problem.family}
+    for section, part in parts.items():
+        names = provided_capabilities(section, part)
+        yield f"optional capabilities of the {section}: {', '.join(names) or 'none'}"
+
+
+def _describe_episodes(episodes: Episodes) -> str:
+    leaves = tree_leaves(episodes)
+    shapes = [f"{list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}" for leaf in leaves]
+    return "episode: " + ", ".join(shapes)
+
+
+def _describe_theta(layout: Layout, problem: Problem) -> str:
+    constants = len(problem.model.constants)
+    return (
+        f"theta: {len(layout.names)} tensors, {layout.parameters:,} numbers, {layout.size * 4 / 1e6:.2f} MB; "
+        f"{constants or 'no'} constants"
+    )
+
+
+def _check_gradient(problem: Problem, first: GradientRun, second: GradientRun) -> str:
+    """Check that the gradient is pure, finite and not zero."""
+    # without compute.deterministic the kernels of a GPU may add in another order each time
+    is_exact = problem.device.type == "cpu" or problem.job.compute.deterministic
+    tolerance = 0.0 if is_exact else TOLERANCE
+    if vector_norm(first.flat - second.flat) > tolerance * vector_norm(first.flat):
+        raise InputError(
+            "purity: the same task gave two different gradients: the model or algorithm keeps state or draws random "
+            "numbers of its own; expected pure functions of their arguments"
+        )
+    if first.result.dropped:
+        raise InputError(
+            "gradient: the task's meta-gradient is not finite at step 0, expected finite numbers"
+        )
+    gradient = first.result.gradient
+    zero = [name for name, value in gradient.items() if not bool(value.any())]
+    if len(zero) == len(gradient):
+        raise InputError(
+            "gradient: zero everywhere, expected a query loss that depends on theta (is something detached?)"
+        )
+    unreached = f"; no gradient reaches {', '.join(zero)}" if zero else ""
+    return f"pure: two runs gave the same {'bits' if is_exact else 'gradient'}{unreached}"
+
+
+def _describe_execution(problem: Problem, first: GradientRun, second: GradientRun) -> str:
+    compute = problem.job.compute
+    settings = [compute.execution, compute.differentiation, compute.precision]
+    if compute.compile:
+        settings.append("compiled")
+    first_ms = 1e3 * first.seconds / problem.algorithm.group_size
+    second_ms = 1e3 * second.seconds / problem.algorithm.group_size
+    return f"execution {', '.join(settings)}; {second_ms:.1f} ms per task (first call {first_ms:.0f} ms)"

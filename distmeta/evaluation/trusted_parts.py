@@ -1,114 +1,151 @@
-"""What a checkpoint may name: it may be a stranger's, and the job in it is not as trusted as a job file.
+"""Decide which parts that a checkpoint names may be imported and called.
 
-A job file names Python parts and is as trusted as a script. A checkpoint that is evaluated or loaded is data: a part of
-its own modules is imported only after that was said, taken only where it is a class of the kind that its section means,
-and called in no other way. What the user names (`model.type=…`, `load(…, model=Class)`) is the user's word.
+A job file names Python parts and is trusted like a script. A checkpoint that is evaluated or loaded is data, perhaps
+from somebody else. So, for every part outside distmeta:
+
+- The user is told before its module is imported.
+- It must be a class of the kind that its section expects. Nothing else of the module is called.
+- Options that name a function are refused.
+- Strategies and trackers are not imported at all. Evaluation does not need them.
+
+What the user names (`model.type=…`, `load(…, model=Class)`) is trusted.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from distmeta.config.catalog import TRACKERS
 from distmeta.config.job import Job
-from distmeta.config.parts import locate
-from distmeta.config.yaml_text import override, value_at
+from distmeta.config.parts import import_part
+from distmeta.config.yaml_text import apply_overrides, get_value
 from distmeta.errors import InputError
 
 SECTIONS = ("model", "tasks", "algorithm")
-NEEDED = {
+REQUIRED_METHODS = {
     "tasks": (("draw", "collect"),),
     "algorithm": (("init",), ("begin",), ("step",), ("predict",)),
 }
-"""Methods of a class of the kind, one of each group; a model is a torch.nn.Module."""
+"""A class of the kind has at least one method of each group. A model is a torch.nn.Module."""
+NAME_OF_A_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
-def stored_job(
-    tree: Any, overrides: Sequence[str], parts: Mapping[str, Any], say: Callable[[str], None]
+def read_stored_job(
+    tree: Any, overrides: Sequence[str], parts: Mapping[str, Any], report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The job in a checkpoint, checked as a job file is, with its parts imported as above.
+    """Check the job in a checkpoint as a job file is checked, and import its parts by the rules above.
+
+    Args:
+        tree: what the checkpoint contains as its job.
+        overrides: `key=value` texts of the user. Only those that name a part are applied.
+        parts: by section, the user's class or function to use instead of the stored one, or None.
+        report: is told of each module before it is imported.
+
+    Returns:
+        The whole job, with defaults.
 
     Raises:
-        InputError: no job, or one that names what it may not.
+        InputError: there is no job, or it names something that it may not.
     """
     if not isinstance(tree, Mapping) or not all(isinstance(tree.get(name), Mapping) for name in SECTIONS):
-        raise InputError("checkpoint: it holds no job")
-    asked = override({}, overrides)
-    given = {section for section in SECTIONS if value_at(asked, f"{section}.type") is not None}
-    tree = _with_own_parts(tree, parts)
-    _check_parts(tree, given | {section for section, part in parts.items() if part is not None}, say)
+        raise InputError("checkpoint: it contains no job")
+    asked = apply_overrides({}, overrides)
+    overridden = {section for section in SECTIONS if get_value(asked, f"{section}.type") is not None}
+    replaced = {section for section, part in parts.items() if part is not None}
+    tree = _replace_parts(tree, parts)
+    tracking = _without_unknown_trackers(tree.get("tracking", {"type": "none"}), report)
+    tree = {**tree, "strategy": {"type": "driver"}, "tracking": tracking}
+    _check_parts(tree, overridden | replaced, report)
     _check_options(tree, asked)
-    kept = [text for text in overrides if text.partition("=")[0] in {*given, *(f"{s}.type" for s in given)}]
-    return Job.parse(dict(tree), kept).tree()
+    part_keys = {*overridden, *(f"{section}.type" for section in overridden)}
+    kept = [text for text in overrides if text.partition("=")[0] in part_keys]
+    return Job.parse(tree, kept).to_dict()
 
 
-def _with_own_parts(tree: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The job of a checkpoint with classes of the user's in place of those it names; its options stay.
+def _replace_parts(tree: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the job with the user's parts in place of the stored ones. Their options stay.
 
     Raises:
-        InputError: what no worker could import.
+        InputError: a part that a worker could not import by its name.
     """
     result = dict(tree)
     for section, part in parts.items():
         if part is None:
             continue
-        name, module = getattr(part, "__qualname__", ""), getattr(part, "__module__", "")
-        if not callable(part) or not name or not module or "." in name:
+        is_part = inspect.isclass(part) or inspect.isroutine(part)
+        if not is_part or not part.__module__ or "." in part.__qualname__:
             raise InputError(f"{section}: got {part!r}, expected a class or function at the top of a module")
-        result[section] = {**tree[section], "type": f"{module}:{name}"}
+        result[section] = {**tree[section], "type": f"{part.__module__}:{part.__qualname__}"}
     return result
 
 
-def _check_parts(tree: Mapping[str, Any], own: set[str], say: Callable[[str], None]) -> None:
-    """Imports the parts that a checkpoint names, which is said before, and takes only classes of the right kind.
+def _without_unknown_trackers(tracking: Any, report: Callable[[str], None]) -> Any:
+    """Return a job's `tracking` with only those sections that name one of distmeta's trackers."""
+    if not isinstance(tracking, list):
+        known = _without_unknown_trackers([tracking], report)
+        return known[0] if known else {"type": "none"}
+    known = []
+    for section in tracking:
+        kind = section.get("type") if isinstance(section, Mapping) else None
+        if isinstance(kind, str) and kind in {*TRACKERS, "none"}:
+            known.append(section)
+        else:
+            report(f"tracking: the tracker {kind!r} that the checkpoint names is not used")
+    return known
+
+
+def _check_parts(tree: Mapping[str, Any], trusted: Collection[str], report: Callable[[str], None]) -> None:
+    """Import the parts that a checkpoint names, after reporting it, and check their kind.
 
     Args:
-        own: sections whose type the user gave.
+        trusted: sections whose type the user gave.
 
     Raises:
-        InputError: a function, a class of another kind, a module that cannot be imported.
+        InputError: a part is a function or a class of another kind, or its module cannot be imported.
     """
     for section in SECTIONS:
         kind = tree[section].get("type")
-        if not isinstance(kind, str) or ":" not in kind or section in own:
+        if not isinstance(kind, str) or ":" not in kind or section in trusted:
             continue
-        say(f"importing {kind.partition(':')[0]}, which the checkpoint names for its {section}")
-        part = locate(f"{section}.type", kind, {})
-        if not _is_a(section, part):
-            expected = (
-                "a torch.nn.Module"
-                if section == "model"
-                else f"a class with {', '.join(' or '.join(names) for names in NEEDED[section])}"
-            )
+        module = kind.partition(":")[0]
+        report(f"importing {module}, which the checkpoint names for its {section}")
+        part = import_part(f"{section}.type", kind, {})
+        if not _is_of_kind(section, part):
             raise InputError(
-                f"{section}.type: the checkpoint names {kind!r}, expected {expected}; if it is what you trained with, "
-                f"say so: {section}.type={kind} (load: {section}=…)"
+                f"{section}.type: the checkpoint names {kind!r}, expected {_describe_kind(section)}; if you trained "
+                f"with it, add {section}.type={kind} (load: {section}=…)"
             )
 
 
 def _check_options(tree: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Refuses an option that names a function to be called (`tasks.make` of gym), unless the user says it as well."""
+    """Refuse options that name a function to be called (`tasks.make` of gym), unless the user gave them too."""
     for section in SECTIONS:
         for key, value in tree[section].items():
-            names = (
-                key != "type"
-                and isinstance(value, str)
-                and re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value)
-            )
-            if names and value_at(asked, f"{section}.{key}") is None:
+            if key == "type" or not isinstance(value, str) or not NAME_OF_A_FUNCTION.fullmatch(value):
+                continue
+            if get_value(asked, f"{section}.{key}") is None:
                 raise InputError(
-                    f"{section}.{key}: the checkpoint names {value!r}, which would be called; if it is what you "
-                    f"trained with, say so: {section}.{key}={value}"
+                    f"{section}.{key}: the checkpoint names {value!r}, which would be called; if you trained with it, "
+                    f"add {section}.{key}={value}"
                 )
 
 
-def _is_a(section: str, part: Any) -> bool:
+def _is_of_kind(section: str, part: Any) -> bool:
     if not inspect.isclass(part):
         return False
     if section == "model":
         return issubclass(part, torch.nn.Module)
-    return all(any(callable(getattr(part, name, None)) for name in names) for names in NEEDED[section])
+    methods = {name for name, _ in inspect.getmembers(part, callable)}
+    return all(methods.intersection(group) for group in REQUIRED_METHODS[section])
+
+
+def _describe_kind(section: str) -> str:
+    if section == "model":
+        return "a torch.nn.Module"
+    methods = ", ".join(" or ".join(group) for group in REQUIRED_METHODS[section])
+    return f"a class with {methods}"

@@ -1,4 +1,4 @@
-"""The commands: exit codes, what goes to stdout and what to stderr, and that bad input leaves nothing behind."""
+"""The commands: exit codes, what goes to stdout and what to stderr, and that wrong input writes nothing."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from conftest import tree
 from PIL import Image
 
 from distmeta.cli import main as cli
-from distmeta.runtime import training as driver
+from distmeta.runtime import training
+from distmeta.runtime.interruption import InterruptedRun
 
 
 class Outcome(NamedTuple):
+    """How a command ended."""
+
     code: int
     out: str
     err: str
 
     def json(self) -> dict[str, Any]:
-        """The one line of stdout, which is strict JSON."""
+        """Return the one line of stdout. It must be strict JSON."""
         assert self.out.count("\n") == 1, self.out
 
         def refuse(name: str) -> None:
@@ -36,9 +39,9 @@ class Outcome(NamedTuple):
 
 @pytest.fixture
 def distmeta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workplace: Path) -> Any:
-    """Runs the command line in this process, in an empty folder."""
+    """Return a function that runs the command line in this process, in an empty folder."""
 
-    def command(*arguments: str | Path) -> Outcome:
+    def run_command(*arguments: str | Path) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["distmeta", *map(str, arguments)])
         monkeypatch.setattr(sys, "path", list(sys.path))
         capsys.readouterr()
@@ -47,16 +50,17 @@ def distmeta(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         assert isinstance(stop.value.code, int)
         return Outcome(stop.value.code, *capsys.readouterr())
 
-    return command
+    return run_command
 
 
-def job_file(name: str = "job.yaml", **changes: Any) -> Path:
+def write_job(name: str = "job.yaml", **changes: Any) -> Path:
     path = Path(name)
     path.write_text(yaml.safe_dump(tree(**changes)))
     return path
 
 
 def one_line_error(outcome: Outcome, code: int = 2) -> str:
+    """Check that the command printed nothing except one line of an error, and return the line."""
     assert outcome.code == code
     assert outcome.out == ""
     assert outcome.err.startswith("error: ")
@@ -65,7 +69,7 @@ def one_line_error(outcome: Outcome, code: int = 2) -> str:
 
 
 def test_train_prints_the_run_folder(distmeta: Any) -> None:
-    outcome = distmeta("train", job_file(), "run.steps=3", "run.eval_every=3", "run.eval_tasks=4")
+    outcome = distmeta("train", write_job(), "run.steps=3", "run.eval_every=3", "run.eval_tasks=4")
     assert outcome.code == 0
     run = Path(outcome.out.strip())
     assert outcome.out == f"{run}\n"
@@ -77,21 +81,24 @@ def test_train_prints_the_run_folder(distmeta: Any) -> None:
 
 
 def test_train_with_json_and_resume(distmeta: Any) -> None:
-    outcome = distmeta("train", job_file(), "--json", "run.name=mine", "run.steps=2")
+    outcome = distmeta("train", write_job(), "--json", "run.name=mine", "run.steps=2")
     assert outcome.code == 0
     answer = outcome.json()
-    assert (list(answer), answer["run"], answer["step"]) == (["run", "step", "loss"], "runs/mine", 2)
     rows = [json.loads(line) for line in Path("runs/mine/metrics.jsonl").read_text().splitlines()]
-    assert answer["loss"] == rows[-1]["loss_after"]
+    assert list(answer) == ["run", "step", "loss"]
+    assert answer == {"run": "runs/mine", "step": 2, "loss": rows[-1]["loss_after"]}
     assert "step 2/2" in outcome.err
+
     longer = distmeta("train", "--resume", "runs/mine", "run.steps=4", "--json").json()
-    assert (longer["run"], longer["step"]) == ("runs/mine", 4)
+    assert longer["run"] == "runs/mine"
+    assert longer["step"] == 4
     again = distmeta("train", "job.yaml", "run.name=mine", "run.steps=4", "--resume", "auto", "--json")
     assert again.json() == longer
+    assert "nothing to do" in distmeta("train", "--resume", "runs/mine").err
+
     refused = distmeta("train", "job.yaml", "run.name=mine", "--json")
     assert refused.code == 2
     assert "exists already" in refused.json()["error"]
-    assert "nothing to do" in distmeta("train", "--resume", "runs/mine").err
 
 
 @pytest.mark.parametrize(
@@ -109,6 +116,8 @@ def test_train_with_json_and_resume(distmeta: Any) -> None:
         (["train", "job.yaml", "run.gpus_per_worker=1"], "run.gpus_per_worker: got 1, but torch sees no GPU"),
         (["train", "job.yaml", "--resume", "auto"], "--resume auto: run.name is not set"),
         (["train", "job.yaml", "--fast"], "No such option: --fast"),
+        (["sweep"], "JOB: missing, expected a job file"),
+        (["submit"], "JOB: missing, expected a job file"),
         (["evaluate"], "Missing argument 'RUN_OR_CHECKPOINT'"),
         (["evaluate", "nowhere"], "nowhere: got no checkpoint"),
         (["check"], "Missing argument 'JOB"),
@@ -121,11 +130,11 @@ def test_train_with_json_and_resume(distmeta: Any) -> None:
         (["trian"], "No such command 'trian'"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(
+def test_wrong_input_is_one_line_and_writes_nothing(
     distmeta: Any, arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    job_file()
+    write_job()
     assert expected in one_line_error(distmeta(*arguments))
     answer = distmeta(*arguments, "--json")
     assert answer.code == 2
@@ -134,78 +143,100 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert os.listdir() == ["job.yaml"]
 
 
-def test_a_failure_of_ours_is_exit_code_1(distmeta: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_error_prints_a_traceback_and_exits_with_1(
+    distmeta: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*arguments: object) -> None:
         raise RuntimeError("a broken\nmachine")
 
-    monkeypatch.setattr(driver, "train", fail)
-    outcome = distmeta("train", job_file())
-    assert (outcome.code, outcome.out) == (1, "")
-    assert "Traceback" in outcome.err  # whoever mends it needs the place
+    monkeypatch.setattr(training, "train", fail)
+    outcome = distmeta("train", write_job())
+    assert outcome.code == 1
+    assert outcome.out == ""
+    assert "Traceback" in outcome.err
     assert outcome.err.endswith("error: RuntimeError: a broken machine\n")
     answer = distmeta("train", "job.yaml", "--json")
-    assert (answer.code, answer.json()) == (1, {"error": "RuntimeError: a broken machine"})
+    assert answer.code == 1
+    assert answer.json() == {"error": "RuntimeError: a broken machine"}
 
 
-def test_a_stop_for_numbers_is_exit_code_1_without_traceback(distmeta: Any) -> None:
-    job_file(tasks={"type": "hard_cases:AllBad"}, run={"on_nonfinite": "stop"})
+def test_stop_at_nonfinite_gradient_exits_with_1_without_traceback(distmeta: Any) -> None:
+    write_job(tasks={"type": "hard_cases:AllBad"}, run={"on_nonfinite": "stop"})
     outcome = distmeta("train", "job.yaml", "--json", "compute.execution=loop")
     assert outcome.code == 1
-    assert outcome.json()["error"].startswith(
-        "NumericsError: step 1: non-finite meta-gradient of tasks [0, 1"
-    )
+    expected = "NumericsError: step 1: non-finite meta-gradient of tasks [0, 1"
+    assert outcome.json()["error"].startswith(expected)
     assert "Traceback" not in outcome.err
 
 
-@pytest.mark.parametrize("saved", [True, False])
-def test_an_interruption_is_exit_code_130(
-    distmeta: Any, monkeypatch: pytest.MonkeyPatch, saved: bool
+def test_interruption_with_a_checkpoint_exits_with_130_and_names_the_run(
+    distmeta: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*arguments: object) -> None:
-        raise driver.InterruptedRun("runs/mine", 7) if saved else KeyboardInterrupt
+        raise InterruptedRun("runs/mine", 7)
 
-    monkeypatch.setattr(driver, "train", stop)
-    outcome = distmeta("train", job_file())
-    assert (outcome.code, outcome.out) == (130, "")
+    monkeypatch.setattr(training, "train", stop)
+    outcome = distmeta("train", write_job())
+    assert outcome.code == 130
+    assert outcome.out == ""
+    assert "the state after step 7 is saved" in outcome.err
+    assert "distmeta train --resume runs/mine" in outcome.err
     answer = distmeta("train", "job.yaml", "--json")
     assert answer.code == 130
-    if saved:
-        assert "the state after step 7 is saved" in outcome.err
-        assert "distmeta train --resume runs/mine" in outcome.err
-        assert answer.json() == {"error": "interrupted after step 7", "run": "runs/mine", "step": 7}
-    else:
-        assert outcome.err == "error: interrupted\n"
-        assert answer.json() == {"error": "interrupted"}
+    assert answer.json() == {"error": "interrupted after step 7", "run": "runs/mine", "step": 7}
+
+
+def test_interruption_without_a_checkpoint_exits_with_130(
+    distmeta: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", stop)
+    outcome = distmeta("train", write_job())
+    assert outcome == Outcome(130, "", "error: interrupted\n")
+    answer = distmeta("train", "job.yaml", "--json")
+    assert answer.code == 130
+    assert answer.json() == {"error": "interrupted"}
 
 
 def test_evaluate(distmeta: Any) -> None:
     digits = {"type": "digits", "ways": 3, "queries": 3}
-    job_file(algorithm={"type": "maml", "inner_steps": 1}, tasks=digits, run={"eval_tasks": 4})
+    write_job(algorithm={"type": "maml", "inner_steps": 1}, tasks=digits, run={"eval_tasks": 4})
     run = distmeta("train", "job.yaml", "run.steps=1").out.strip()
+
     outcome = distmeta("evaluate", run)
     assert outcome.code == 0
     assert "4 unseen tasks" in outcome.out
     assert "accuracy" in outcome.out
-    assert outcome.out.count("±") == 5  # the title, two metrics before and after
+    assert outcome.out.count("±") == 5  # the title, and two metrics before and after
+
     answer = distmeta("evaluate", run, "tasks.shots=2", "--json", "--predictions", "p.parquet").json()
     figures = ["loss_before", "loss_after", "accuracy_before", "accuracy_after"]
     assert list(answer) == ["tasks", *figures, "ci95", "curve", "curve_ci95"]
     assert answer["tasks"] == 4
-    assert Path("p.parquet").exists()
     assert 0 <= answer["accuracy_after"] <= 1
+    assert Path("p.parquet").exists()
     assert distmeta("evaluate", f"{run}/checkpoints/latest", "tasks.shots=2", "--json").json() == answer
+
     assert distmeta("evaluate", run, "tasks.shots=2", "--json", "--figures", "drawn").json() == answer
     assert sorted(path.name for path in Path("drawn").iterdir()) == ["curve.png", "evaluation.json"]
-    assert "--video: digits has nothing to film" in one_line_error(
-        distmeta("evaluate", run, "--video", "v.gif")
-    )
     assert distmeta("evaluate", run, "run.eval_tasks=1", "--json").json()["ci95"] is None
-    assert "tasks.way: unknown key" in one_line_error(distmeta("evaluate", run, "tasks.way=5"))
-    assert "--episodes" in one_line_error(distmeta("evaluate", run, "--episodes", "nowhere.parquet"))
 
 
-def test_numbers_that_json_has_not_are_null(distmeta: Any) -> None:
-    job_file(algorithm={"type": "maml", "inner_lr": 1e30, "inner_steps": 3}, run={"eval_tasks": 2})
+def test_evaluate_refuses_wrong_options(distmeta: Any) -> None:
+    write_job(run={"eval_tasks": 2})
+    run = distmeta("train", "job.yaml", "run.steps=1").out.strip()
+    no_film = one_line_error(distmeta("evaluate", run, "--video", "v.gif"))
+    assert "--video: sinusoid has nothing to film" in no_film
+    unknown_key = one_line_error(distmeta("evaluate", run, "tasks.shot=5"))
+    assert "tasks.shot: unknown key" in unknown_key
+    no_file = one_line_error(distmeta("evaluate", run, "--episodes", "nowhere.parquet"))
+    assert "--episodes" in no_file
+
+
+def test_json_has_null_for_numbers_that_are_not_finite(distmeta: Any) -> None:
+    write_job(algorithm={"type": "maml", "inner_lr": 1e30, "inner_steps": 3}, run={"eval_tasks": 2})
     trained = distmeta("train", "job.yaml", "run.steps=1", "compute.execution=loop", "--json").json()
     assert trained["loss"] is None
     answer = distmeta("evaluate", trained["run"], "--json").json()
@@ -215,24 +246,32 @@ def test_numbers_that_json_has_not_are_null(distmeta: Any) -> None:
 
 
 def test_check(distmeta: Any) -> None:
-    one, two = job_file("one.yaml"), job_file("two.yaml", algorithm="reptile")
+    one = write_job("one.yaml")
+    two = write_job("two.yaml", algorithm="reptile")
     outcome = distmeta("check", one, two, "run.steps=9")
-    assert (outcome.code, outcome.out, outcome.err) == (0, "one.yaml: ok\ntwo.yaml: ok\n", "")
+    assert outcome == Outcome(0, "one.yaml: ok\ntwo.yaml: ok\n", "")
     assert distmeta("check", one, two, "--json").json() == {"jobs": 2}
     assert "one.yaml: run.stps: unknown key" in one_line_error(distmeta("check", one, "run.stps=9"))
     assert sorted(os.listdir()) == ["one.yaml", "two.yaml"]
 
 
 def test_check_runs_one_task(distmeta: Any) -> None:
-    outcome = distmeta("check", job_file(), "--run-one-task")
-    assert (outcome.code, outcome.out) == (0, "")
-    for part in ("episode: [1, 5, 1] float32", "theta: 6 tensors, 321 numbers", "pure:", "execution vmap"):
+    outcome = distmeta("check", write_job(), "--run-one-task")
+    assert outcome.code == 0
+    assert outcome.out == ""
+    for part in (
+        "episode: [1, 5, 1] float32",
+        "theta: 6 tensors, 321 numbers",
+        "pure:",
+        "execution vmap",
+        "metrics: loss_after",
+    ):
         assert part in outcome.err
-    assert "metrics: loss_after" in outcome.err
     answer = distmeta("check", "job.yaml", "--run-one-task", "--json")
-    assert (answer.code, answer.json()) == (0, {"jobs": 1})
+    assert answer.code == 0
+    assert answer.json() == {"jobs": 1}
     refused = distmeta("check", "job.yaml", "--run-one-task", "model={type: 'hard_cases:RunningNorm'}")
-    assert "changes its buffer" in one_line_error(refused)
+    assert "changes the buffer" in one_line_error(refused)
 
 
 def test_data_images(distmeta: Any) -> None:
@@ -242,48 +281,41 @@ def test_data_images(distmeta: Any) -> None:
         for k in range(4):
             pixels = random.integers(0, 256, (6, 5, 3), np.uint8)
             Image.fromarray(pixels).save(f"pictures/{label}/{k}.png")
-    outcome = distmeta("data", "images", "--source", "pictures", "--out", "o.arrow", "--size", "4")
-    assert (outcome.code, outcome.out) == (0, "o.arrow: 3 classes, 12 examples\n")
+    command = ["data", "images", "--source", "pictures", "--out"]
+    outcome = distmeta(*command, "o.arrow", "--size", "4")
+    assert outcome.code == 0
+    assert outcome.out == "o.arrow: 3 classes, 12 examples\n"
     Path("o.arrow").unlink()
-    answer = distmeta(
-        "data", "images", "--source", "pictures", "--out", "o.arrow", "--channels", "1", "--json"
-    )
+    answer = distmeta(*command, "o.arrow", "--channels", "1", "--json")
     assert answer.json() == {"path": "o.arrow", "classes": 3, "examples": 12}
-    refused = distmeta("data", "images", "--source", "pictures", "--out", "b.arrow", "--channels", "2")
+    refused = distmeta(*command, "b.arrow", "--channels", "2")
     assert "preparation.channels: got 2, expected 1 or 3" in one_line_error(refused)
     assert sorted(os.listdir()) == ["o.arrow", "pictures"]
 
 
-def test_no_command_shows_the_help_alone(distmeta: Any) -> None:
+def test_no_command_shows_the_help_without_an_error(distmeta: Any) -> None:
     outcome = distmeta()
     assert outcome.code == 2
     assert "Commands" in outcome.out + outcome.err
     assert "error" not in outcome.err
 
 
-def test_help_imports_nothing_heavy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["data", "images", "--help"]])
+def test_help_imports_neither_torch_nor_ray_nor_mlflow(arguments: list[str], tmp_path: Path) -> None:
     program = (
         "import sys; from distmeta.cli import main as cli; sys.argv = ['distmeta', *sys.argv[1:]]\n"
         "try: cli.main()\n"
         "except SystemExit as stop: print(stop.code, {'torch', 'ray', 'mlflow', 'numpy'} & set(sys.modules))"
     )
-    for arguments in (["--help"], ["train", "--help"]):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *arguments],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            check=True,
-        )
-        assert "Usage: distmeta" in done.stdout
-        assert done.stdout.splitlines()[-1] == "0 set()"
+    command = [sys.executable, "-c", program, *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "Usage: distmeta" in process.stdout
+    assert process.stdout.splitlines()[-1] == "0 set()"
 
 
-def test_the_installed_module_runs(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "distmeta.cli.main", "check", "nowhere.yaml", "--json"],
-        capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ), check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert json.loads(done.stdout)["error"].startswith("nowhere.yaml: cannot be read")
-    assert done.stderr == ""
+def test_module_runs_as_a_program(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "distmeta.cli.main", "check", "nowhere.yaml", "--json"]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert process.returncode == 2
+    assert json.loads(process.stdout)["error"].startswith("nowhere.yaml: cannot be read")
+    assert process.stderr == ""
