@@ -26,7 +26,7 @@ from distmeta.config.search_space import SweepSection
 from distmeta.errors import InputError
 from distmeta.files import write_atomically
 from distmeta.runtime.interruption import InterruptedRun
-from distmeta.runtime.startup import settled
+from distmeta.runtime.startup import resolve_job
 from distmeta.sweeps import NothingFoundError
 from distmeta.sweeps.results import Trial, best_job, best_of, draw, trials_of, write_table
 from distmeta.sweeps.tracking import (
@@ -185,7 +185,7 @@ def _settled(job: Job, say: Callable[[str], None]) -> Job:
     import torch
 
     device = None if job.compute.execution == "measure" else torch.device("cpu")
-    return _with_settled(job, settled(job, say, device).job)
+    return _with_settled(job, resolve_job(job, say, device).job)
 
 
 def _with_settled(job: Job, found: Job) -> Job:

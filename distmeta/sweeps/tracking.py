@@ -63,8 +63,10 @@ def save_ids(folder: Path, trackers: Trackers) -> None:
     write_atomically(folder / IDS_FILE, json.dumps(trackers.ids))
 
 
-def trial_trackers(job: Job, sweep_ids: Mapping[str, str]) -> list[dict[str, Any]]:
+def trial_trackers(job: Job, sweep_ids: Mapping[str, str]) -> dict[str, Any] | list[dict[str, Any]]:
     """Return the `tracking` section of the trials' jobs. Their runs are shown under the sweep's."""
+    if not job.trackers:
+        return {"type": "none"}
     grouping = grouping_trackers(job)
     sections: list[dict[str, Any]] = []
     for name, section in name_trackers(job.trackers).items():
@@ -72,7 +74,7 @@ def trial_trackers(job: Job, sweep_ids: Mapping[str, str]) -> list[dict[str, Any
         if name in grouping and name in sweep_ids:
             options |= build_unopened(section).child_options(sweep_ids[name])
         sections.append({"type": section.type, **options})
-    return sections
+    return sections[0] if len(sections) == 1 else sections
 
 
 def tracker_environment(job: Job) -> dict[str, str]:

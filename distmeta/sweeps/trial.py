@@ -29,7 +29,7 @@ from distmeta.runtime.failure_policy import LostShardError
 from distmeta.runtime.interruption import InterruptedRun, StopRequested
 from distmeta.runtime.resume import branch_run
 from distmeta.runtime.scores import find_primary_metric
-from distmeta.runtime.training import Silent, train
+from distmeta.runtime.training import SilentReporter, train
 
 POINTER = "run.json"
 SCORE, STEP, RUN = "score", "step", "run"
@@ -186,7 +186,7 @@ def figure_of(row: Mapping[str, Any], metric: str | None, mode: str | None) -> t
     return name, float(row[name]), sign
 
 
-class Report(Silent):
+class Report(SilentReporter):
     """A reporter that tells Tune of evaluations, and ends the training that Tune stops."""
 
     def __init__(self, spec: TrialSpec, folder: Path, steps: int):
