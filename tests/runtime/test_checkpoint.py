@@ -116,8 +116,8 @@ def test_a_damaged_checkpoint_is_passed_over(file: str, workplace: Path) -> None
     with pytest.raises(InputError):
         distmeta.evaluate(run)
 
-    class Heard(driver.Silent):
-        def say(self, text: str) -> None:
+    class Heard(driver.SilentReporter):
+        def report(self, text: str) -> None:
             said.append(text)
 
     said: list[str] = []
@@ -152,7 +152,7 @@ def test_another_jobs_checkpoint_is_refused(workplace: Path) -> None:
         with pytest.raises(InputError, match=message):
             distmeta.train(stored.replace(**change), resume=run)
     with pytest.raises(InputError, match="seed: got 1, but"):
-        distmeta.train(Job.parse(stored.tree() | {"seed": 1}), resume=run)
+        distmeta.train(Job.parse(stored.to_dict() | {"seed": 1}), resume=run)
 
 
 def test_what_a_resume_may_change(workplace: Path) -> None:
@@ -264,8 +264,7 @@ def test_a_run_folder_has_one_writer(workplace: Path) -> None:
     run = distmeta.train(Job.parse(tree("maml", run={"name": "mine"}, tracking={"type": "mlflow"}))).run
     job = Job.load(run / "job.yaml", ["run.steps=9"])
     client = MlflowClient("sqlite:///mlflow.db")
-    tracked = checkpoints.load(run).progress.tracking_id
-    assert tracked is not None
+    tracked = checkpoints.load(run).progress.tracking_ids["mlflow"]
 
     class Second:
         def begin(self, folder: Path, job: Job, step: int) -> None:
@@ -274,7 +273,7 @@ def test_a_run_folder_has_one_writer(workplace: Path) -> None:
             assert client.get_run(tracked).info.status == "RUNNING"
 
         def step(self, record: object) -> None: ...
-        def say(self, text: str) -> None: ...
+        def report(self, text: str) -> None: ...
         def end(self) -> None: ...
 
     assert distmeta.train(job, resume=run, reporter=Second()).step == 9
