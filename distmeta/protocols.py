@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 Theta = dict[str, Tensor]
 """Everything that the outer optimizer updates, by dotted name: `model.<parameter>`, `inner_lr.<parameter>`, …"""
@@ -67,13 +66,6 @@ class PerStep(NamedTuple):
     batches: tuple[Any, ...]
 
 
-def support_at(support: Any, k: int) -> Any:
-    """Return the support data that inner step `k` sees. Steps after the last collected one see the last batch."""
-    if isinstance(support, PerStep):
-        return support.batches[min(k, len(support.batches) - 1)]
-    return support
-
-
 Score = Callable[[Any, Any], tuple[Tensor, Metrics]]
 """(outputs, batch) -> (loss, metrics) of one task. The score of a classification also provides `HasWays`."""
 
@@ -110,7 +102,7 @@ def ways_of(score: Score) -> int | None:
 
 
 class Model(Protocol):
-    """A network as a pure function of its parameters (`models.functional.Functional` wraps a `torch.nn.Module`)."""
+    """A network as a pure function of its parameters (`models.functional.FunctionalModel` wraps a `torch.nn.Module`)."""
 
     head: tuple[str, ...]
     """Keys of the last linear layer in theta; empty if there is none."""
@@ -388,23 +380,6 @@ def provided_capabilities(section: str, part: Any) -> list[str]:
 
 
 # --- Small helpers on these types ---------------------------------------------------------------------------------
-
-
-def query_loss(
-    algorithm: Algorithm, theta: Theta, episode: Episode, unroll: Unroll, score: Score
-) -> tuple[Tensor, Metrics]:
-    """Return the default meta-loss, L_query(φ_K), where φ_K is the state after the inner loop on the support set."""
-    state = unroll(algorithm, theta, episode.support)
-    outputs = to_float32(algorithm.predict(theta, state, episode.query.x))
-    loss, metrics = score(outputs, episode.query)
-    return loss, {"loss": loss, **metrics}
-
-
-def to_float32(outputs: Any) -> Any:
-    """Return the outputs with bfloat16 tensors as float32. Losses and distances need more than eight bits."""
-    if not isinstance(outputs, Tensor):
-        return tree_map(lambda leaf: to_float32(leaf) if isinstance(leaf, Tensor) else leaf, outputs)
-    return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
 
 
 def one_hot(y: Tensor, ways: int, dtype: torch.dtype | None = None) -> Tensor:

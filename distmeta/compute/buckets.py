@@ -5,74 +5,62 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils._pytree import tree_flatten, tree_map
 
 from distmeta.errors import InputError
-from distmeta.protocols import Episode, Episodes, TaskFamily
+from distmeta.protocols import Episode, Episodes
 
 
 class Bucket(NamedTuple):
     """Tasks whose episodes have the same shapes and dtypes."""
 
     episodes: Episode
-    """Stacked, [T, ...]."""
+    """Stacked, leaves [T, ...]."""
     positions: Sequence[int]
-    """Where they are among all tasks, [T]."""
+    """Their positions among all tasks, [T]."""
 
 
-def drawn(family: TaskFamily, split: str, ids: np.ndarray) -> Episodes:
-    """What the family draws; stacked over tasks where all are alike.
+def stack_if_equal(episodes: list[Episode], tasks: int) -> Episodes:
+    """Return the episodes that `draw` returned as a list: stacked if they all have the same shapes.
 
     Raises:
-        InputError: it drew a list of another length.
+        InputError: the list does not have one episode per task.
     """
-    episodes = family.draw(split, ids)
-    if not isinstance(episodes, list):
-        return episodes
-    if len(episodes) != len(ids):
+    if len(episodes) != tasks:
         raise InputError(
-            f"tasks.type: draw gave {len(episodes)} episodes, expected one for each of {len(ids)} tasks"
+            f"tasks.type: draw returned {len(episodes)} episodes, expected one for each of {tasks} tasks"
         )
-    alike = len({_shape(episode) for episode in episodes}) == 1
-    return _stacked(episodes) if alike else episodes
+    shapes = {_describe_shape(episode) for episode in episodes}
+    return _stack(episodes) if len(shapes) == 1 else episodes
 
 
-def buckets(episodes: Episodes, size: int = 1) -> list[Bucket]:
-    """The tasks, whole groups of `size`, by their shapes: in the order in which a shape is first met.
+def group_by_shape(episodes: list[Episode], group_size: int) -> list[Bucket]:
+    """Sort whole groups of tasks by their shapes, in the order in which the shapes first occur.
 
     Raises:
         InputError: the tasks of a group differ in shape.
     """
-    if not isinstance(episodes, list):
-        count = len(tree_flatten(episodes)[0][0])
-        return [Bucket(episodes, range(count))]
-    found: dict[Any, list[int]] = {}
-    for start in range(0, len(episodes), size):
-        group = range(start, start + size)
-        shapes = {_shape(episodes[i]) for i in group}
+    positions_by_shape: dict[Any, list[int]] = {}
+    for start in range(0, len(episodes), group_size):
+        group = range(start, start + group_size)
+        shapes = {_describe_shape(episodes[i]) for i in group}
         if len(shapes) > 1:
             raise InputError(
-                f"tasks.type: got unequal shapes for tasks {start} and {start + size - 1} of a shard, expected equal "
-                f"ones: the algorithm compares {size} tasks at a time; pad them, or use another algorithm"
+                f"tasks.type: got unequal shapes for tasks {start} and {start + group_size - 1} of a shard, expected "
+                f"equal ones: the algorithm compares {group_size} tasks at a time; pad them, or use another algorithm"
             )
-        found.setdefault(shapes.pop(), []).extend(group)
-    return [Bucket(_stacked(episodes[i] for i in positions), positions) for positions in found.values()]
+        positions_by_shape.setdefault(shapes.pop(), []).extend(group)
+    return [
+        Bucket(_stack(episodes[i] for i in positions), positions) for positions in positions_by_shape.values()
+    ]
 
 
-def in_order(rows: np.ndarray, positions: Sequence[int]) -> np.ndarray:
-    """Rows that stand bucket by bucket, in the order of the tasks."""
-    ordered = np.empty_like(rows)
-    ordered[np.asarray(positions)] = rows
-    return ordered
-
-
-def _stacked(episodes: Iterable[Episode]) -> Episode:
+def _stack(episodes: Iterable[Episode]) -> Episode:
     return tree_map(lambda *leaves: torch.stack(leaves), *episodes)
 
 
-def _shape(episode: Episode) -> Any:
-    """What must be equal for episodes to be stacked."""
-    leaves, spec = tree_flatten(episode)
-    return str(spec), *((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
+def _describe_shape(episode: Episode) -> Any:
+    """Return what must be equal for episodes to be stacked: structure, shapes and dtypes."""
+    leaves, structure = tree_flatten(episode)
+    return str(structure), *((tuple(leaf.shape), leaf.dtype) for leaf in leaves)

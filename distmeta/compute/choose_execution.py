@@ -1,174 +1,239 @@
-"""What the user's model can do, found out by running it once; and how tasks are run because of it."""
+"""Choose how a shard's tasks are computed, from what one forward pass reveals about the user's model."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distmeta.compute.gradient import WHOLE_SHARD, Execution
-from distmeta.errors import InputError
+from distmeta.compute.execution import WHOLE_SHARD, Execution
+from distmeta.compute.gradient import build_objective, group_loss, unroll
+from distmeta.errors import InputError, first_line
+from distmeta.protocols import Algorithm, Episode, FirstOrder, Score, Theta
 
 CHUNKS = (8, 32)
 """Chunks that `measure` tries besides whole shards."""
-LARGE = 1_200_000
-"""Numbers of a map, for one task's query set, past which a CPU computes convolutions task by task: the maps of several
-tasks at once no longer fit its cache (benchmarks/execution.py)."""
-LONG = 16
-"""Inner steps of a network of convolutions from which on one step's graph is held, not all of them."""
+LARGE_FEATURE_MAP = 1_200_000
+"""Elements of one task's query feature map above which a CPU computes convolutions task by task: the feature maps of
+several tasks at once no longer fit its cache (benchmarks/execution.py)."""
+MANY_STEPS = 16
+"""From this many inner steps on, a convolutional network holds one step's graph, not all of them."""
+CONVOLUTIONS = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-class Traits(NamedTuple):
-    draws: bool
-    """It draws from torch's global generator (dropout)."""
-    convolves: bool
-    """It has convolutions."""
-    largest_map: int = 0
-    """Numbers that its largest convolution makes of x; 0 where they were not seen."""
+# --- The model ----------------------------------------------------------------------------------------------------
 
 
-def traits(module: nn.Module, x: Any) -> Traits:
-    """Runs the module once on inputs x [N, ...], as the task family gives them.
+@dataclass(frozen=True)
+class ModelTraits:
+    """What one forward pass reveals about a user's model."""
 
-    An algorithm may call its model on something else; one that x does not fit is judged by its layers.
+    uses_random_numbers: bool
+    """It draws from torch's global generator, for example in dropout."""
+    has_convolutions: bool
+    largest_feature_map: int = 0
+    """Elements of the largest output of a convolution; 0 if the pass failed."""
+
+
+def inspect_model(module: nn.Module, inputs: Tensor) -> ModelTraits:
+    """Run the model once on inputs [N, ...] and report what matters for choosing how to compute it.
+
+    If the model does not accept `inputs` (an algorithm may call it differently), the answer is based on its layers.
 
     Raises:
-        InputError: it changes its buffers, so that one task would leak into the next.
+        InputError: the forward pass changes a buffer. Tasks would then influence each other.
     """
-    convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules())
-    before = {name: value.clone() for name, value in module.named_buffers()}
-    maps: list[int] = []
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
-        state = _generators(x)
-        hooks = [
-            m.register_forward_hook(lambda _, inputs, output: maps.append(output.numel()))
-            for m in module.modules()
-            if isinstance(m, nn.modules.conv._ConvNd)
-        ]
+    has_convolutions = any(isinstance(layer, CONVOLUTIONS) for layer in module.modules())
+    buffers_before = {name: value.clone() for name, value in module.named_buffers()}
+    gpus = [inputs.device] if inputs.is_cuda else []
+    with torch.random.fork_rng(devices=gpus), torch.no_grad():
+        random_state_before = _random_state(inputs)
         try:
-            module(x)
+            feature_maps = _run_and_record_feature_maps(module, inputs)
         except Exception:  # whatever a user's model raises on inputs that are not its own
-            return Traits(has_dropout(module), convolves)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        draws = any(not torch.equal(a, b) for a, b in zip(state, _generators(x), strict=True))
-        changed = [name for name, value in module.named_buffers() if not _same(value, before.get(name))]
-        for name, value in module.named_buffers():
-            if name in before:
-                value.copy_(before[name])
+            return ModelTraits(has_dropout(module), has_convolutions)
+        states = zip(random_state_before, _random_state(inputs), strict=True)
+        uses_random_numbers = any(not torch.equal(before, after) for before, after in states)
+        changed = _restore_buffers(module, buffers_before)
     if changed:
         raise InputError(
-            f"model.type: {type(module).__name__} changes its buffer {changed[0]!r} when it is called, so that tasks "
-            "would leak into each other: build its norms with track_running_stats=False (statistics of the batch at "
-            "hand), use group norm, or call .eval() on them in the model's __init__ (fixed statistics)"
+            f"model.type={type(module).__name__}: the forward pass changes the buffer {changed[0]!r}, so tasks would "
+            "influence each other. Use track_running_stats=False (statistics of the batch at hand), use GroupNorm, or "
+            "call .eval() on the norm layers in __init__ (fixed statistics)"
         )
-    return Traits(draws, convolves, max(maps, default=0))
+    return ModelTraits(uses_random_numbers, has_convolutions, max(feature_maps, default=0))
 
 
 def has_dropout(module: nn.Module) -> bool:
-    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
+    return any(isinstance(layer, DROPOUTS) and layer.p > 0 for layer in module.modules())
 
 
-def _generators(x: Tensor) -> list[Tensor]:
-    """The states of the global generators that a model on x's device may draw from."""
+def _run_and_record_feature_maps(module: nn.Module, inputs: Tensor) -> list[int]:
+    """Run the model; return the number of elements of every convolution's output."""
+    sizes: list[int] = []
+    hooks = [
+        layer.register_forward_hook(lambda _, inputs, output: sizes.append(output.numel()))
+        for layer in module.modules()
+        if isinstance(layer, CONVOLUTIONS)
+    ]
+    try:
+        module(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sizes
+
+
+def _random_state(inputs: Tensor) -> list[Tensor]:
+    """Return the states of the global generators that a model on the inputs' device may draw from."""
     states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(x.device)] if x.is_cuda else states
+    if inputs.is_cuda:
+        states.append(torch.cuda.get_rng_state(inputs.device))
+    return states
 
 
-def _same(a: Tensor, b: Tensor | None) -> bool:
-    return b is not None and a.shape == b.shape and torch.equal(a, b)
+def _restore_buffers(module: nn.Module, before: dict[str, Tensor]) -> list[str]:
+    """Put the buffers back; return the names of those that had changed."""
+    changed = []
+    for name, value in module.named_buffers():
+        old = before.get(name)
+        if old is None or old.shape != value.shape or not torch.equal(old, value):
+            changed.append(name)
+        if old is not None:
+            value.copy_(old)
+    return changed
 
+
+# --- Execution ----------------------------------------------------------------------------------------------------
 
 Trial = Callable[[Execution], object]
 """Computes the gradient of the job's own first tasks in this way."""
 
 
 def choose_execution(
-    asked: Execution, found: Traits, on_gpu: bool, precision: str, few: Trial, shard: Trial, largest: int
+    asked: Execution,
+    inspect_model: ModelTraits,
+    on_gpu: bool,
+    precision: str,
+    try_two_groups: Trial,
+    try_shard: Trial,
+    largest_shard: int,
 ) -> Execution:
-    """Settles `compute.execution` (`asked.mode`) and, where it is measured, `compute.chunk`.
+    """Decide `compute.execution` (`asked.mode`) and, if it is measured, `compute.chunk`.
 
-    auto is `loop` for a model that draws random numbers or that torch.func.vmap cannot run, and on a CPU for
-    convolutions with `LARGE` maps or in bfloat16 (on processors that have it they were measured so alone); else `vmap`.
-    measure takes what is fastest on a whole shard: the loop, vmap over all of it, vmap over chunks of it.
+    - auto: `loop` for a model that draws random numbers or that `torch.func.vmap` cannot run; on a CPU also for
+      convolutions with large feature maps or in bfloat16 (measured only on processors with bfloat16 instructions).
+      Otherwise `vmap`.
+    - measure: the fastest on a whole shard of the loop, vmap over all of it, and vmap over chunks of it.
 
     Args:
-        few: two groups of tasks, to see whether vmap works at all.
-        shard: the largest shard.
-        largest: its groups of tasks.
+        try_two_groups: shows whether vmap works at all.
+        largest_shard: groups of tasks in the largest shard, which `try_shard` computes.
 
     Raises:
-        InputError: vmap was asked for and cannot be.
+        InputError: vmap was asked for and is impossible.
     """
-    loop, vmapped = asked._replace(mode="loop", chunk=1), asked._replace(mode="vmap")
+    loop = asked._replace(mode="loop", chunk=1)
+    vmap = asked._replace(mode="vmap")
     if asked.mode == "loop":
         return loop
-    if found.draws:
+    if inspect_model.uses_random_numbers:
         if asked.mode == "vmap":
             raise InputError(
                 "compute.execution: got vmap for a model that draws random numbers (dropout), which are seeded per "
                 "task: use compute.execution=loop"
             )
         return loop
-    gains = precision == "float32" and 0 < found.largest_map <= LARGE
-    if asked.mode == "auto" and found.convolves and not gains and not on_gpu:
+    fits_cache = precision == "float32" and 0 < inspect_model.largest_feature_map <= LARGE_FEATURE_MAP
+    if asked.mode == "auto" and inspect_model.has_convolutions and not fits_cache and not on_gpu:
         return loop
     try:
-        few(vmapped)
+        try_two_groups(vmap)
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError) as error:
         if asked.mode == "vmap":
-            reason = str(error).splitlines()[0]
             raise InputError(
-                f"compute.execution: got vmap, which this model or algorithm cannot run under ({reason}): "
-                "use compute.execution=loop"
+                f"compute.execution: got vmap, which this model or algorithm cannot run under "
+                f"({first_line(error)}): use compute.execution=loop"
             ) from error
         return loop
     if asked.mode == "measure":
-        smaller = [chunk for chunk in CHUNKS if chunk < largest]
+        smaller = [chunk for chunk in CHUNKS if chunk < largest_shard]
         chunks = [WHOLE_SHARD, *smaller] if asked.chunk == WHOLE_SHARD else [asked.chunk]
-        return fastest([loop, *(vmapped._replace(chunk=chunk) for chunk in chunks)], shard)
-    return vmapped
+        return find_fastest([loop, *(vmap._replace(chunk=chunk) for chunk in chunks)], try_shard)
+    return vmap
 
 
-def fastest(ways: Sequence[Execution], trial: Trial) -> Execution:
-    """The way of the shortest trial of three, each tried once before (a compiler works in the first).
+def find_fastest(executions: Sequence[Execution], trial: Trial) -> Execution:
+    """Return the execution with the shortest of three trials, after one trial that does not count (compilation).
 
-    What a GPU has no memory for is left out; the first way is the one that needs least.
+    Those for which a GPU lacks memory are left out. The first one needs least.
     """
     seconds: dict[Execution, float] = {}
-    for way in ways:
+    for execution in executions:
         with contextlib.suppress(torch.OutOfMemoryError):
-            trial(way)
-            seconds[way] = float("inf")
+            trial(execution)
+            seconds[execution] = float("inf")
     for _ in range(3):
-        for way in seconds:
+        for execution in seconds:
             started = time.perf_counter()
-            trial(way)
-            seconds[way] = min(seconds[way], time.perf_counter() - started)
-    return min(seconds, key=lambda way: seconds[way])
+            trial(execution)
+            seconds[execution] = min(seconds[execution], time.perf_counter() - started)
+    return min(seconds, key=lambda execution: seconds[execution])
 
 
-def choose_differentiation(asked: str, found: Traits, long: bool) -> str:
-    """Settles `compute.differentiation`.
+# --- Differentiation ----------------------------------------------------------------------------------------------
 
-    auto is `constant-memory` for a network of convolutions, `LONG` inner steps or more, and a meta-loss that goes back
-    through them (`long`). Elsewhere holding all graphs takes little memory and is faster (benchmarks/memory.py).
+
+def choose_differentiation(asked: str, inspect_model: ModelTraits, has_long_graphs: bool) -> str:
+    """Decide `compute.differentiation`.
+
+    auto is `constant-memory` if the meta-gradient goes back through many inner steps of a convolutional network
+    (`has_long_graphs`). In other cases holding all graphs takes little memory and is faster (benchmarks/memory.py).
 
     Raises:
         InputError: constant-memory, which computes a step twice, for a model that draws random numbers in it.
     """
-    if asked == "constant-memory" and found.draws:
+    if asked == "constant-memory" and inspect_model.uses_random_numbers:
         raise InputError(
             "compute.differentiation: got constant-memory, which computes every step twice, for a model that draws "
             "random numbers (dropout): use compute.differentiation=reverse"
         )
-    if asked == "auto":
-        return "constant-memory" if long and not found.draws else "reverse"
-    return asked
+    if asked != "auto":
+        return asked
+    return "constant-memory" if has_long_graphs and not inspect_model.uses_random_numbers else "reverse"
+
+
+def holds_graphs(algorithm: Algorithm, score: Score, theta: Theta, group: Episode) -> bool:
+    """Return whether the meta-gradient of a group, leaves [G, ...], goes back through its inner loops."""
+    are_detached: list[bool] = []
+
+    def watch(
+        algorithm: Algorithm,
+        theta: Theta,
+        support: Any,
+        steps: int | None = None,
+        detach: bool = False,
+        every: bool = False,
+    ) -> Any:
+        are_detached.append(detach)
+        return unroll(algorithm, theta, support, steps, detach, every)
+
+    with torch.no_grad():
+        group_loss(build_objective(algorithm, score), theta, group, watch)
+    is_first_order = isinstance(algorithm, FirstOrder) and algorithm.first_order
+    return not all(are_detached) and not is_first_order

@@ -148,7 +148,7 @@ class MissingCompilerError(InputError):
         return f"compute.compile: got true, but there is {self.args[0]}: use compute.compile=false"
 
 
-def missing(device: str) -> str | None:
+def find_missing_tool(device: str) -> str | None:
     """What torch.compile lacks on this machine for a type of device; None: nothing.
 
     On a CPU it needs a C++ compiler, on a GPU Triton, which needs one of C.

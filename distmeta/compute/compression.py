@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from distmeta.compute.vectors import BLOCK
 
+Compression = Literal["none", "bf16", "int8"]
+"""How a vector travels: as it is, as bfloat16, or as 8-bit integers with scales."""
 GROUP = 1_024
 """Numbers that share a scale: a vector cut at blocks is cut between groups."""
 LEVELS = 127

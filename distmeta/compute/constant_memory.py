@@ -1,13 +1,16 @@
-"""The meta-gradient with the graph of one inner step at a time.
+"""The meta-gradient with the graph of only one inner step in memory.
 
-    there, without a graph:      φ_0 = begin(θ),   φ_{k+1} = step_k(θ, φ_k),   every φ_k kept
-    back, last step to first:    a_K = ∂L/∂φ_K,    (δ_k, a_k) = a_{k+1} · ∂step_k/∂(θ, φ_k)
+    forward, without a graph:    φ_0 = begin(θ),   φ_{k+1} = step_k(θ, φ_k),   every φ_k is kept
+    backward, last step first:   a_K = ∂L/∂φ_K,    (δ_k, a_k) = a_{k+1} · ∂step_k/∂(θ, φ_k)
     meta-gradient                = ∂L/∂θ + Σ_k δ_k + a_0 · ∂begin/∂θ
 
-The derivative is that of the whole graph, to rounding; memory holds K+1 states and one step's graph, not K graphs,
-and every step is computed twice. With gradient descent inside, a_{k+1} · ∂step_k/∂φ_k = a_{k+1} − α H(φ_k) a_{k+1}:
-a Hessian-vector product, taken reverse over reverse. (MixFlow-MG, Kemaev et al. 2025, arXiv 2505.00793, takes it
-forward over reverse, which on a CPU is slower and needs as much memory: benchmarks/README.md.)
+The result is the derivative of the whole graph, to rounding. Memory holds K+1 states and the graph of one step, not K
+graphs, and every step is computed twice. For inner gradient descent,
+
+    a_{k+1} · ∂step_k/∂φ_k = a_{k+1} − α H(φ_k) a_{k+1}
+
+is a Hessian-vector product, taken reverse over reverse. (MixFlow-MG, Kemaev et al. 2025, arXiv 2505.00793, takes it
+forward over reverse. On a CPU that is slower and needs as much memory; the benchmark report has the numbers.)
 """
 
 from __future__ import annotations
@@ -19,158 +22,173 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from distmeta.compute.unroll import detached
+from distmeta.compute.gradient import detach_tree, support_at
 from distmeta.errors import InputError
-from distmeta.protocols import Algorithm, State, Theta, Unroll, support_at
+from distmeta.protocols import Algorithm, State, Theta, Unroll
 
 Loss = Callable[[Theta, Unroll], tuple[Tensor, Any]]
-"""(theta, unroll) -> (a group's meta-loss, its metrics)."""
+"""(theta, unroll) -> (meta-loss of a group, its metrics)."""
 
 Vjp = Callable[..., tuple[Any, ...]]
-"""vjp(function, *primals, has_aux) -> (outputs, pull[, aux]), pull(cotangents) -> those of the primals; lists and dicts
-of float tensors: `torch.func.vjp`, or `reverse_vjp`."""
+"""vjp(function, *primals, has_aux) -> (outputs, pull_back[, aux]), where pull_back(cotangents of the outputs) returns
+those of the primals. `torch.func.vjp`, or `reverse_vjp`. Inputs and outputs are lists and dicts of float tensors."""
 
 
-class _Passage(NamedTuple):
-    """An inner loop as it was run."""
+class _InnerLoop(NamedTuple):
+    """An inner loop that the loss ran."""
 
     algorithm: Algorithm
     support: Any
     states: list[State]
     """φ_0 … φ_K, constants."""
-    shown: list[int]
-    """Which of them the loss saw."""
-    constant: bool
-    """It was asked for with `detach`."""
+    returned: list[int]
+    """Indices of the states that the loss received."""
+    is_constant: bool
+    """The loss asked for it with `detach`."""
     every: bool
 
-    def given(self, states: list[State]) -> Any:
-        """What the loss asked for."""
+    def select_result(self, states: list[State]) -> Any:
+        """Return from the received states what `unroll` returns."""
         return states if self.every else states[-1]
 
 
 def constant_memory(loss: Loss, theta: Theta, vjp: Vjp) -> tuple[Theta, Any]:
-    """∇_θ of a loss that unrolls inner loops from theta, and its metrics.
+    """Return ∇_θ of a loss that unrolls inner loops from theta, and its metrics.
 
-    The loss is computed twice, first without a graph: to run its inner loops.
+    The loss is computed twice. The first time is without a graph, to run its inner loops.
 
     Raises:
-        InputError: it unrolls from something else than its theta, whose gradient would be lost.
+        InputError: the loss unrolls from something else than its theta, whose gradient would be lost.
     """
-    passages: list[_Passage] = []
-    fixed = detached(theta)
+    loops: list[_InnerLoop] = []
+    constants = detach_tree(theta)
 
     def record(
         algorithm: Algorithm,
-        given: Theta,
+        theta: Theta,
         support: Any,
         steps: int | None = None,
         detach: bool = False,
         every: bool = False,
     ) -> Any:
+        """Run an inner loop and remember its states."""
         count = algorithm.inner_steps if steps is None else steps
-        states = list(_trajectory(algorithm, detached(given), support, count))
-        shown = list(range(1, count + 1)) if every else [count]
-        if not detach and not (given.keys() == fixed.keys() and all(given[n] is fixed[n] for n in fixed)):
+        states = list(_run_inner_loop(algorithm, detach_tree(theta), support, count))
+        is_own_theta = theta.keys() == constants.keys() and all(theta[n] is constants[n] for n in constants)
+        if not detach and not is_own_theta:
             raise InputError(
                 "compute.differentiation: got constant-memory, but meta_loss unrolls from other than its own theta: "
                 "use reverse, or unroll from theta itself or with detach=True"
             )
-        passages.append(_Passage(algorithm, support, states, shown, detach, every))
-        return passages[-1].given([states[k] for k in shown])
+        returned = list(range(1, count + 1)) if every else [count]
+        loop = _InnerLoop(algorithm, support, states, returned, detach, every)
+        loops.append(loop)
+        return loop.select_result([states[k] for k in returned])
 
     with torch.no_grad():
-        loss(fixed, record)
+        loss(constants, record)
 
-    def replayed(theta: Theta, moved: list[list[list[Tensor]]]) -> tuple[Tensor, Any]:
-        """The loss as a function of theta and of the states that it sees."""
-        found = iter(zip(passages, moved, strict=True))
+    def loss_of_states(theta: Theta, leaves: list[list[list[Tensor]]]) -> tuple[Tensor, Any]:
+        """The loss as a function of theta and of the states that it receives from its inner loops."""
+        remaining = iter(zip(loops, leaves, strict=True))
 
         def replay(*_: Any, **__: Any) -> Any:
-            """The same inner loops in the same order as `record` met them."""
-            passage, own = next(found)
-            states = [passage.states[k] for k in passage.shown]
-            if not passage.constant:
-                states = [_with(state, part) for state, part in zip(states, own, strict=True)]
-            return passage.given(states)
+            """Return the states of the same inner loops, in the same order."""
+            loop, own_leaves = next(remaining)
+            states = [loop.states[k] for k in loop.returned]
+            if not loop.is_constant:
+                states = [_replace_leaves(state, new) for state, new in zip(states, own_leaves, strict=True)]
+            return loop.select_result(states)
 
         return loss(theta, replay)
 
-    seen = [[_floats(passage.states[k]) for k in passage.shown] for passage in passages]
-    value, pull, metrics = vjp(replayed, fixed, seen, has_aux=True)
-    gradient, adjoints = pull(torch.ones_like(value))
-    for passage, adjoint in zip(passages, adjoints, strict=True):
-        if not passage.constant and any(adjoint):
-            more = _back(passage, fixed, dict(zip(passage.shown, adjoint, strict=True)), vjp)
-            gradient = {name: gradient[name] + more[name] for name in gradient}
+    leaves = [[_float_leaves(loop.states[k]) for k in loop.returned] for loop in loops]
+    value, pull_back, metrics = vjp(loss_of_states, constants, leaves, has_aux=True)
+    gradient, adjoints = pull_back(torch.ones_like(value))
+    for loop, adjoint in zip(loops, adjoints, strict=True):
+        if not loop.is_constant and any(adjoint):
+            through_loop = _back_through(loop, constants, dict(zip(loop.returned, adjoint, strict=True)), vjp)
+            gradient = _add(gradient, through_loop)
     return gradient, metrics
 
 
-def _back(passage: _Passage, theta: Theta, adjoints: dict[int, list[Tensor]], vjp: Vjp) -> Theta:
-    """What falls on theta from the adjoints of some states, last step to first."""
-    algorithm, support, states = passage.algorithm, passage.support, passage.states
+def _back_through(loop: _InnerLoop, theta: Theta, adjoints: dict[int, list[Tensor]], vjp: Vjp) -> Theta:
+    """Return the part of the gradient in theta that comes from the adjoints of some of the loop's states."""
+    algorithm = loop.algorithm
+    states = loop.states
     last = len(states) - 1
     gradient = {name: torch.zeros_like(value) for name, value in theta.items()}
-    carried = adjoints[last]
+    adjoint = adjoints[last]
     for k in reversed(range(last)):
 
         def step(theta: Theta, leaves: list[Tensor], k: int = k) -> list[Tensor]:
-            return _floats(algorithm.step(theta, _with(states[k], leaves), support_at(support, k), k))
+            state = _replace_leaves(states[k], leaves)
+            return _float_leaves(algorithm.step(theta, state, support_at(loop.support, k), k))
 
-        _, pull = vjp(step, theta, _floats(states[k]))
-        more, carried = pull(carried)
+        _, pull_back = vjp(step, theta, _float_leaves(states[k]))
+        through_step, adjoint = pull_back(adjoint)
         if k in adjoints:
-            carried = [a + b for a, b in zip(carried, adjoints[k], strict=True)]
-        gradient = {name: gradient[name] + more[name] for name in gradient}
-    _, pull = vjp(lambda theta: _floats(algorithm.begin(theta, support_at(support, 0))), theta)
-    (more,) = pull(carried)
-    return {name: gradient[name] + more[name] for name in gradient}
+            adjoint = [a + b for a, b in zip(adjoint, adjoints[k], strict=True)]
+        gradient = _add(gradient, through_step)
+
+    def begin(theta: Theta) -> list[Tensor]:
+        return _float_leaves(algorithm.begin(theta, support_at(loop.support, 0)))
+
+    _, pull_back = vjp(begin, theta)
+    (through_begin,) = pull_back(adjoint)
+    return _add(gradient, through_begin)
 
 
-def _trajectory(algorithm: Algorithm, theta: Theta, support: Any, steps: int) -> Iterator[State]:
-    """φ_0 … φ_K, constants, where no graph is kept."""
+def _run_inner_loop(algorithm: Algorithm, theta: Theta, support: Any, steps: int) -> Iterator[State]:
+    """Yield φ_0 … φ_K as constants."""
     state = algorithm.begin(theta, support_at(support, 0))
-    yield detached(state)
+    yield detach_tree(state)
     for k in range(steps):
-        state = detached(algorithm.step(theta, state, support_at(support, k), k))
+        state = detach_tree(algorithm.step(theta, state, support_at(support, k), k))
         yield state
 
 
-def _floats(state: State) -> list[Tensor]:
-    """The leaves of a state that have a derivative."""
-    return [leaf for leaf in tree_flatten(state)[0] if _moves(leaf)]
+def _add(a: Theta, b: Theta) -> Theta:
+    return {name: a[name] + b[name] for name in a}
 
 
-def _with(state: State, floats: list[Tensor]) -> State:
-    """The state with other values for them."""
-    leaves, spec = tree_flatten(state)
-    given = iter(floats)
-    return tree_unflatten([next(given) if _moves(leaf) else leaf for leaf in leaves], spec)
+def _float_leaves(state: State) -> list[Tensor]:
+    """Return the leaves of a state that have a derivative."""
+    return [leaf for leaf in tree_flatten(state)[0] if _is_float(leaf)]
 
 
-def _moves(leaf: Any) -> bool:
+def _replace_leaves(state: State, float_leaves: list[Tensor]) -> State:
+    """Return the state with other values for its float leaves."""
+    leaves, structure = tree_flatten(state)
+    remaining = iter(float_leaves)
+    return tree_unflatten([next(remaining) if _is_float(leaf) else leaf for leaf in leaves], structure)
+
+
+def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
 def reverse_vjp(function: Callable[..., Any], *primals: Any, has_aux: bool = False) -> tuple[Any, ...]:
-    """`torch.func.vjp` by plain autograd, which costs less on a CPU; not under vmap. `pull` may be called once."""
-    leaves, spec = tree_flatten(primals)
+    """Do what `torch.func.vjp` does by plain autograd, which costs less on a CPU.
+
+    vmap cannot run it, and `pull_back` may be called only once.
+    """
+    leaves, structure = tree_flatten(primals)
     with torch.enable_grad():
-        own = [leaf.detach().requires_grad_() for leaf in leaves]
-        outputs = function(*tree_unflatten(own, spec))
+        inputs = [leaf.detach().requires_grad_() for leaf in leaves]
+        outputs = function(*tree_unflatten(inputs, structure))
     outputs, *aux = outputs if has_aux else (outputs,)
 
-    def pull(cotangents: Any) -> Any:
+    def pull_back(cotangents: Any) -> Any:
         pairs = zip(tree_flatten(outputs)[0], tree_flatten(cotangents)[0], strict=True)
-        moving = [(output, cotangent) for output, cotangent in pairs if output.requires_grad]
-        found: list[Tensor | None] = [None] * len(own)
-        if moving:
-            # a product instead of `grad_outputs`, for which torch 2.13 loads its symbolic shapes, 30 MB of them
-            total = torch.stack([(output * cotangent).sum() for output, cotangent in moving]).sum()
-            found = list(torch.autograd.grad(total, own, allow_unused=True))
+        products = [(output * cotangent).sum() for output, cotangent in pairs if output.requires_grad]
+        if not products:
+            return tree_unflatten([torch.zeros_like(leaf) for leaf in inputs], structure)
+        # a sum of products instead of `grad_outputs`, for which torch 2.13 loads its symbolic shapes (30 MB)
+        found = torch.autograd.grad(torch.stack(products).sum(), inputs, allow_unused=True)
         filled = [
-            torch.zeros_like(leaf) if part is None else part for leaf, part in zip(own, found, strict=True)
+            torch.zeros_like(leaf) if part is None else part for leaf, part in zip(inputs, found, strict=True)
         ]
-        return tree_unflatten(filled, spec)
+        return tree_unflatten(filled, structure)
 
-    return (tree_map(torch.Tensor.detach, outputs), pull, *aux)
+    return (tree_map(torch.Tensor.detach, outputs), pull_back, *aux)

@@ -1,21 +1,34 @@
-"""Episodes of a shard's tasks: drawn, or collected with the policy as it adapts and then replayed as constants."""
+"""The episodes of a shard's tasks. They are complete before any gradient is taken.
+
+Most families draw them from the ids. A family that collects data (`CollectsData`) needs the policies as they adapt.
+What it collects is then replayed as constants.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map
 
-from distmeta.compute.buckets import drawn
-from distmeta.compute.unroll import detached
-from distmeta.protocols import Algorithm, Episode, Episodes, PerStep, TaskFamily, Theta, to_float32
+from distmeta.compute.buckets import stack_if_equal
+from distmeta.compute.gradient import detach_tree, to_float32
+from distmeta.protocols import (
+    ActsWithMemory,
+    Algorithm,
+    CollectsData,
+    Episode,
+    Episodes,
+    PerStep,
+    State,
+    TaskFamily,
+    Theta,
+)
 
 
-def episodes_of(
+def make_episodes(
     family: TaskFamily,
     algorithm: Algorithm,
     theta: Theta,
@@ -24,66 +37,106 @@ def episodes_of(
     steps: int,
     device: torch.device | str = "cpu",
 ) -> Episodes:
-    """Complete data before any gradient: the environment is touched here and nowhere else.
+    """Draw or collect the episodes of the tasks `ids` (uint64 [T]), and move them to a device.
 
-    A family with `collect(split, ids, k, policy)` is asked for the batch of every inner step k = 0 … steps, and for
-    the query set, each collected by the policy after k steps on the batches before; `policy(x)` gives the outputs of
-    all tasks for inputs stacked over tasks. It is called in the order of time: an algorithm with `act` remembers what
-    it was called with in this batch. Families without `collect` are asked for `draw(split, ids)`.
+    Args:
+        theta: only used by families that collect data.
+        steps: inner steps for which data are collected.
     """
-    collect = getattr(family, "collect", None)
-    kind = torch.device(device).type
-    reduced = torch.is_autocast_enabled(kind)
-    exact = torch.autocast(kind, enabled=False) if reduced else nullcontext()
-    if collect is None:
-        with exact:  # data are the same in any precision
-            episodes = drawn(family, split, ids)  # on the CPU
-            return episodes if kind == "cpu" else to_device(episodes, device)
-    theta = detached(theta)
-    over_tasks = torch.func.vmap
-    batches, state = [], None
+    if isinstance(family, CollectsData):
+        return collect_episodes(family, algorithm, theta, split, ids, steps, device)
+    return draw_episodes(family, split, ids, device)
+
+
+def draw_episodes(
+    family: TaskFamily, split: str, ids: np.ndarray, device: torch.device | str = "cpu"
+) -> Episodes:
+    """Draw the episodes of the tasks `ids` (uint64 [T]), and move them to a device.
+
+    Raises:
+        InputError: the family did not return one episode per task.
+    """
+    episodes = family.draw(split, ids)
+    if isinstance(episodes, list):
+        episodes = stack_if_equal(episodes, len(ids))
+    return episodes if torch.device(device).type == "cpu" else to_device(episodes, device)
+
+
+def collect_episodes(
+    family: CollectsData,
+    algorithm: Algorithm,
+    theta: Theta,
+    split: str,
+    ids: np.ndarray,
+    steps: int,
+    device: torch.device | str = "cpu",
+) -> Episode:
+    """Collect the data of every inner step k = 0 … steps - 1, and of the query set.
+
+    Each batch is collected with the policies after k steps on the batches before. `policy(x)` returns the outputs of
+    all tasks for inputs that are stacked over tasks. The family calls it in the order of time.
+    """
+    theta = detach_tree(theta)
+    vmap = torch.func.vmap
+    batches = []
+    state = None
     for k in range(steps + 1):
-        acting = _acting(algorithm, theta, state)
+        act = _build_policy(algorithm, theta, state)
 
-        def policy(x: Any, acting: Callable[[Any], Any] = acting) -> Any:
-            with torch.no_grad(), torch.autocast(kind, torch.bfloat16, enabled=reduced, cache_enabled=False):
-                return to_device(to_float32(acting(to_device(x, device))), "cpu")  # environments are there
+        def policy(x: Any, act: Callable[[Any], Any] = act) -> Any:
+            with torch.no_grad():
+                outputs = to_float32(act(to_device(x, device)))
+            return to_device(outputs, "cpu")  # the environments are on the CPU
 
-        with exact:
-            batch = to_device(collect(split, ids, k, policy), device)
+        batch = to_device(family.collect(split, ids, k, policy), device)
         batches.append(batch)
         if k == steps:
             break
         if state is None:
-            state = detached(over_tasks(lambda b: algorithm.begin(theta, b))(batch))
-        state = detached(over_tasks(lambda s, b, k=k: algorithm.step(theta, s, b, k))(state, batch))
-    return Episode(PerStep(tuple(batches[:-1])) if steps else batches[-1], batches[-1])
+            state = detach_tree(vmap(lambda batch: algorithm.begin(theta, batch))(batch))
+
+        def step(state: State, batch: Any, k: int = k) -> State:
+            return algorithm.step(theta, state, batch, k)
+
+        state = detach_tree(vmap(step)(state, batch))
+    support = PerStep(tuple(batches[:-1])) if steps else batches[-1]
+    return Episode(support, batches[-1])
 
 
-def _acting(algorithm: Algorithm, theta: Theta, state: Any) -> Callable[[Any], Any]:
-    """x [T, ...] -> outputs of the policies that stand at `state`, stacked over tasks; None: before any data, what the
-    algorithm predicts from theta alone. With `act` each call goes on from the memory of the one before.
+def _build_policy(algorithm: Algorithm, theta: Theta, state: State | None) -> Callable[[Any], Any]:
+    """Return a function from inputs x [T, ...] to the outputs of the tasks' policies.
+
+    Args:
+        state: the policies' states, stacked over tasks; None: before any data, the policy that theta predicts.
     """
-    over_tasks = torch.func.vmap
-    act = getattr(algorithm, "act", None)
-    if act is None and state is None:
-        return over_tasks(lambda x: algorithm.predict(theta, algorithm.begin(theta, None), x))
-    if act is None:
-        return lambda x: over_tasks(lambda s, x: algorithm.predict(theta, s, x))(state, x)
-    memory = [state]
+    vmap = torch.func.vmap
+    if isinstance(algorithm, ActsWithMemory):
+        return _build_policy_with_memory(algorithm, theta, state)
+    if state is None:
+        return vmap(lambda x: algorithm.predict(theta, algorithm.begin(theta, None), x))
+    return lambda x: vmap(lambda state, x: algorithm.predict(theta, state, x))(state, x)
 
-    def remembering(x: Any) -> Any:
-        if memory[0] is None:
-            outputs, memory[0] = over_tasks(lambda x: act(theta, algorithm.begin(theta, None), x))(x)
+
+def _build_policy_with_memory(algorithm: Any, theta: Theta, state: State | None) -> Callable[[Any], Any]:
+    """Return a policy whose every call continues from the memory of the call before."""
+    vmap = torch.func.vmap
+    memory = state
+
+    def act(x: Any) -> Any:
+        nonlocal memory
+        if memory is None:
+            outputs, memory = vmap(lambda x: algorithm.act(theta, algorithm.begin(theta, None), x))(x)
         else:
-            outputs, memory[0] = over_tasks(lambda s, x: act(theta, s, x))(memory[0], x)
+            outputs, memory = vmap(lambda memory, x: algorithm.act(theta, memory, x))(memory, x)
         return outputs
 
-    return remembering
+    return act
 
 
 def to_device(tree: Any, device: torch.device | str) -> Any:
-    # one tensor is what a policy sends, once a time step: walking a tree takes as long as a layer
-    if isinstance(tree, torch.Tensor):
+    """Move the tensors of a pytree to a device."""
+    if isinstance(
+        tree, torch.Tensor
+    ):  # walking a tree takes as long as a layer, once per time step of a policy
         return tree.to(device)
     return tree_map(lambda leaf: leaf.to(device), tree)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from distmeta.compute.precision import set_model_precision
+
 # deterministic products on CUDA ask for it, and read it once: at the first product of a process
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -25,17 +27,20 @@ def numerics(
 
     - `threads` for operations: the split of a sum over threads changes its bits.
     - `precision`: `float32` means float32: no TF32 in matrix products or convolutions. `tf32`: TF32 there, on
-      GPUs that have it. `bf16`: torch.autocast on `device`, so that products and convolutions compute in bfloat16,
-      inner and outer losses alike; theta, its gradient, the optimizer and all sums over tasks stay float32.
+      GPUs that have it. `bf16`: convolutions and products inside the model compute in bfloat16, in inner and outer
+      losses alike (`compute.precision`). Everything else stays float32.
     - attention by the backend that has second derivatives (the fused ones have none).
     - `deterministic`: deterministic kernels; torch names an operation that has none.
     """
     before = _settings()
     _apply((threads, deterministic or before[1], False))
-    # cached casts would be those of another transform's theta
-    autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False)
+    bfloat16_device = device if precision == "bf16" else None
     try:
-        with sdpa_kernel(SDPBackend.MATH), _tf32(precision == "tf32", device), autocast:
+        with (
+            sdpa_kernel(SDPBackend.MATH),
+            _tf32(precision == "tf32", device),
+            set_model_precision(bfloat16_device),
+        ):
             yield
     finally:
         _apply(before)
@@ -44,7 +49,7 @@ def numerics(
 @contextmanager
 def full_precision(device: str) -> Iterator[None]:
     """Float32 for a block within `numerics`."""
-    with _tf32(False, device), torch.autocast(device, enabled=False):
+    with _tf32(False, device), set_model_precision(None):
         yield
 
 

@@ -1,51 +1,50 @@
-"""Ctrl-C and SIGTERM: the step in flight is abandoned, the last completed state saved. A second one exits at once."""
+"""Ctrl-C and SIGTERM: the run abandons the step in progress and saves the last completed state.
+
+A second signal exits at once.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
 class InterruptedRun(KeyboardInterrupt):
-    """The run was stopped from outside, and saved."""
+    """The run was stopped by a signal, and saved."""
 
     def __init__(self, folder: str, step: int):
         super().__init__(folder, step)
-        self.folder, self.step = folder, step
+        self.folder = folder
+        self.step = step
 
 
-class StopRequested(Exception):  # noqa: N818 - control flow inside the driver
-    """Raised by `check` between shards once a signal came."""
+class StopRequested(Exception):  # noqa: N818 - control flow within the driver
+    """Raised between shards after a signal, to abandon the step."""
 
 
 @contextmanager
-def interruptions() -> Iterator[Callable[[], None]]:
-    """Catches SIGINT and SIGTERM within the block; yields `check`, which raises `StopRequested` after one.
+def catch_signals() -> Iterator[threading.Event]:
+    """Catch SIGINT and SIGTERM in the block; yield the event that the first one sets.
 
-    Outside the main thread, where Python allows no handlers, `check` does nothing.
+    Outside the main thread, where Python allows no handlers, nothing sets it.
     """
-    asked = False
+    stop = threading.Event()
 
     def handle(signum: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
+        if stop.is_set():
             os._exit(130)
-        asked = True
-
-    def check() -> None:
-        if asked:
-            raise StopRequested
+        stop.set()
 
     if threading.current_thread() is not threading.main_thread():
-        yield check
+        yield stop
         return
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield check
+        yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

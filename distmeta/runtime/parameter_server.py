@@ -1,247 +1,222 @@
-"""The parameter server: owns theta and the outer optimizer."""
+"""The parameter server: averages what the shards return, and owns theta and the outer optimizer.
+
+    theta ← theta − optimizer(g · min(1, clip_norm / ‖g‖)),   g the mean meta-gradient over the step's finite tasks
+
+Sums do not depend on the order of arrival, so the bits of theta do not depend on the cluster.
+"""
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
-from itertools import groupby
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
-from distmeta.compute.memory import keep_freed
-from distmeta.compute.vectors import Layout, norm
+from distmeta.compute.memory import keep_freed_memory
+from distmeta.compute.vectors import BLOCK, Layout
 from distmeta.config.sections import OuterSection, ScheduleSection
-from distmeta.errors import InputError
 from distmeta.protocols import Theta
+from distmeta.runtime.outer_optimizer import (
+    STEP_COUNT,
+    build_segments,
+    check_state,
+    check_theta,
+    join_quantity,
+    read_clock,
+)
+from distmeta.runtime.shards import ShardResult
 
-OPTIMIZERS = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "rmsprop": torch.optim.RMSprop,
-}
-COUNT = "step"
-"""What torch's optimizers keep once a parameter; all else they keep for each of its elements."""
+# --- Averages -----------------------------------------------------------------------------------------------------
+
+
+def tree_sum(vectors: list[np.ndarray]) -> np.ndarray:
+    """Return the sum by a fixed binary tree over the list's index: ((0+1)+(2+3))+…; an odd one out moves up.
+
+    It is computed block by block, so that partial sums stay in the processor's cache: each vector is read once and the
+    sum is written once.
+    """
+    if len(vectors) == 1:
+        return vectors[0]
+    size = len(vectors[0])
+    total = np.empty(size, np.float32)
+    scratch = np.empty((len(vectors) // 2, min(size, BLOCK)), np.float32)
+    for start in range(0, size, BLOCK):
+        parts = [vector[start : start + BLOCK] for vector in vectors]
+        while len(parts) > 2:
+            pairs = [
+                np.add(parts[i], parts[i + 1], out=scratch[i // 2, : len(parts[i])])
+                for i in range(0, len(parts) - 1, 2)
+            ]
+            parts = pairs + parts[len(pairs) * 2 :]
+        np.add(parts[0], parts[1], out=total[start : start + BLOCK])
+    return total
+
+
+def mean_vector(vectors: list[np.ndarray], tasks: int) -> np.ndarray:
+    """Return the vectors' sum by the tree, divided by the number of tasks."""
+    total = tree_sum(vectors)
+    return np.divide(total, np.float32(tasks), out=None if len(vectors) == 1 else total)
+
+
+def is_finite(vector: np.ndarray) -> bool:
+    """Return whether all numbers are finite. (The minimum of numbers with a NaN among them is NaN.)"""
+    return bool(np.isfinite(vector.min()) and np.isfinite(vector.max()))
+
+
+def vector_norm(vector: np.ndarray) -> float:
+    """Return ‖vector‖₂ as the `fsum` of float64 partial sums over fixed blocks, so that slices agree on it."""
+    return math.sqrt(math.fsum(squared_block_sums(vector)))
+
+
+def squared_block_sums(vector: np.ndarray) -> list[float]:
+    """Return the sum of squares of every block of 65,536 elements, in float64."""
+    return [
+        float(np.square(vector[start : start + BLOCK].astype(np.float64)).sum())
+        for start in range(0, len(vector), BLOCK)
+    ]
+
+
+def mean_metrics(results: list[ShardResult], over_all: bool = False) -> dict[str, float | None]:
+    """Return the means of metrics with one number per task, by `fsum` in the order of the tasks.
+
+    Args:
+        over_all: None if a task is not finite (evaluation). Otherwise the mean is over the finite tasks (training).
+    """
+    means: dict[str, float | None] = {"loss_before": None, "loss_after": None}
+    for name in results[0].metrics:
+        values = np.concatenate([result.metrics[name] for result in results])
+        if values.ndim > 1:
+            continue
+        finite = [float(value) for value in values if math.isfinite(value)]
+        is_known = len(finite) == len(values) if over_all else len(finite) > 0
+        means[name] = math.fsum(finite) / len(finite) if is_known else None
+    return means
+
+
+# --- The outer step -----------------------------------------------------------------------------------------------
 
 
 class ParameterServer:
-    """theta as one flat vector, and `outer` (torch.optim, a schedule, clipping) that moves it.
-
-    theta ← theta − optimizer(g · min(1, clip_norm / ‖g‖)),   g the mean meta-gradient over the step's finite tasks
-    """
+    """theta as one flat vector, and the optimizer in the job's `outer` section that updates it."""
 
     def __init__(self, theta: Theta, outer: OuterSection):
-        keep_freed()
-        self.layout = Layout.of(theta)
+        keep_freed_memory()
+        self.layout = Layout.from_theta(theta)
         self._flat = torch.from_numpy(self.layout.flatten(theta))
         self._vector = self._flat.numpy()
         self._vector.flags.writeable = False
         self._clock = 0
+        """Completed steps, for the schedule."""
         self._start(outer)
 
     def _start(self, outer: OuterSection) -> None:
         self.outer = outer
-        self._optimizer, self._runs = _optimizer(self._flat, self.layout, outer)
-        self._rates = [group["lr"] for group in self._optimizer.param_groups]
+        self._optimizer, self._segments = build_segments(self._flat, self.layout, outer)
+        self._base_rates = [group["lr"] for group in self._optimizer.param_groups]
         self._set_clock(self._clock)
 
     def _set_clock(self, steps: int) -> None:
-        """Every rate as the schedule has it after so many steps."""
-        self._clock, factor = steps, schedule_factor(self.outer.schedule, steps)
-        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+        """Set every rate as the schedule has it after so many steps."""
+        self._clock = steps
+        factor = schedule_factor(self.outer.schedule, steps)
+        for group, rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * factor
 
     def flat(self) -> np.ndarray:
-        """theta as a float32 vector, a copy."""
+        """Return a copy of theta as a float32 vector."""
         return self._vector.copy()
 
     def vector(self) -> np.ndarray:
-        """theta itself as a float32 vector, always the same one: not to be written to, and moved by the next step."""
+        """Return theta itself as a read-only float32 vector. It is always the same one; the next step changes it."""
         return self._vector
 
     def theta(self) -> Theta:
-        """theta by name, a copy."""
+        """Return a copy of theta by name."""
         return {name: view.clone() for name, view in self.layout.views(self._flat).items()}
 
     def step(self, gradient: np.ndarray, factor: float = 1.0) -> float:
-        """One outer step on the mean meta-gradient, at `factor` times the rate; its norm before clipping."""
-        size = norm(gradient)
+        """Take one outer step on the mean meta-gradient, at `factor` times the rate.
+
+        Returns:
+            The gradient's norm before clipping.
+        """
+        norm = vector_norm(gradient)
         limit = self.outer.clip_norm
-        if limit is not None and size > limit:
-            gradient = gradient * np.float32(limit / size)
-        whole = torch.from_numpy(np.ascontiguousarray(gradient))
-        for run in self._runs:
-            run.parameter.grad = whole[run.start : run.stop]
+        if limit is not None and norm > limit:
+            gradient = gradient * np.float32(limit / norm)
+        tensor = torch.from_numpy(np.ascontiguousarray(gradient))
+        for segment in self._segments:
+            segment.parameter.grad = tensor[segment.start : segment.stop]
         for group in self._optimizer.param_groups:
             group["lr"] *= factor  # until the schedule sets the next step's
-        take_step(self._optimizer)
-        for run in self._runs:
-            run.parameter.grad = None
+        self._optimizer.step()
+        for segment in self._segments:
+            segment.parameter.grad = None
         self._set_clock(self._clock + 1)
-        return size
+        return norm
+
+    def skip(self) -> float:
+        """Take a step without a finite task: only the schedule's clock moves. Return NaN as the norm."""
+        self._set_clock(self._clock + 1)
+        return math.nan
 
     def retune(self, outer: OuterSection) -> None:
-        """Goes on with other settings; theta, the optimizer's state and the schedule's clock stay."""
+        """Continue with other settings. theta, the optimizer's state and the schedule's clock stay."""
         tensors, _ = self.state()
         self._start(outer)
         self._load_optimizer(tensors)
 
-    def skip(self) -> float:
-        """A step without a finite task: neither theta nor the optimizer moves, only the schedule's clock."""
-        self._set_clock(self._clock + 1)
-        return math.nan
-
     def rate(self) -> float:
-        """The outer rate of the first part."""
+        """Return the outer rate of the first parameter group."""
         return float(self._optimizer.param_groups[0]["lr"])
 
     def rates(self) -> list[float]:
-        """The outer rate of each tensor of theta, in its order."""
+        """Return the outer rate of each tensor of theta, in its order."""
         rates = {id(p): group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
-        return [float(rates[id(run.parameter)]) for run in self._runs for _ in run.layout.names]
+        return [
+            float(rates[id(segment.parameter)]) for segment in self._segments for _ in segment.layout.names
+        ]
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """The optimizer's tensors as `<parameter>/<quantity>`, and the schedule's clock as plain data."""
+        """Return the optimizer's tensors as `<parameter>/<quantity>`, and the schedule's clock as plain data."""
         tensors = {}
-        for run in self._runs:
-            quantities: Theta = self._optimizer.state.get(run.parameter, {})
+        for segment in self._segments:
+            quantities: Theta = self._optimizer.state.get(segment.parameter, {})
             for key, value in quantities.items():
-                views = run.layout.views(value) if key != COUNT else {}
-                for name in run.layout.names:
+                views = segment.layout.views(value) if key != STEP_COUNT else {}
+                for name in segment.layout.names:
                     tensors[f"{name}/{key}"] = views.get(name, value).detach().clone()
         return tensors, {"clock": self._clock}
 
     def load(self, theta: Theta, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
-        """Restores what `state` gave, and theta.
+        """Restore theta and what `state` returned.
 
         Raises:
-            InputError: theta, or the optimizer's state, has other names or shapes than this job's.
+            InputError: theta or the optimizer's state has other names or shapes than this job's.
         """
-        own = self.layout.views(self._flat)
-        check_theta(theta, own)
-        check_state(tensors, own)
-        clock = _clock_in(plain)
-        for name, view in own.items():
+        own_theta = self.layout.views(self._flat)
+        check_theta(theta, own_theta)
+        check_state(tensors, own_theta)
+        clock = read_clock(plain)
+        for name, view in own_theta.items():
             view.copy_(theta[name])
         self._load_optimizer(tensors)
         self._set_clock(clock)
 
     def _load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for run in self._runs:
-            self._optimizer.state.pop(run.parameter, None)
-            first = run.layout.names[0]
+        for segment in self._segments:
+            self._optimizer.state.pop(segment.parameter, None)
+            first = segment.layout.names[0]
             quantities = [key.rpartition("/")[2] for key in tensors if key.rpartition("/")[0] == first]
-            state = {key: _joined(run.layout, key, tensors) for key in quantities}
+            state = {key: join_quantity(segment.layout, key, tensors) for key in quantities}
             if state:
-                self._optimizer.state[run.parameter] = state
-
-
-def clock_of(names: Iterable[str], outer: OuterSection, plain: dict[str, Any]) -> ParameterServer:
-    """The rates alone, as the schedule has them; `skip` moves them on.
-
-    Args:
-        plain: as `ParameterServer.state` gave it; nothing: at the start.
-    """
-    clock = ParameterServer({name: torch.zeros(1) for name in names}, outer)
-    if plain != {}:
-        clock.load(clock.theta(), {}, plain)
-    return clock
-
-
-def check_theta(theta: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Raises InputError where a checkpoint's theta has other names or shapes than the job's."""
-    shapes = [{name: tuple(value.shape) for name, value in tensors.items()} for tensors in (theta, expected)]
-    if shapes[0] != shapes[1]:
-        raise InputError(
-            "checkpoint: its theta has other names or shapes than this job's model and algorithm"
-        )
-
-
-def check_state(tensors: Mapping[str, torch.Tensor], theta: Mapping[str, torch.Tensor]) -> None:
-    """Raises InputError where the optimizer's state cannot be that of a run of this job: the file may be anybody's."""
-    for key, value in tensors.items():
-        name, _, quantity = key.rpartition("/")
-        if name not in theta or value.shape != (() if quantity == COUNT else theta[name].shape):
-            raise InputError(f"checkpoint: its optimizer has a {key!r} that fits nothing of theta")
-        lacking = next((other for other in theta if f"{other}/{quantity}" not in tensors), None)
-        if lacking is not None:
-            raise InputError(f"checkpoint: its optimizer has {key!r}, but none of {lacking!r}")
-
-
-def _clock_in(plain: Any) -> int:
-    """The schedule's clock that `state` gave. Raises InputError where there is none."""
-    clock = plain.get("clock") if isinstance(plain, dict) else None
-    if type(clock) is not int or not 0 <= clock < 2**63:
-        raise InputError(
-            f"checkpoint: got {clock!r} as the clock of its outer rates, expected a number of steps"
-        )
-    return clock
-
-
-class _Run(NamedTuple):
-    """Neighbouring tensors of one rate, which the optimizer takes for one: it is elementwise."""
-
-    layout: Layout
-    parameter: torch.nn.Parameter
-    start: int
-    stop: int
-
-
-def _optimizer(flat: torch.Tensor, layout: Layout, outer: OuterSection) -> tuple[torch.optim.Optimizer, list[_Run]]:
-    """One parameter group a rate, and what is in them, in theta's order."""
-    rates, unused = [], set(outer.rates)
-    for name in layout.names:
-        glob = next((g for g in outer.rates if fnmatchcase(name, g)), None)
-        unused.discard(glob or "")
-        rates.append(outer.lr if glob is None else outer.rates[glob])
-    if unused:
-        names = ", ".join(layout.names)
-        raise InputError(f"outer.rates: {sorted(unused)[0]!r} matches nothing of theta: {names}")
-    runs: list[_Run] = []
-    groups: dict[float, list[torch.nn.Parameter]] = {}
-    for rate, members in groupby(range(len(rates)), rates.__getitem__):
-        own = list(members)
-        part = Layout(tuple(layout.names[i] for i in own), tuple(layout.shapes[i] for i in own))
-        start = layout.places[own[0]][0]
-        runs.append(_Run(part, torch.nn.Parameter(flat[start : start + part.size]), start, start + part.size))
-        groups.setdefault(rate, []).append(runs[-1].parameter)
-    return optimizer_of(list(groups.items()), outer), runs
-
-
-def _joined(layout: Layout, quantity: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """A run's quantity from those of its tensors."""
-    if quantity == COUNT:
-        return tensors[f"{layout.names[0]}/{quantity}"]
-    return torch.from_numpy(layout.flatten({name: tensors[f"{name}/{quantity}"] for name in layout.names}))
-
-
-def optimizer_of(groups: list[tuple[float, list[torch.nn.Parameter]]], outer: OuterSection) -> torch.optim.Optimizer:
-    """torch.optim's, with a rate for each group of parameters. Neither fused nor foreach: their bits differ with the
-    grouping."""
-    options = {
-        key: getattr(outer, key)
-        for key in ("momentum", "nesterov", "betas", "eps", "weight_decay")
-        if getattr(outer, key) is not None
-    }
-    parts = [{"params": parameters, "lr": rate} for rate, parameters in groups]
-    optimizer = OPTIMIZERS[outer.optimizer](parts, lr=outer.lr, foreach=False, **options)
-    # asks a GPU whether it captures a graph, and so takes some hundred MB of one that theta is not on
-    setattr(optimizer, "_accelerator_graph_capture_health_check", lambda: None)  # noqa: B010 - a method
-    return optimizer
-
-
-def take_step(optimizer: torch.optim.Optimizer) -> None:
-    """`optimizer.step()` without torch's hooks and its profiler's record, which cost a small theta as much again."""
-    with torch.no_grad():
-        inspect.unwrap(type(optimizer).step)(optimizer)
+                self._optimizer.state[segment.parameter] = state
 
 
 def schedule_factor(schedule: ScheduleSection, step: int) -> float:
-    """What every rate is multiplied by after `step` steps: a function of t = min(step / length, 1)."""
+    """Return the factor on every rate after `step` steps, a function of t = min(step / length, 1)."""
     t = min(step / (schedule.steps or 1), 1.0)
     if schedule.type == "linear":
         return 1 - (1 - schedule.final) * t

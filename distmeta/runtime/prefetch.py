@@ -1,60 +1,68 @@
-"""Episodes drawn before they are asked for, on a thread of their own while others are computed with."""
+"""Draw the episodes of the next shard in a second thread, while this one is computed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 
 from distmeta.protocols import Episodes
-
-if TYPE_CHECKING:
-    from distmeta.runtime.worker import Shard
+from distmeta.runtime.shards import Shard
 
 
-class Ahead:
-    """Guesses a worker's next shard: the one that came after this one in the last step, of the step that it then is.
+class Prefetcher:
+    """Guesses a worker's next shard: the one that followed this shard in the last step.
 
-    Tasks depend on the step and the shard alone, so a wrong guess costs time and nothing else. A task family is used by
-    one thread at a time, but not always by the same one.
+    Tasks only depend on the step and the shard, so a wrong guess only costs time. A task family is used by one thread
+    at a time, but not always by the same one.
     """
 
     def __init__(self, threads: int):
         self._thread = ThreadPoolExecutor(1, "draw", torch.set_num_threads, (threads,))
-        self._seen: dict[int, Shard] = {}
-        self._after: dict[int, int] = {}
-        self._last: Shard | None = None
-        self._drawn: tuple[Shard, Future[Episodes]] | None = None
+        self._last_seen: dict[int, Shard] = {}
+        """The last shard with each index."""
+        self._successor: dict[int, int] = {}
+        """The index that followed each index."""
+        self._previous: Shard | None = None
+        self._drawing: tuple[Shard, Future[Episodes]] | None = None
 
     def draw(self, shard: Shard, draw: Callable[[Shard], Episodes]) -> Episodes:
-        """The shard's episodes, as `draw` makes them or has made them; those of the next shard are begun."""
-        episodes, guessed = None, self._drawn
-        self._drawn = None
-        if guessed is not None:
-            guess, drawing = guessed
-            error = drawing.exception()  # waits for it
-            if replace(guess, version=shard.version) == shard and error is None:
-                episodes = drawing.result()
+        """Return the shard's episodes, which may have been drawn ahead, and begin to draw those of the next shard."""
+        episodes = self._take(shard)
         if episodes is None:
             episodes = draw(shard)
-        following = self._next(shard)
-        if following is not None:
-            self._drawn = following, self._thread.submit(draw, following)
+        guess = self._guess_next(shard)
+        if guess is not None:
+            self._drawing = (guess, self._thread.submit(draw, guess))
         return episodes
 
     def wait(self) -> None:
-        """Until nobody uses the task family."""
-        if self._drawn is not None:
-            self._drawn[1].exception()
+        """Wait until the second thread does not use the task family."""
+        if self._drawing is not None:
+            self._drawing[1].exception()
 
-    def _next(self, shard: Shard) -> Shard | None:
-        if self._last is not None:
-            self._after[self._last.index] = shard.index
-        self._seen[shard.index], self._last = shard, shard
-        following = self._seen.get(self._after.get(shard.index, -1))
-        if following is None:
+    def _take(self, shard: Shard) -> Episodes | None:
+        """Wait for what is being drawn, and return it if it is this shard's.
+
+        If drawing failed, the caller draws again, so that the error is raised there.
+        """
+        if self._drawing is None:
             return None
-        return replace(following, step=shard.step + (following.index <= shard.index), phase=shard.phase)
+        guess, drawing = self._drawing
+        self._drawing = None
+        failed = drawing.exception() is not None
+        is_same = replace(guess, version=shard.version) == shard
+        return drawing.result() if is_same and not failed else None
+
+    def _guess_next(self, shard: Shard) -> Shard | None:
+        if self._previous is not None:
+            self._successor[self._previous.index] = shard.index
+        self._last_seen[shard.index] = shard
+        self._previous = shard
+        guess = self._last_seen.get(self._successor.get(shard.index, -1))
+        if guess is None:
+            return None
+        starts_next_step = guess.index <= shard.index
+        return replace(guess, step=shard.step + starts_next_step, phase=shard.phase)

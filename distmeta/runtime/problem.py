@@ -1,84 +1,92 @@
-"""A job's parts, built: the same on the driver, on every worker and in evaluation."""
+"""The parts of a job, built: the same on the driver, on every worker and in evaluation."""
 
 from __future__ import annotations
 
 import copy
-import math
 import socket
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
-from distmeta.compute.buckets import buckets, drawn
-from distmeta.compute.gradient import WHOLE_SHARD, Execution
+from distmeta.compute.episodes import draw_episodes
+from distmeta.compute.execution import WHOLE_SHARD, Execution
 from distmeta.compute.numerics import numerics
 from distmeta.config.job import Job
 from distmeta.config.parts import build_part
 from distmeta.errors import InputError
-from distmeta.models.functional import Functional
-from distmeta.protocols import Algorithm, Episode, Score, TaskFamily, Theta
+from distmeta.models.functional import FunctionalModel
+from distmeta.protocols import (
+    Algorithm,
+    ChangesOverTraining,
+    CollectsData,
+    Episode,
+    HasFingerprint,
+    HasPreparation,
+    RepeatsOuterStep,
+    Score,
+    ScoresPerSplit,
+    ScoresSupport,
+    TaskFamily,
+    Theta,
+)
 from distmeta.seeding import task_ids, torch_generator
 from distmeta.tasks.few_shot import ClassificationScore
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is trained. `job` is resolved: obeyed as it is by every worker and on resume."""
+    """What is trained. A resolved job (`runtime.resolve`) leaves nothing open: every worker and resume obeys it."""
 
     job: Job
     family: TaskFamily
-    model: Functional
+    model: FunctionalModel
     algorithm: Algorithm
     device: torch.device
     execution: Execution = field(default_factory=lambda: Execution("loop", 1))
     phase: int = 0
-    """How many of the job's changes the algorithm is made with."""
+    """How many of the job's changes the algorithm is built with."""
 
     def at(self, phase: int) -> Problem:
-        """The problem after so many of the job's changes."""
+        """Return the problem after so many of the job's changes."""
         if phase == self.phase:
             return self
         job = self.job.at(self.job.changes[phase - 1].step if phase else -1)
-        return replace(self, algorithm=_algorithm(job, self.model, self.family), phase=phase)
+        return replace(self, algorithm=_build_algorithm(job, self.model, self.family), phase=phase)
 
     def score(self, split: str) -> Score:
-        """The family's loss and metrics; evaluation may have other ways than training."""
-        scorer = getattr(self.family, "scorer", None)
-        return self.family.score if scorer is None else scorer(split)
+        """Return the family's score. Evaluation may have other ways than training."""
+        if isinstance(self.family, ScoresPerSplit):
+            return self.family.scorer(split)
+        return self.family.score
 
     def adapting(self, split: str) -> Algorithm:
-        """The algorithm, its support loss scored as the split is."""
+        """Return the algorithm with its support loss scored as the split is."""
         return self.algorithm if split == "train" else with_score(self.algorithm, self.score(split))
 
     def training_at(self, step: int) -> Algorithm:
-        """The algorithm as it trains in an outer step."""
-        at = getattr(self.algorithm, "at", None)
-        return self.algorithm if at is None else at(step)
+        """Return the algorithm as it trains in an outer step, counted from 0."""
+        algorithm = self.algorithm
+        return algorithm.at(step) if isinstance(algorithm, ChangesOverTraining) else algorithm
 
     @property
     def draws_ahead(self) -> bool:
-        """Whether a worker draws its next shard's tasks while it computes; only those that do not depend on theta."""
+        """Whether a worker draws the next shard's tasks while it computes. Impossible if tasks depend on theta."""
         asked = self.job.compute.draw_ahead
-        return not hasattr(self.family, "collect") and (self.device.type != "cpu" if asked is None else asked)
+        wanted = self.device.type != "cpu" if asked is None else asked
+        return wanted and not isinstance(self.family, CollectsData)
 
-    def scores_before(self, step: int) -> bool:
-        """Whether the tasks of an outer step are also scored before adaptation."""
-        every = self.job.run.before_every
-        return every > 0 and step % every == 0
-
-    @property
+    @cached_property
     def outer_epochs(self) -> int:
-        """Steps of the outer optimizer on one step's episodes."""
-        return int(getattr(self.algorithm, "outer_epochs", 1))
+        """Outer steps on the same episodes."""
+        return int(self.algorithm.outer_epochs) if isinstance(self.algorithm, RepeatsOuterStep) else 1
 
     def init(self) -> Theta:
-        """theta at step 0."""
+        """Return theta at step 0."""
         theta = self.algorithm.init(torch_generator(self.job.seed, "init"))
         for name, value in theta.items():
             if value.dtype != torch.float32:
@@ -87,34 +95,36 @@ class Problem:
 
     @cached_property
     def input_dtype(self) -> torch.dtype:
-        """The dtype of the inputs that the task family draws: integers for tokens; float32 where it cannot tell."""
+        """The dtype of the inputs that the family draws (integers for tokens); float32 if it cannot draw."""
         try:
-            (bucket,) = buckets(drawn(self.family, "test", task_ids(self.job.seed, "probe", 0, 1)))
-            return bucket.episodes.query.x.dtype
+            episodes = draw_episodes(self.family, "test", task_ids(self.job.seed, "probe", 0, 1))
+            assert not isinstance(episodes, list), "one task is stacked"
+            return episodes.query.x.dtype
         except (InputError, AttributeError):
             return torch.float32
 
     @property
     def eval_steps(self) -> int:
+        """Inner steps in evaluation."""
         asked = self.job.run.eval_inner_steps
         return self.algorithm.inner_steps if asked is None or self.algorithm.inner_steps == 0 else asked
 
 
-def build(
+def build_problem(
     job: Job,
     constants: dict[str, np.ndarray] | None = None,
     device: torch.device | None = None,
     examples: Mapping[str, Any] | None = None,
 ) -> Problem:
-    """Makes the job's task family, model and algorithm.
+    """Build the job's task family, model and algorithm.
 
     Args:
-        examples: what `examples_of` gave: stands in for the tasks where they cannot be made here (no store).
-        device: where tasks are computed; None: this process's GPU where the job asks for GPUs, else the CPU.
-        constants: the model's frozen parameters and buffers as the driver has them; a worker need not have the
-            file that `model.init_from` names.
+        constants: the model's frozen parameters and buffers from the driver or a checkpoint, so that the file in
+            `model.init_from` is not needed.
+        device: where tasks are computed; None: this process's GPU if the job asks for GPUs, else the CPU.
+        examples: what `describe_examples` returned. It replaces a family that cannot be built here (no store).
     """
-    device = device or device_of(job)
+    device = device or choose_device(job)
     try:
         family = build_part(job.tasks.part, job.tasks.options, {})
     except InputError as error:
@@ -122,7 +132,7 @@ def build(
             raise
         family = AbsentTasks(examples, str(error))
     shape = {"in_shape": tuple(family.in_shape), "out_features": family.out_features}
-    model = Functional(
+    model = FunctionalModel(
         lambda: build_part(job.model.part, job.model.options, shape),
         torch_generator(job.seed, "model"),
         freeze=job.model.freeze,
@@ -133,21 +143,63 @@ def build(
     if constants is not None:
         model.constants = {name: torch.from_numpy(np.array(value)) for name, value in constants.items()}
     model.to(device)
-    algorithm = _algorithm(job, model, family)
+    algorithm = _build_algorithm(job, model, family)
     if job.run.tasks_per_step % algorithm.group_size:
         raise InputError(
             f"run.tasks_per_step: got {job.run.tasks_per_step}, expected a multiple of {algorithm.group_size}: "
             f"{job.algorithm.type} compares {algorithm.group_size} tasks at a time"
         )
-    return Problem(job, family, model, algorithm, device, _execution(job))
+    return Problem(job, family, model, algorithm, device, read_execution(job))
 
 
-def _algorithm(job: Job, model: Functional, family: TaskFamily) -> Algorithm:
+def _build_algorithm(job: Job, model: FunctionalModel, family: TaskFamily) -> Algorithm:
     return build_part(job.algorithm.part, job.algorithm.options, {"model": model, "score": family.score})
 
 
+def read_execution(job: Job) -> Execution:
+    """Return what a resolved job says; for one that is not resolved yet, the loop with whole graphs."""
+    compute = job.compute
+    differentiation = "reverse" if compute.differentiation == "auto" else compute.differentiation
+    if compute.execution == "vmap":
+        return Execution("vmap", compute.chunk or WHOLE_SHARD, differentiation)
+    return Execution("loop", 1, differentiation)
+
+
+def apply_job_numerics(job: Job, device: torch.device) -> AbstractContextManager[None]:
+    """Return a context with the job's numerical settings."""
+    compute = job.compute
+    return numerics(compute.threads, compute.deterministic, compute.precision, device.type)
+
+
+def choose_device(job: Job) -> torch.device:
+    """Return the device that the job computes on in this process."""
+    if job.run.gpus_per_worker == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"run.gpus_per_worker: got {job.run.gpus_per_worker:g}, but torch sees no GPU here: use 0"
+        )
+    return torch.device("cuda")
+
+
+def with_score(algorithm: Algorithm, score: Score) -> Algorithm:
+    """Return the algorithm with another support loss, if it has one: evaluation may have fewer ways than training."""
+    changed = copy.copy(algorithm)
+    if isinstance(changed, ScoresSupport):
+        changed.score = score
+    return changed
+
+
+def export_constants(model: FunctionalModel) -> dict[str, Any]:
+    """Return the model's frozen parameters and buffers as numpy, for workers and checkpoints."""
+    return {name: value.detach().cpu().numpy() for name, value in model.constants.items()}
+
+
+# --- Data ---------------------------------------------------------------------------------------------------------
+
+
 class AbsentTasks:
-    """Stands in for few-shot classes whose data are not here: enough to adapt and predict, and for fixed episodes."""
+    """Replaces a family of few-shot classes whose data are not here. It suffices to adapt and to predict."""
 
     def __init__(self, examples: Mapping[str, Any], reason: str):
         self.in_shape = tuple(examples["in_shape"])
@@ -162,11 +214,11 @@ class AbsentTasks:
         return self.score
 
 
-def examples_of(family: TaskFamily) -> dict[str, Any] | None:
-    """Shapes, outputs and image preparation of few-shot classes, as plain data; None for other families."""
-    if not hasattr(family, "scorer"):
+def describe_examples(family: TaskFamily) -> dict[str, Any] | None:
+    """Return shapes, outputs and image preparation of few-shot classes as plain data; None for other families."""
+    if not isinstance(family, ScoresPerSplit):
         return None
-    preparation = getattr(family, "preparation", None)
+    preparation = family.preparation if isinstance(family, HasPreparation) else None
     return {
         "in_shape": list(family.in_shape),
         "out_features": family.out_features,
@@ -174,62 +226,17 @@ def examples_of(family: TaskFamily) -> dict[str, Any] | None:
     }
 
 
-def fingerprint_of(family: TaskFamily) -> str | None:
-    """Which data the family's tasks are drawn from; None where it does not tell."""
-    found = getattr(family, "fingerprint", None)
-    return None if found is None else str(found)
+def read_fingerprint(family: TaskFamily) -> str | None:
+    """Return what identifies the family's data, or None if it does not say."""
+    fingerprint = family.fingerprint if isinstance(family, HasFingerprint) else None
+    return None if fingerprint is None else str(fingerprint)
 
 
 def check_data(problem: Problem, fingerprint: str | None) -> None:
-    """Raises InputError where the tasks' data are not those of this fingerprint: numbers would be neither run's."""
-    found = fingerprint_of(problem.family)
+    """Raise `InputError` if the data have another fingerprint: the results would belong to neither run."""
+    found = read_fingerprint(problem.family)
     if fingerprint not in (None, found):
         raise InputError(
             f"tasks: got data with the fingerprint {found} on {socket.gethostname()}, expected {fingerprint}, "
             "with which the run began: give this machine the same data, or begin another run"
         )
-
-
-def with_score(algorithm: Algorithm, score: Score) -> Algorithm:
-    """The algorithm with another support loss, where it has one: evaluation may have fewer ways than training."""
-    other = copy.copy(algorithm)
-    if hasattr(other, "score"):
-        setattr(other, "score", score)  # noqa: B010 - not part of the protocol
-    return other
-
-
-def _execution(job: Job) -> Execution:
-    """What a resolved job says; the loop, and the whole graph, where it is not resolved yet."""
-    compute = job.compute
-    differentiation = "reverse" if compute.differentiation == "auto" else compute.differentiation
-    if compute.execution == "vmap":
-        return Execution("vmap", compute.chunk or WHOLE_SHARD, differentiation)
-    return Execution("loop", 1, differentiation)
-
-
-def shard_slices(tasks: int, shards: int, group_size: int) -> list[slice]:
-    """Cuts a step's tasks into fixed shards of whole groups, as even as can be."""
-    groups = tasks // group_size
-    edges = [math.floor(groups * s / shards) * group_size for s in range(shards + 1)]
-    return [slice(a, b) for a, b in pairwise(edges)]
-
-
-def numerics_of(job: Job, device: torch.device) -> AbstractContextManager[None]:
-    """The settings of the job's computations on a device."""
-    compute = job.compute
-    return numerics(compute.threads, compute.deterministic, compute.precision, device.type)
-
-
-def device_of(job: Job) -> torch.device:
-    if job.run.gpus_per_worker == 0:
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise InputError(
-            f"run.gpus_per_worker: got {job.run.gpus_per_worker:g}, but torch sees no GPU here: use 0"
-        )
-    return torch.device("cuda")
-
-
-def constants_of(model: Functional) -> dict[str, Any]:
-    """The model's constants as numpy, for the wire and for checkpoints."""
-    return {name: value.detach().cpu().numpy() for name, value in model.constants.items()}

@@ -1,23 +1,20 @@
-"""Scoring theta on tasks of a split, and the figures that come of it."""
+"""Score theta on the tasks of a split."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from distmeta.runtime.pool import Pool
 from distmeta.runtime.problem import Problem
-from distmeta.runtime.worker import ShardResult, shards_of
+from distmeta.runtime.shards import Pool, ShardResult
+from distmeta.runtime.worker import plan_shards
 
 EVAL_SHARD = 25
-"""Tasks of one evaluation shard."""
-SPIKE_WINDOW, SPIKE_LEAST, SPIKE_FACTOR = 50, 20, 10.0
-"""A loss is held against so many before it, against no fewer than the second number; by how much a spike stands out."""
+"""Tasks per shard of an evaluation."""
 
 
 def evaluate_tasks(
@@ -30,48 +27,35 @@ def evaluate_tasks(
     inner_steps: int | None = None,
     outputs: bool = False,
 ) -> list[ShardResult]:
-    """Scores `count` tasks of a split in fixed shards; metrics [T, K+1] become `*_before` and `*_after` and `curve`."""
-    steps = problem.eval_steps if inner_steps is None else inner_steps
-    plan = shards_of(problem, split, 0, count, math.ceil(count / EVAL_SHARD), steps, outputs)
-    results = pool.map(flat, plan, check)
-    return [replace(r, metrics=_before_after(r.metrics, problem.algorithm.inner_steps > 0)) for r in results]
+    """Score `count` tasks of a split, in fixed shards.
 
+    Args:
+        inner_steps: None: as the job says.
+        outputs: whether to return predictions.
 
-def _before_after(curves: Mapping[str, np.ndarray], adapts: bool) -> dict[str, np.ndarray]:
-    columns = {f"{name}_curve": curve for name, curve in curves.items()}
-    columns |= {f"{name}_after": curve[:, -1] for name, curve in curves.items()}
-    if adapts:
-        columns |= {f"{name}_before": curve[:, 0] for name, curve in curves.items()}
-    return columns
-
-
-def mean_metrics(results: list[ShardResult], every: bool = False) -> dict[str, float | None]:
-    """Means by fsum in task order: over the finite tasks in training, over `every` task in evaluation.
-
-    Null where there is none: `loss_before` without an unadapted prediction, an evaluation in which a task diverged.
+    Returns:
+        Results whose metrics are `<name>_curve` [T, K+1], `<name>_after` [T] and, with an inner loop, `<name>_before`.
     """
-    record: dict[str, float | None] = {"loss_before": None, "loss_after": None}
-    for name in results[0].metrics:
-        values = np.concatenate([result.metrics[name] for result in results])
-        if values.ndim == 1:
-            finite = [float(value) for value in values if math.isfinite(value)]
-            whole = finite and not (every and len(finite) < len(values))
-            record[name] = math.fsum(finite) / len(finite) if whole else None
-    return record
+    steps = problem.eval_steps if inner_steps is None else inner_steps
+    pieces = math.ceil(count / EVAL_SHARD)
+    shards = plan_shards(problem, split, 0, count, pieces, steps, outputs)
+    adapts = problem.algorithm.inner_steps > 0
+    return [
+        replace(result, metrics=_split_curves(result.metrics, adapts))
+        for result in pool.map(flat, shards, check)
+    ]
 
 
-def spikes(loss: float, recent: Sequence[float]) -> bool:
-    """Whether a loss is far above the last ones: past their median by ten times their median absolute deviation, and by
-    the median's own size."""
-    if len(recent) < SPIKE_LEAST:
-        return False
-    usual = statistics.median(recent)
-    spread = statistics.median(abs(one - usual) for one in recent)
-    return loss - usual > max(SPIKE_FACTOR * spread, abs(usual))
+def _split_curves(curves: Mapping[str, np.ndarray], adapts: bool) -> dict[str, np.ndarray]:
+    metrics = {f"{name}_curve": curve for name, curve in curves.items()}
+    metrics |= {f"{name}_after": curve[:, -1] for name, curve in curves.items()}
+    if adapts:
+        metrics |= {f"{name}_before": curve[:, 0] for name, curve in curves.items()}
+    return metrics
 
 
-def primary(metrics: Mapping[str, Any], prefix: str = "") -> tuple[str, int]:
-    """The figure that `best` and the interval are about, and whether more of it is better (1) or worse (−1)."""
+def find_primary_metric(metrics: Mapping[str, Any], prefix: str = "") -> tuple[str, int]:
+    """Return the metric that decides which theta is best, and whether more is better (1) or worse (-1)."""
     for name in ("accuracy", "return"):
         if f"{prefix}{name}_after" in metrics:
             return f"{prefix}{name}_after", 1

@@ -1,4 +1,4 @@
-"""What a training begins with: the problem, where it stands, and its tracker."""
+"""What a training starts with: its problem, its strategy and its trackers."""
 
 from __future__ import annotations
 
@@ -12,84 +12,102 @@ from distmeta.config.parts import build_part
 from distmeta.config.sections import OuterSection
 from distmeta.errors import redact
 from distmeta.runtime.checkpoint import Progress, TrainingState
-from distmeta.runtime.problem import Problem, build, check_data, device_of, numerics_of
-from distmeta.runtime.resolve import eager, resolve
-from distmeta.runtime.run_folder import Start
+from distmeta.runtime.problem import (
+    Problem,
+    apply_job_numerics,
+    build_problem,
+    check_data,
+    choose_device,
+)
+from distmeta.runtime.resolve import resolve, without_compiler
+from distmeta.runtime.run_folder import StartingPoint
 from distmeta.runtime.strategy import Strategy
-from distmeta.tracking.mlflow import Tracker, open_tracker
+from distmeta.tracking.interface import TrackedRun
+from distmeta.tracking.trackers import Trackers, name_trackers, open_trackers
+
+Report = Callable[[str], None]
+"""Shows a line to the user."""
 
 
-def prepared(start: Start, say: Callable[[str], None]) -> tuple[Problem, Progress]:
-    """The problem as the driver sees it (beside workers it needs no GPU), and where it stands."""
+def prepare_problem(start: StartingPoint, report: Report) -> tuple[Problem, Progress]:
+    """Return the problem as the driver needs it (with workers it needs no GPU), and how far the run is."""
     if start.checkpoint is None:
-        return settled(start.job, say), Progress(0)
+        return resolve_job(start.job, report), Progress(0)
     constants = {name: value.numpy() for name, value in start.checkpoint.constants.items()}
     progress = start.checkpoint.progress
-    problem = build(start.job, constants, _device(start.job)).at(start.job.phase(last_step(progress)))
+    problem = build_problem(start.job, constants, _choose_driver_device(start.job))
     check_data(problem, start.checkpoint.data)
-    return problem, progress
+    return problem.at(start.job.phase(last_step(progress))), progress
 
 
-def opened(
-    problem: Problem, start: Start, progress: Progress, say: Callable[[str], None]
+def resolve_job(job: Job, report: Report = lambda text: None, device: torch.device | None = None) -> Problem:
+    """Build the problem of a new run and decide what its job leaves open.
+
+    Args:
+        device: where to compute the first tasks; None: where the driver computes.
+    """
+    device = device or _choose_driver_device(job)
+    with apply_job_numerics(job, device):
+        return resolve(build_problem(job, device=device), report)
+
+
+def _choose_driver_device(job: Job) -> torch.device:
+    return torch.device("cpu") if job.run.workers else choose_device(job)
+
+
+def start_strategy(
+    problem: Problem, start: StartingPoint, progress: Progress, report: Report
 ) -> tuple[Problem, Strategy]:
-    """The strategy, ready to advance.
+    """Start the strategy's workers.
 
-    Whether a run compiles is settled at its start: where a worker of a new one has no C++ compiler, none compiles.
+    A new run falls back to eager execution if a worker has no C++ compiler. A resumed run raises instead, because
+    another way of execution would change its results.
     """
     state = start.checkpoint.state if start.checkpoint else None
-    outer = outer_at(problem.job, progress)
+    outer = outer_settings_at(problem.job, progress)
     try:
-        return problem, build_strategy(problem, outer, state, say)
+        return problem, build_strategy(problem, outer, state, report)
     except MissingCompilerError as error:
         if start.checkpoint is not None:
             raise
-        say(f"compute.compile: there is {error.args[0]}; the whole run goes without")
-    problem = eager(problem)
-    return problem, build_strategy(problem, outer, state, say)
+        report(f"compute.compile: there is {error.args[0]}; the whole run is computed without compilation")
+    problem = without_compiler(problem)
+    return problem, build_strategy(problem, outer, state, report)
 
 
 def build_strategy(
-    problem: Problem, outer: OuterSection, state: TrainingState | None, say: Callable[[str], None]
+    problem: Problem, outer: OuterSection, state: TrainingState | None, report: Report
 ) -> Strategy:
-    """Build the strategy that the job names, ready to advance."""
+    """Build the strategy that the job names."""
     section = problem.job.strategy
-    given = {"problem": problem, "outer": outer, "state": state, "report": say}
+    given = {"problem": problem, "outer": outer, "state": state, "report": report}
     return build_part(section.part, section.options, given)
 
 
 def last_step(progress: Progress) -> int:
-    """Completed steps before the last one: a pending evaluation belongs to that one."""
+    """Return the index of the last completed step, counted from 0. A pending evaluation belongs to that step."""
     return max(progress.step - 1, 0)
 
 
-def outer_at(job: Job, progress: Progress) -> OuterSection:
-    """The outer optimizer's settings in the last completed step; at step 0 the job's own."""
+def outer_settings_at(job: Job, progress: Progress) -> OuterSection:
+    """Return the outer optimizer's settings in the last completed step; at step 0 the job's own."""
     return job.at(progress.step - 1).outer if progress.step else job.outer
 
 
-def settled(
-    job: Job, say: Callable[[str], None] = lambda text: None, device: torch.device | None = None
-) -> Problem:
-    """The problem of a new run, with what its job leaves open decided; on the device that computes, if not told
-    otherwise."""
-    device = device or _device(job)
-    with numerics_of(job, device):
-        return resolve(build(job, device=device), say)
+def start_trackers(job: Job, start: StartingPoint, progress: Progress, report: Report) -> Trackers:
+    """Start the job's trackers, which continue what they know of this run.
 
-
-def _device(job: Job) -> torch.device:
-    return torch.device("cpu") if job.run.workers else device_of(job)
-
-
-def tracker_of(job: Job, start: Start, progress: Progress, say: Callable[[str], None]) -> Tracker:
-    return open_tracker(
-        job.tracking.type,
-        run_name=start.folder.name,
-        experiment=job.tracking.experiment or job.name,
+    Raises:
+        InputError: a tracker's package, address, account or option is wrong.
+    """
+    place = start.uri or str(start.folder.absolute())
+    run = TrackedRun(
+        name=start.folder.name,
+        experiment=job.name,
         params=job.to_dict(),
-        tags={"distmeta.run": redact(start.uri or str(start.folder.absolute()))}
-        | ({"mlflow.parentRunId": job.tracking.parent} if job.tracking.parent else {}),
-        run_id=progress.tracking_id,
-        say=say,
+        tags={"distmeta.run": redact(place)},
+        run_id=None,
+        folder=start.folder,
+        report=report,
     )
+    return open_trackers(name_trackers(job.trackers), run, progress.tracking_ids)

@@ -1,82 +1,94 @@
-"""What a strategy is: who holds theta and the outer optimizer's state, and how meta-gradients get there."""
+"""The interface of a strategy: who holds theta and the outer optimizer's state, and how meta-gradients reach them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import torch
 
 from distmeta.config.sections import OuterSection
 from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.parameter_server import ParameterServer
-from distmeta.runtime.pool import Pool
 from distmeta.runtime.problem import Problem
+from distmeta.runtime.shards import Pool
 
 Record = dict[str, Any]
 """A line of metrics.jsonl."""
 
 
 class LostStateError(RuntimeError):
-    """theta or the optimizer's state went with the process that held it: the run goes back to its last checkpoint."""
+    """theta or the optimizer's state was lost with the process that held it. The run returns to its last checkpoint."""
 
     def __init__(self, message: str):
-        super().__init__(message)  # one argument: survives pickling
+        super().__init__(message)  # a single argument: survives pickling
 
 
 class Strategy(Protocol):
-    """Owns theta, the outer optimizer's state and the pool that computes. A class of the table gets
+    """Owns theta, the outer optimizer's state and the pool of workers.
 
-    Args:
-        problem: at the phase of the step that was completed last.
-        outer: the optimizer's settings in that step.
-        state: a checkpoint's; None: step 0 of the problem.
-        say: told what a person should know.
+    The constructor receives the keyword arguments
 
-    and raises InputError where state is not the job's, or the cluster has no room, before anything is written.
+    - `problem`: at the phase of the last completed step,
+    - `outer`: the optimizer's settings in that step,
+    - `state`: a checkpoint's state, or None to begin at step 0,
+    - `report`: a function that shows the user a line of text,
+
+    and the options in the job's `strategy:` section. It raises `InputError` if the state is another job's or if the
+    cluster has no room; nothing has been written then. A strategy with conditions on the rest of the job also provides
+    `protocols.ChecksJob`.
     """
 
+    requires_workers: ClassVar[bool]
+    """Whether `run.workers: 0` is impossible."""
+    equals_driver: ClassVar[bool]
+    """Whether theta and the state are those of `driver` to the bit. A resume may change between such strategies."""
     pool: Pool
     """Computes evaluations."""
 
     def advance(self, problem: Problem, step: int, check: Callable[[], None]) -> list[Record]:
-        """Takes the step after `step` completed ones, or several, where only the last of them leaves a theta: a record
-        for each. Whatever it raises (`check` does, to abandon it) leaves the state of the last completed one.
+        """Take the step after `step` completed ones. Return its record.
+
+        A strategy may take several steps at once if there is no theta between them; it returns a record for each. If
+        anything is raised (`check` raises to abandon the step), the state is that of the last completed step.
 
         Raises:
-            LostStateError: there is none any more; `load` is called before anything else.
+            LostStateError: there is no such state. `load` is called before anything else.
         """
         ...
 
     def retune(self, outer: OuterSection) -> None:
-        """Goes on with other settings of the optimizer; its state and the schedule's clock stay."""
+        """Continue with other settings of the optimizer. Its state and the schedule's clock stay."""
         ...
 
     def flat(self) -> np.ndarray:
-        """theta as a float32 vector, to evaluate.
+        """Return theta as a float32 vector, for evaluation.
 
         Raises:
-            LostStateError: as `advance`.
+            LostStateError: as in `advance`.
         """
         ...
 
     def state(self) -> TrainingState:
-        """For a checkpoint.
+        """Return the state for a checkpoint.
 
         Raises:
-            LostStateError: as `advance`.
+            LostStateError: as in `advance`.
         """
         ...
 
     def load(self, state: TrainingState, outer: OuterSection) -> None:
-        """Goes back to a state and the settings it was made with; starts anew what was lost."""
+        """Return to a state and the settings that belong to it. Start again what was lost."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Let the workers go."""
+        ...
 
 
-def server_of(problem: Problem, outer: OuterSection, state: TrainingState | None) -> ParameterServer:
-    """theta and the optimizer in this process, at a checkpoint's state or at step 0.
+def build_server(problem: Problem, outer: OuterSection, state: TrainingState | None) -> ParameterServer:
+    """Build theta and the optimizer in this process, from a checkpoint's state or (None) as they are at step 0.
 
     Raises:
         InputError: the state is another job's.
@@ -85,3 +97,15 @@ def server_of(problem: Problem, outer: OuterSection, state: TrainingState | None
     if state is not None:
         server.load(*state)
     return server
+
+
+def build_clock(names: Iterable[str], outer: OuterSection, plain: dict[str, Any]) -> ParameterServer:
+    """Build a server that only has the rates as the schedule sets them; `skip` moves them on.
+
+    Args:
+        plain: the clock that `ParameterServer.state` returned; {}: at the start.
+    """
+    clock = ParameterServer({name: torch.zeros(1) for name in names}, outer)
+    if plain != {}:
+        clock.load(clock.theta(), {}, plain)
+    return clock

@@ -1,331 +1,238 @@
-"""What computes shards: the same plain class in-process and as a Ray actor."""
+"""Computes shards: plans them, draws their tasks, and takes their gradients or scores.
+
+`LocalPool` does so in this process. A Ray actor holds a `Worker` in a process of its own (`runtime.ray_workers`).
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
+import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 import torch
 
-from distmeta.compute.compiler import Compiler, MissingCompilerError, missing
-from distmeta.compute.compression import Vector, encode
-from distmeta.compute.episodes import episodes_of
-from distmeta.compute.gradient import shard_gradient
-from distmeta.compute.memory import keep_freed
-from distmeta.compute.scoring import score_tasks
-from distmeta.compute.vectors import Buffer, Flat, Layout, shared, whole
-from distmeta.config.job import Job
-from distmeta.errors import InputError
-from distmeta.protocols import Theta
-from distmeta.runtime.prefetch import Ahead
-from distmeta.runtime.problem import (
-    Problem,
-    build,
-    check_data,
-    constants_of,
-    fingerprint_of,
-    numerics_of,
-    shard_slices,
-)
+from distmeta.compute.buckets import stack_if_equal
+from distmeta.compute.compiler import Compiler, MissingCompilerError, find_missing_tool
+from distmeta.compute.compression import encode
+from distmeta.compute.episodes import collect_episodes, draw_episodes
+from distmeta.compute.execution import build_method
+from distmeta.compute.gradient import build_objective, sum_gradients
+from distmeta.compute.memory import keep_freed_memory
+from distmeta.compute.vectors import Buffer, Flat, Layout, as_tensor, join
+from distmeta.protocols import ChangesOverTraining, CollectsData, Episodes, Theta
+from distmeta.runtime.prefetch import Prefetcher
+from distmeta.runtime.problem import Problem, apply_job_numerics
+from distmeta.runtime.shard_scores import score_shard
+from distmeta.runtime.shards import Shard, ShardResult, WorkerSpec
 from distmeta.seeding import task_generator, task_ids
 
 ROUNDING = 2**62
-"""The part of a task's random numbers that gradients are rounded by, past those of any inner step and family."""
+"""The part of a task's random numbers that rounds gradients. Inner steps and families use lower parts."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """The integers that say which tasks to compute."""
-
-    index: int
-    split: str
-    step: int
-    count: int
-    """Tasks of the whole step or evaluation."""
-    start: int
-    stop: int
-    inner_steps: int
-    outputs: bool = False
-    """Evaluation: also return the predictions."""
-    phase: int = 0
-    """How many of the job's changes hold."""
-    epoch: int = 0
-    """Training: which step of the outer optimizer on the same episodes. From 1 on the flat vector that comes with it is
-    theta followed by the theta that the episodes are of."""
-    version: int = 0
-    """Which theta it is computed with, where that is not the one of its step."""
-    compress: str = "none"
-    """How its gradient travels."""
-
-    @property
-    def kind(self) -> tuple[str, int, bool]:
-        """Shards of a kind take about as long as each other; later epochs find their episodes made."""
-        return self.split, self.inner_steps, self.epoch > 0
-
-    def __str__(self) -> str:
-        return f"shard {self.index} (tasks {self.start} to {self.stop - 1})"
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """What comes back: one flat vector (training), a number a task, and where the time went."""
-
-    index: int
-    gradient: Vector | None
-    """As it travels: in float32, or coded as `strategy.compress` says."""
-    tasks: int
-    dropped: tuple[int, ...]
-    """Task indices within the step."""
-    metrics: dict[str, np.ndarray]
-    predictions: list[tuple[np.ndarray, np.ndarray]] | None
-    """A task's labels and predictions of its query rows, [Q] each (or [Q, D])."""
-    seconds_draw: float
-    seconds_compute: float
-
-
-@dataclass(frozen=True)
-class WorkerSpec:
-    """All that a worker needs to start: sent once."""
-
-    job: dict[str, Any]
-    layout: Layout
-    constants: dict[str, np.ndarray]
-    folder: str
-    """The driver's working folder, importable on workers too."""
-    data: str | None = None
-    """The fingerprint of the driver's data."""
-
-    @classmethod
-    def of(cls, problem: Problem, layout: Layout) -> WorkerSpec:
-        """For a problem that the driver has built."""
-        data = fingerprint_of(problem.family)
-        return cls(problem.job.to_dict(), layout, constants_of(problem.model), os.getcwd(), data)
+def plan_shards(
+    problem: Problem, split: str, step: int, count: int, pieces: int, inner_steps: int, outputs: bool = False
+) -> list[Shard]:
+    """Cut the tasks of a step or an evaluation into fixed shards of whole groups, as even as possible."""
+    is_training = split == "train"
+    compress = problem.job.strategy.compress if is_training else "none"
+    group_size = problem.algorithm.group_size if is_training else 1
+    groups = count // group_size
+    edges = [math.floor(groups * i / pieces) * group_size for i in range(pieces + 1)]
+    same = {"outputs": outputs, "phase": problem.phase, "compress": compress}
+    return [Shard(i, split, step, count, edges[i], edges[i + 1], inner_steps, **same) for i in range(pieces)]
 
 
 class Worker:
-    """Computes any shard of a job. Holds nothing that a result depends on but the job."""
+    """Computes any shard of a job. Its results only depend on the job, theta and the shard."""
 
-    def __init__(self, spec: WorkerSpec):
-        self._start(problem_of(spec), spec.layout)
-        self.draw_ahead()
+    def __init__(self, problem: Problem, layout: Layout):
+        keep_freed_memory()
+        compiles = problem.job.compute.compile
+        missing_tool = find_missing_tool(problem.device.type) if compiles else None
+        if missing_tool is not None:
+            raise MissingCompilerError(missing_tool)
+        self.layout = layout
+        self._enter(problem)
+        self._holds_numerics = False
+        on_cpu = problem.device.type == "cpu"
+        self._device_gradient = None if on_cpu else torch.zeros(layout.size, device=problem.device)
+        """The flat vector in GPU memory that gradients are summed in."""
+        self._theta: Theta = {}
+        self._theta_version: tuple[str, int, int, int] | None = None
+        self._viewed: np.ndarray | None = None
+        """The vector that `_theta` views, if it does: whatever is written to the vector is seen."""
+        self._kept: dict[tuple[int, int], Episodes] = {}
+        """Episodes of this step by step and shard, if later epochs need them."""
+        self._prefetcher: Prefetcher | None = None
 
     @classmethod
-    def of(cls, problem: Problem, layout: Layout) -> Worker:
-        """A worker in this process, on a problem that is already built."""
-        worker = cls.__new__(cls)
-        worker._start(problem, layout)
+    def from_spec(cls, spec: WorkerSpec) -> Worker:
+        """Build a worker in a process of its own. It may draw tasks ahead, in a second thread."""
+        worker = cls(spec.build_problem(), spec.layout)
+        worker.start_prefetching()
         return worker
 
-    def _start(self, problem: Problem, layout: Layout) -> None:
-        keep_freed()
-        self.layout = layout
-        if problem.job.compute.compile and (lacking := missing(problem.device.type)):
-            raise MissingCompilerError(lacking)
-        self._enter(problem)
-        device = problem.device
-        self._there = None if device.type == "cpu" else torch.zeros(layout.size, device=device)
-        """Where a device with memory of its own adds a gradient up."""
-        self._version: tuple[str, int, int, int] | None = None
-        self._theta: Theta = {}
-        self._viewed: np.ndarray | None = None
-        """The vector that `_theta` lies in, where it does: whatever is written to it is seen."""
-        self._kept: dict[tuple[int, int], Any] = {}
-        """Episodes of this step by step and shard, where later epochs ask for them again."""
-        self._ahead: Ahead | None = None
-        """In a process of its own alone: the one that a debugger steps through has one thread."""
+    def start_prefetching(self) -> None:
+        """Draw the next shard's tasks while computing this one, if the job does so."""
+        if self._problem.draws_ahead:
+            self._prefetcher = Prefetcher(self._problem.job.compute.threads)
 
-    def _enter(self, problem: Problem) -> None:
-        """Takes up a problem; compiled code has the values of a phase written into it."""
-        compute = problem.job.compute
-        self._problem = problem
-        self._compiler = Compiler(compute.precision) if compute.compile else None
-
-    def enter(self, phase: int) -> Problem:
-        """The problem at a phase, from here on."""
+    def enter_phase(self, phase: int) -> Problem:
+        """Take up the values of a phase of the job, and return the problem with them."""
         if phase != self._problem.phase:
             self._enter(self._problem.at(phase))
         return self._problem
 
-    def draw_ahead(self) -> None:
-        """Draws tasks ahead from here on, where the job does: for a worker in a process of its own."""
-        if self._problem.draws_ahead:
-            self._ahead = Ahead(self._problem.job.compute.threads)
+    def _enter(self, problem: Problem) -> None:
+        """Take up a problem. Compiled code has the values of a phase built in."""
+        compute = problem.job.compute
+        compiler = Compiler(compute.precision) if compute.compile else None
+        self._problem = problem
+        self._score = problem.score("train")
+        self._method = build_method(problem.execution, compiler)
+        self._draws_plainly = problem.device.type == "cpu" and compute.precision != "bf16"
+
+    @contextlib.contextmanager
+    def hold_numerics(self) -> Iterator[None]:
+        """Apply the job's numerical settings once for all shards in the block. Without it, each shard applies them."""
+        with apply_job_numerics(self._problem.job, self._problem.device):
+            self._holds_numerics = True
+            try:
+                yield
+            finally:
+                self._holds_numerics = False
 
     def buffer(self) -> Buffer:
-        """Memory for a gradient."""
-        return Buffer(self.layout, self._there)
+        """Return memory for a gradient."""
+        return Buffer(self.layout, self._device_gradient)
 
-    def compute(self, flat: Flat, shard: Shard, out: Buffer | None = None) -> ShardResult:
-        """The shard's gradient sum (split "train"), or its scores.
+    def compute(self, flat: Flat, shard: Shard, gradient: Buffer | None = None) -> ShardResult:
+        """Compute the sum of the shard's gradients (split "train"), or its scores.
 
         Args:
-            out: the gradient's memory; None: new.
+            flat: theta; in later epochs followed by the theta that the episodes were collected with.
+            gradient: memory for the gradient; None: new memory.
         """
-        self.enter(shard.phase)
-        with numerics_of(self._problem.job, self._problem.device):
-            self._receive(flat, shard)
-            return self._gradient(flat, shard, out) if shard.split == "train" else self._scores(flat, shard)
+        if shard.phase != self._problem.phase:
+            self.enter_phase(shard.phase)
+        if self._holds_numerics:
+            return self._compute(flat, shard, gradient)
+        with apply_job_numerics(self._problem.job, self._problem.device):
+            return self._compute(flat, shard, gradient)
+
+    def _compute(self, flat: Flat, shard: Shard, gradient: Buffer | None) -> ShardResult:
+        self._receive(flat, shard)
+        ids = self._find_ids(shard)
+        started = time.perf_counter()
+        episodes = self._make_episodes(flat, shard, ids)
+        drawn = time.perf_counter()
+        if shard.split != "train":
+            metrics, predictions = score_shard(self._problem, self._theta, shard, ids, episodes)
+            seconds = time.perf_counter() - drawn
+            return ShardResult(
+                shard.index, None, len(ids), (), metrics, predictions, drawn - started, seconds
+            )
+        problem = self._problem
+        algorithm = problem.algorithm
+        if isinstance(algorithm, ChangesOverTraining):
+            algorithm = algorithm.at(shard.step)
+        every = problem.job.run.before_every
+        objective = build_objective(algorithm, self._score, every > 0 and shard.step % every == 0)
+        gradient = gradient or self.buffer()
+        result = sum_gradients(objective, self._theta, episodes, ids, self._method, gradient.views)
+        if self._device_gradient is not None:
+            gradient.fetch()
+        vector = gradient.vector
+        if shard.compress != "none":
+            # random numbers of the task: the bits are the same, whichever worker rounds
+            vector = encode(vector, shard.compress, task_generator(ids[0], ROUNDING + shard.epoch))
+        dropped = tuple(shard.start + position for position in result.dropped)
+        seconds = time.perf_counter() - drawn
+        return ShardResult(
+            shard.index, vector, result.tasks, dropped, result.metrics, None, drawn - started, seconds
+        )
 
     def _receive(self, flat: Flat, shard: Shard) -> None:
-        """theta by name, as views of the vector where it lies: once a step, however many of its shards come here, and
-        once for all where it is the same vector."""
-        version = (shard.split, shard.step, shard.epoch, shard.version)
+        """Make theta's tensors views of the vector: once per step, or once for all if it is always the same vector."""
         if flat is self._viewed:
             return
-        if self._viewed is not None or version != self._version or shard.split != "train":
-            given = whole(flat)[: self.layout.size]
-            vector = shared(given).to(self._problem.device)
-            self._theta = self.layout.views(vector)
-            self._viewed, self._version = None, version
-            # a tuple is another one in every call: its shards go by their version
-            if isinstance(flat, np.ndarray) and vector.data_ptr() == given.ctypes.data:
-                self._viewed = flat
+        version = (shard.split, shard.step, shard.epoch, shard.version)
+        if self._viewed is None and version == self._theta_version and shard.split == "train":
+            return
+        vector = join(flat)[: self.layout.size]
+        tensor = as_tensor(vector).to(self._problem.device)
+        self._theta = self.layout.views(tensor)
+        self._theta_version = version
+        # Ray passes another tuple with every call; only an array that stays the same can be recognised
+        self._viewed = None
+        if isinstance(flat, np.ndarray) and tensor.data_ptr() == vector.ctypes.data:
+            self._viewed = flat
 
-    def _episodes(self, flat: Flat, shard: Shard, ids: np.ndarray) -> tuple[Any, float]:
-        """The shard's episodes, and the seconds it took.
-
-        Later epochs on them find them here, or collect them again from the theta that they are of: the same to the bit.
-        """
-        problem, name = self._problem, (shard.step, shard.index)
-        started = time.perf_counter()
-        episodes = self._kept.get(name) if shard.epoch else None
-        if self._ahead is not None and shard.split != "train":
-            self._ahead.wait()
-        if episodes is None and self._ahead is not None and shard.split == "train":
-            episodes = self._ahead.draw(shard, lambda shard: self._draw(shard, self._ids(shard)))
-        elif episodes is None:
-            theta = self._theta
-            if shard.epoch:
-                theta = self.layout.unflatten(whole(flat)[self.layout.size :], problem.device)
-            episodes = self._draw(shard, ids, theta)
-        if shard.split == "train" and problem.outer_epochs > 1:
-            self._kept = {key: kept for key, kept in self._kept.items() if key[0] == shard.step}
-            self._kept[name] = episodes
-        return episodes, time.perf_counter() - started
-
-    def _ids(self, shard: Shard) -> np.ndarray:
+    def _find_ids(self, shard: Shard) -> np.ndarray:
         seed = self._problem.job.seed
         return task_ids(seed, shard.split, shard.step, shard.count)[shard.start : shard.stop]
 
-    def _draw(self, shard: Shard, ids: np.ndarray, theta: Theta | None = None) -> Any:
-        """The shard's episodes. None: of a family that needs no theta for them."""
-        problem = self._problem
-        return episodes_of(
-            problem.family,
-            problem.algorithm,
-            theta or {},
-            shard.split,
-            ids,
-            shard.inner_steps,
-            problem.device,
-        )
-
-    def _gradient(self, flat: Flat, shard: Shard, out: Buffer | None) -> ShardResult:
-        problem, out = self._problem, out or self.buffer()
-        ids = self._ids(shard)
-        episodes, drawing = self._episodes(flat, shard, ids)
-        started = time.perf_counter()
-        result = shard_gradient(
-            problem.training_at(shard.step),
-            problem.score("train"),
-            self._theta,
-            episodes,
-            ids,
-            problem.execution,
-            self._compiler,
-            into=out.views,
-            before=problem.scores_before(shard.step),
-        )
-        gradient = out.fetched()
-        # a task's own, so that the bits are the same whichever worker rounds
-        draws = task_generator(ids[0], ROUNDING + shard.epoch) if shard.compress != "none" else None
-        dropped = tuple(shard.start + i for i in result.dropped)
-        return ShardResult(
-            shard.index,
-            encode(gradient, shard.compress, draws),
-            result.tasks,
-            dropped,
-            result.metrics,
-            None,
-            drawing,
-            time.perf_counter() - started,
-        )
-
-    def _scores(self, flat: Flat, shard: Shard) -> ShardResult:
-        problem = self._problem
-        ids = self._ids(shard)
-        episodes, drawing = self._episodes(flat, shard, ids)
-        started = time.perf_counter()
-        with evaluating(problem.model.module):
-            scores = score_tasks(
-                problem.adapting(shard.split),
-                problem.score(shard.split),
-                self._theta,
-                episodes,
-                ids,
-                problem.execution,
-                shard.inner_steps,
-                shard.outputs,
+    def _make_episodes(self, flat: Flat, shard: Shard, ids: np.ndarray) -> Episodes:
+        """Return the shard's episodes. Later epochs find them here, or collect them again with the same theta."""
+        is_training = shard.split == "train"
+        name = (shard.step, shard.index)
+        episodes = self._kept.get(name) if shard.epoch else None
+        if self._prefetcher is not None and not is_training:
+            self._prefetcher.wait()  # a family is used by one thread at a time
+        if episodes is None and self._prefetcher is not None and is_training:
+            episodes = self._prefetcher.draw(
+                shard, lambda shard: self._draw(shard, self._find_ids(shard), {})
             )
-        predictions = _predictions(problem, episodes, scores.outputs) if shard.outputs else None
-        tasks = shard.stop - shard.start
-        return ShardResult(
-            shard.index, None, tasks, (), scores.metrics, predictions, drawing, time.perf_counter() - started
-        )
+        elif episodes is None:
+            theta = self._theta
+            if shard.epoch:
+                theta = self.layout.unflatten(join(flat)[self.layout.size :], self._problem.device)
+            episodes = self._draw(shard, ids, theta)
+        if is_training and self._problem.outer_epochs > 1:
+            self._kept = {key: kept for key, kept in self._kept.items() if key[0] == shard.step}
+            self._kept[name] = episodes
+        return episodes
+
+    def _draw(self, shard: Shard, ids: np.ndarray, theta: Theta) -> Episodes:
+        problem = self._problem
+        family = problem.family
+        if isinstance(family, CollectsData):
+            return collect_episodes(
+                family, problem.algorithm, theta, shard.split, ids, shard.inner_steps, problem.device
+            )
+        if not self._draws_plainly:
+            return draw_episodes(family, shard.split, ids, problem.device)
+        episodes = family.draw(shard.split, ids)
+        return stack_if_equal(episodes, len(ids)) if isinstance(episodes, list) else episodes
 
 
-def problem_of(spec: WorkerSpec) -> Problem:
-    """The problem, built in a worker's process."""
-    if spec.folder not in sys.path:
-        sys.path.insert(0, spec.folder)
-    with contextlib.suppress(OSError):  # a node may lack the folder: its relative paths then fail by name
-        if os.path.isdir(spec.folder):
-            os.chdir(spec.folder)
-    problem = build(Job.parse(spec.job), spec.constants)
-    check_data(problem, spec.data)
-    return problem
+class LocalPool:
+    """Computes in this process, one shard after the other. A debugger can step through it."""
 
+    size = 1
 
-@contextlib.contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Dropout off, and each submodule back in its own mode afterwards."""
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes.items():
-            m.training = training
+    def __init__(self, problem: Problem, layout: Layout):
+        self.worker = Worker(problem, layout)
+        self._gradients: list[Buffer] = []
+        self._held = ExitStack()
+        self._held.enter_context(self.worker.hold_numerics())
 
+    def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
+        results = []
+        for position, shard in enumerate(shards):
+            check()
+            gradient = None
+            if shard.split == "train":
+                if position == len(self._gradients):
+                    self._gradients.append(self.worker.buffer())
+                gradient = self._gradients[position]
+            results.append(self.worker.compute(flat, shard, gradient))
+        check()
+        return results
 
-def _predictions(problem: Problem, episodes: Any, outputs: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Labels and predictions: classes for integer labels, of the ways that are scored; else the outputs themselves."""
-    try:
-        labels_T = [one.query.y for one in episodes] if isinstance(episodes, list) else episodes.query.y
-    except AttributeError:
-        raise InputError("--predictions: this task family has no labels") from None
-    ways = getattr(problem.family, "eval_ways", None)
-    rows = []
-    for labels, output in zip(labels_T, outputs, strict=True):
-        predicted = output if labels.is_floating_point() else output[..., :ways].argmax(-1)
-        rows.append((labels.cpu().numpy(), predicted.cpu().numpy()))
-    return rows
-
-
-def shards_of(
-    problem: Problem, split: str, step: int, count: int, pieces: int, inner_steps: int, outputs: bool = False
-) -> list[Shard]:
-    """The plan of a step (or of an evaluation): which tasks each shard holds."""
-    trains = split == "train"
-    more = {"phase": problem.phase, "compress": problem.job.strategy.compress if trains else "none"}
-    slices = shard_slices(count, pieces, problem.algorithm.group_size if trains else 1)
-    return [
-        Shard(index, split, step, count, piece.start, piece.stop, inner_steps, outputs, **more)
-        for index, piece in enumerate(slices)
-    ]
+    def close(self) -> None:
+        self._held.close()

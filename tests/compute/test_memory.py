@@ -1,4 +1,4 @@
-"""What a process that computes frees, it has for the next tensor."""
+"""A process that computes keeps the memory that it frees."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ PAGES = """
 import resource, sys
 import torch
 if sys.argv[1] == "kept":
-    from distmeta.compute.memory import keep_freed
-    keep_freed()
+    from distmeta.compute.memory import keep_freed_memory
+    keep_freed_memory()
 def fill():
-    for size in (5_000_000, 20_000_000):  # the second is past what glibc ever keeps by itself, 32 MB
+    for size in (5_000_000, 20_000_000):  # glibc keeps at most 32 MB on its own
         torch.ones(size)
 for _ in range(10):
     fill()

@@ -1,4 +1,4 @@
-"""The job's precision, whatever a process has asked torch for by either of its interfaces."""
+"""The job's precision holds, whatever the process has set with either of torch's interfaces."""
 
 from __future__ import annotations
 
@@ -39,18 +39,17 @@ def torch_as_it_was() -> Iterator[None]:
     BACKENDS.mkldnn.conv.fp32_precision = BACKENDS.mkldnn.rnn.fp32_precision = "none"
 
 
-def told() -> tuple[list[str], str, bool, bool]:
-    """By both interfaces: reading the older one raises where the two are at odds."""
+def read_settings() -> tuple[list[str], str, bool, bool]:
+    """Return what both interfaces say. Reading the older one raises if the two disagree."""
     older = BACKENDS.cuda.matmul.allow_tf32, BACKENDS.cudnn.allow_tf32
     return parts()[1:], torch.get_float32_matmul_precision(), *older
 
 
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("allowed", [False, True])
-def test_what_a_process_asked_for_neither_enters_nor_changes(
+def test_settings_of_the_process_neither_matter_nor_change(
     asked: str, allowed: bool, torch_as_it_was: None
 ) -> None:
-    """As for a GPU."""
     untouched = parts()
     ASKED[asked]()
     before, inside = (
@@ -58,22 +57,22 @@ def test_what_a_process_asked_for_neither_enters_nor_changes(
         (["tf32" if allowed else "ieee"] * 6, "high" if allowed else "highest", *[allowed] * 2),
     )
     with _tf32(allowed, "cuda"):
-        assert told() == inside
+        assert read_settings() == inside
         with _tf32(False, "cuda"):
-            assert told() == (["ieee"] * 6, "highest", False, False)
-        assert told() == inside
+            assert read_settings() == (["ieee"] * 6, "highest", False, False)
+        assert read_settings() == inside
     assert parts() == before
     assert asked == "nothing" or asked.startswith("no TF32") or before != untouched
 
 
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_a_cpu_computes_in_float32(asked: str, precision: str, torch_as_it_was: None) -> None:
+def test_cpu_computes_in_float32(asked: str, precision: str, torch_as_it_was: None) -> None:
     ASKED[asked]()
     before = parts()
     with numerics(1, False, precision):
         assert set(parts()[4:]) <= {"none", "ieee"}
-        assert torch.is_autocast_enabled("cpu") == (precision == "bf16")
+        assert not torch.is_autocast_enabled("cpu"), "it is on only in the forward pass of a model"
         with full_precision("cpu"):
             assert set(parts()[4:]) <= {"none", "ieee"}
             assert not torch.is_autocast_enabled("cpu")

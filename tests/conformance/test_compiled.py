@@ -19,11 +19,11 @@ import distmeta
 import distmeta.compute.compiler
 from distmeta.algorithms.maml import MAML
 from distmeta.compute.compiler import MOST_PROGRAMS, Compiler
-from distmeta.compute.gradient import Execution, shard_gradient
-from distmeta.compute.schedules import structure_of, with_scheduled
+from distmeta.compute.execution import Execution, shard_gradient
+from distmeta.compute.schedules import describe_structure, with_scheduled
 from distmeta.config.job import Job
 from distmeta.errors import InputError
-from distmeta.runtime.problem import build
+from distmeta.runtime.problem import build_problem
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 LONG = {"mann", "mann-ntm", "mann-dnc", "matching-fce", "contrastive", "snail", "lstm"}
@@ -126,16 +126,16 @@ def test_what_changes_elsewhere_would_be_compiled_for_ever_and_says_so() -> None
 
 
 def test_what_one_program_serves_is_told_by_values_and_objects() -> None:
-    plus = build(Job.parse(tree("maml-plus-plus"))).algorithm
-    assert structure_of(plus.at(0)) == structure_of(plus.at(1))
-    assert structure_of(plus.at(0)) != structure_of(plus)  # the last loss alone
+    plus = build_problem(Job.parse(tree("maml-plus-plus"))).algorithm
+    assert describe_structure(plus.at(0)) == describe_structure(plus.at(1))
+    assert describe_structure(plus.at(0)) != describe_structure(plus)  # the last loss alone
     assert with_scheduled(plus, (1,)).scheduled == (1,)
     other = copy.copy(plus)
     other.model = copy.copy(plus.model)
-    assert structure_of(other) != structure_of(plus)
-    plain = build(Job.parse(tree("maml"))).algorithm
+    assert describe_structure(other) != describe_structure(plus)
+    plain = build_problem(Job.parse(tree("maml"))).algorithm
     assert isinstance(plain, MAML)
-    assert structure_of(plain) != structure_of(copy.copy(plain))  # without `at`: itself
+    assert describe_structure(plain) != describe_structure(copy.copy(plain))  # without `at`: itself
     assert with_scheduled(plain, ()) is plain
 
 

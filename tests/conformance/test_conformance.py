@@ -14,14 +14,15 @@ from conftest import ALGORITHMS, tree
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from distmeta.config.catalog import ALGORITHMS as REGISTERED
-from distmeta.compute.episodes import episodes_of
-from distmeta.compute.gradient import Execution, _chunk_sum, shard_gradient
+from distmeta.compute.episodes import make_episodes
+from distmeta.compute.execution import Execution, compute_groups, shard_gradient
+from distmeta.compute.gradient import build_objective, support_at, unroll
 from distmeta.compute.scoring import score_tasks
+from distmeta.config.catalog import ALGORITHMS as REGISTERED
 from distmeta.config.job import Job
 from distmeta.protocols import Episode, Theta
 from distmeta.runtime.parameter_server import ParameterServer
-from distmeta.runtime.problem import Problem, build
+from distmeta.runtime.problem import Problem, build_problem
 from distmeta.seeding import task_ids
 
 HARD = {
@@ -67,10 +68,10 @@ def test_every_registered_algorithm_is_here() -> None:
 def parts(
     name: str | dict[str, Any], tasks: int = 4, dtype: torch.dtype = torch.float32
 ) -> tuple[Problem, Theta, Episode, np.ndarray]:
-    problem = build(Job.parse(CASES[name] if isinstance(name, str) else name))
+    problem = build_problem(Job.parse(CASES[name] if isinstance(name, str) else name))
     theta = problem.init()
     ids = task_ids(0, "train", 0, tasks)
-    episodes = episodes_of(
+    episodes = make_episodes(
         problem.family, problem.algorithm, theta, "train", ids, problem.algorithm.inner_steps
     )
     problem.model.to(dtype=dtype)
@@ -144,7 +145,8 @@ def test_all_is_on_one_device(name: str) -> None:
     groups = tree_map(lambda leaf: leaf.view(-1, problem.algorithm.group_size, *leaf.shape[1:]), episodes)
     with fake:
         algorithm, score = problem.training_at(0), problem.score("train")
-        found = _chunk_sum(score, VMAP, True, algorithm, theta, groups, traced=True)
+        objective = build_objective(algorithm, score)
+        found = compute_groups(VMAP, objective, theta, groups, is_traced=True)
     leaves = tree_leaves(found)
     assert len(leaves) > len(theta)
     assert {leaf.device.type for leaf in leaves} == {"meta"}
@@ -185,8 +187,6 @@ def test_gradient_equals_finite_differences(name: str) -> None:
 
 def replayed_loss(problem: Problem, theta: Theta, episodes: Episode) -> float:
     """Σ over tasks of the query loss after the inner loop, by the protocol's four functions alone."""
-    from distmeta.protocols import support_at
-
     algorithm, score, total = problem.algorithm, problem.score("train"), 0.0
     for t in range(4):
         episode = tree_map(lambda leaf, t=t: leaf[t], episodes)
@@ -198,8 +198,6 @@ def replayed_loss(problem: Problem, theta: Theta, episodes: Episode) -> float:
 
 
 def pairwise_total(problem: Problem, theta: Theta, episodes: Episode) -> float:
-    from distmeta.compute.unroll import unroll
-
     pairs = [tree_map(lambda leaf, g=g: leaf[2 * g : 2 * g + 2], episodes) for g in range(2)]
     losses = [problem.algorithm.meta_loss(theta, pair, unroll, problem.score("train"))[0] for pair in pairs]
     return 2 * float(sum(losses))
@@ -226,7 +224,7 @@ def test_improves_a_toy_task_family(name: str) -> None:
         "x_range": [-1, 3],
     }
     job = CASES[name] | {"tasks": tasks}
-    problem = build(Job.parse(job))
+    problem = build_problem(Job.parse(job))
     algorithm, score = problem.algorithm, problem.score("val")
     server = ParameterServer(problem.init(), problem.job.outer)
     ids = task_ids(1, "val", 0, 50)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import tree
-from outcomes import Watching
+from support.outcomes import ActingReporter
 
 import distmeta
 from distmeta.config.job import Job
@@ -132,7 +132,7 @@ def test_a_loss_that_jumps_is_said_once(workplace: Path) -> None:
         {"step": 30, "set": {"algorithm.inner_lr": 3.0}},
         {"step": 33, "set": {"algorithm.inner_lr": 0.05}},
     ]
-    watching = Watching()
+    watching = ActingReporter()
     distmeta.train(Job.parse(tree("maml", run={"steps": 36}, changes=changes)), reporter=watching)
     (said,) = [text for text in watching.said if "far above" in text]
     assert said.startswith("step 31: loss ")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ALGORITHMS, POLICIES, tree
-from hosts import Host, HostPool
+from support.job_workers import JobWorker, JobWorkerPool
 
 import distmeta
 import distmeta.protocols
@@ -23,10 +23,11 @@ from distmeta.config.job import Job
 from distmeta.errors import NumericsError
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.parameter_server import ParameterServer
-from distmeta.runtime.problem import build
+from distmeta.runtime.problem import build_problem
 from distmeta.runtime.resolve import resolve
-from distmeta.runtime.training import Silent
-from distmeta.runtime.worker import Shard, ShardResult, Worker, shards_of
+from distmeta.runtime.shards import Shard, ShardResult
+from distmeta.runtime.training import SilentReporter
+from distmeta.runtime.worker import Worker, plan_shards
 from distmeta.strategies import driver
 
 EPOCHS = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}
@@ -94,7 +95,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return run_of
 
 
-class Flag(Silent):
+class Flag(SilentReporter):
     """Puts a file up once training begins: before that, this process itself draws tasks."""
 
     def __init__(self, path: Path):
@@ -127,7 +128,7 @@ def test_any_number_of_workers(
 def hosts(cluster: None) -> Iterator[list[Any]]:
     import ray
 
-    actors = [ray.remote(Host).options(num_cpus=1).remote() for _ in range(2)]
+    actors = [ray.remote(JobWorker).options(num_cpus=1).remote() for _ in range(2)]
     yield actors
     for actor in actors:
         ray.kill(actor)
@@ -143,7 +144,7 @@ def test_in_other_processes(
 ) -> None:
     """All numbers are those of this process, in two others; RayPool's own ways are tested above."""
     here = alone(name)
-    monkeypatch.setattr(driver, "open_pool", partial(HostPool, hosts))
+    monkeypatch.setattr(driver, "open_pool", partial(JobWorkerPool, hosts))
     run = trained(CASES[name])
     assert bits(run) == bits(here)
     assert lines(run) == lines(here)
@@ -262,11 +263,11 @@ def test_stop_at_a_non_finite_gradient(workplace: Path) -> None:
 
 
 def test_a_worker_without_the_trajectories_collects_them_again() -> None:
-    problem = resolve(build(Job.parse(CASES["outer-epochs"])))
+    problem = resolve(build_problem(Job.parse(CASES["outer-epochs"])))
     server = ParameterServer(problem.init(), problem.job.outer)
     first = server.flat()
-    shard = shards_of(problem, "train", 0, 8, 4, 1)[2]
-    one, other = (Worker.of(problem, server.layout) for _ in range(2))
+    shard = plan_shards(problem, "train", 0, 8, 4, 1)[2]
+    one, other = (Worker(problem, server.layout) for _ in range(2))
     gradient = one.compute(first, shard).gradient
     assert gradient is not None
     server.step(gradient)

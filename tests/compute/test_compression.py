@@ -1,4 +1,4 @@
-"""Vectors in fewer bits: error bounds, no bias, what is not finite, and pieces that agree with the whole."""
+"""Compressed vectors: error bounds, no bias, numbers that are not finite, and pieces."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_random_rounding_has_no_bias() -> None:
 
 @pytest.mark.parametrize("how", ["bf16", "int8"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_stays_so(how: str, bad: float) -> None:
+def test_numbers_that_are_not_finite_stay_so(how: str, bad: float) -> None:
     x = np.ones(3 * GROUP, np.float32)
     x[GROUP] = bad
     found = decode(encode(x, how, np.random.default_rng(0)))
@@ -47,7 +47,7 @@ def test_what_is_not_finite_stays_so(how: str, bad: float) -> None:
 
 
 @pytest.mark.parametrize("how", ["none", "bf16", "int8"])
-def test_pieces_are_those_of_the_whole(how: str) -> None:
+def test_pieces_decode_like_the_whole(how: str) -> None:
     x = vector(3, 2 * BLOCK + 77)
     coded = encode(x, how, np.random.default_rng(1))
     parts = cut(coded, [0, BLOCK, 2 * BLOCK, len(x)])

@@ -14,22 +14,23 @@ from conftest import tree
 from distmeta.config.job import Job
 from distmeta.protocols import Episode
 from distmeta.runtime.parameter_server import ParameterServer
-from distmeta.runtime.prefetch import Ahead
-from distmeta.runtime.problem import build
+from distmeta.runtime.prefetch import Prefetcher
+from distmeta.runtime.problem import build_problem
 from distmeta.runtime.resolve import resolve
-from distmeta.runtime.worker import Shard, Worker, WorkerSpec, shards_of
+from distmeta.runtime.shards import Shard, WorkerSpec
+from distmeta.runtime.worker import Worker, plan_shards
 
 
 def a_worker(**compute: Any) -> tuple[Worker, np.ndarray]:
     """As it is in a process of its own."""
-    problem = resolve(build(Job.parse(tree("maml", compute=compute))))
+    problem = resolve(build_problem(Job.parse(tree("maml", compute=compute))))
     server = ParameterServer(problem.init(), problem.job.outer)
-    return Worker(WorkerSpec.of(problem, server.layout)), server.flat()
+    return Worker.from_spec(WorkerSpec.from_problem(problem, server.layout)), server.flat()
 
 
 def test_draws_are_those_asked_for_and_begun_before(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, flat = a_worker(draw_ahead=True)
-    problem = worker.enter(0)
+    problem = worker.enter_phase(0)
     drawn: list[tuple[str, int, tuple[int, ...]]] = []
     inside, draw = threading.Lock(), problem.family.draw
 
@@ -44,13 +45,13 @@ def test_draws_are_those_asked_for_and_begun_before(workplace: Path, monkeypatch
     plain, _ = a_worker()
     here = threading.get_ident()
     for step in range(4):
-        plan = shards_of(problem, "train", step, 8, 4, 1)
+        plan = plan_shards(problem, "train", step, 8, 4, 1)
         # what comes next changes in the last step: guessed wrong, drawn when it is asked for
         for shard in plan[::2] if step < 3 else plan[1::2]:
             ahead, alone = worker.compute(flat, shard), plain.compute(flat, shard)
             assert np.array_equal(ahead.gradient, alone.gradient)
             assert ahead.metrics.keys() == alone.metrics.keys()
-        scored = shards_of(problem, "val", 0, 8, 1, 1)[0]
+        scored = plan_shards(problem, "val", 0, 8, 1, 1)[0]
         assert np.array_equal(
             worker.compute(flat, scored).metrics["loss"], plain.compute(flat, scored).metrics["loss"]
         )
@@ -62,7 +63,7 @@ def test_draws_are_those_asked_for_and_begun_before(workplace: Path, monkeypatch
 
 def test_a_draw_that_fails_ahead_is_raised_where_it_is_asked_for() -> None:
     shards = [Shard(index, "train", 0, 4, index, index + 1, 1) for index in range(2)]
-    ahead, failing = Ahead(1), set[int]()
+    ahead, failing = Prefetcher(1), set[int]()
 
     def draw(shard: Shard) -> Any:
         if shard.step in failing:
@@ -84,7 +85,7 @@ def test_a_draw_that_fails_ahead_is_raised_where_it_is_asked_for() -> None:
 
 def test_a_shard_of_a_later_theta_has_the_tasks_that_were_drawn_for_it() -> None:
     """`async` gives every shard the theta that there is when it is handed out."""
-    ahead, threads = Ahead(1), list[int]()
+    ahead, threads = Prefetcher(1), list[int]()
 
     def draw(shard: Shard) -> Any:
         threads.append(threading.get_ident())
