@@ -1,4 +1,4 @@
-"""distmeta: distributed meta-training with numbers that do not depend on the cluster.
+"""distmeta: distributed meta-learning whose results do not depend on the cluster.
 
 job = distmeta.Job.load("jobs/digits-maml.yaml", ["run.workers=2"])
 run = distmeta.train(job).run
@@ -14,27 +14,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distmeta.cluster.submit import submit as submit
     from distmeta.config.job import Job as Job
+    from distmeta.errors import InputError as InputError
     from distmeta.evaluation.evaluate import evaluate as evaluate
     from distmeta.evaluation.learner import load as load
+    from distmeta.protocols import Batch as Batch
+    from distmeta.protocols import Episode as Episode
+    from distmeta.runtime.training import Run as Run
     from distmeta.runtime.training import train as train
     from distmeta.sweeps.run import sweep as sweep
 
 __version__ = "0.1.0"
 
-_WHERE = {
-    "Job": "distmeta.config.job",
+MODULES = {
     "train": "distmeta.runtime.training",
     "sweep": "distmeta.sweeps.run",
     "evaluate": "distmeta.evaluation.evaluate",
     "load": "distmeta.evaluation.learner",
     "submit": "distmeta.cluster.submit",
+    "Job": "distmeta.config.job",
+    "Run": "distmeta.runtime.training",
+    "Batch": "distmeta.protocols",
+    "Episode": "distmeta.protocols",
+    "InputError": "distmeta.errors",
 }
+"""The public names, and the modules that define them."""
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use: `distmeta --help` needs neither torch, Ray nor MLflow."""
-    if name not in _WHERE:
+    """Import a public name when it is first used. `distmeta --help` needs neither torch, Ray nor MLflow."""
+    if name not in MODULES:
         raise AttributeError(f"module 'distmeta' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_WHERE[name]), name)
+    value = getattr(importlib.import_module(MODULES[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *MODULES})

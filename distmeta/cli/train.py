@@ -15,7 +15,7 @@ from distmeta.cli.output import fail, print_json, print_note
 if TYPE_CHECKING:
     from distmeta.config.job import Job
     from distmeta.runtime.interruption import InterruptedRun
-    from distmeta.runtime.training import Summary
+    from distmeta.runtime.training import Run
 
 
 def train(
@@ -36,13 +36,13 @@ def train(
     loaded = _load_job(job, overrides, resume)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # Ray prints on stdout when workers die
-            summary = training.train(loaded, resume, TerminalReporter())
+            run = training.train(loaded, resume, TerminalReporter())
     except InterruptedRun as interruption:  # typer would turn it into an exit code without a message
         _report_interruption(interruption, as_json)
     if as_json:
-        print_json({"run": summary.place, "step": summary.step, "loss": summary.loss})
+        print_json({"run": run.place, "step": run.step, "loss": run.loss})
     else:
-        _print_summary(summary)
+        _print_result(run)
 
 
 def _load_job(job: str | None, overrides: list[str] | None, resume: str | None) -> Job:
@@ -65,16 +65,16 @@ def _report_interruption(interruption: InterruptedRun, as_json: bool) -> NoRetur
     fail(f"interrupted after step {interruption.step}", as_json, 130, fields, quiet=True)
 
 
-def _print_summary(summary: Summary) -> None:
+def _print_result(run: Run) -> None:
     """Print the run folder on stdout; the result and the next command on stderr."""
     from distmeta.runtime.remote_copy import join
 
-    loss = "none" if summary.loss is None else f"{summary.loss:.4f}"
-    result = f"done: step {summary.step}, loss {loss}"
-    checkpoint = summary.place
-    if summary.best is not None:
-        result += f"; best validation figure {summary.best:.4f} at step {summary.best_step}"
-        checkpoint = join(summary.place, "checkpoints", "best")
+    loss = "none" if run.loss is None else f"{run.loss:.4f}"
+    result = f"done: step {run.step}, loss {loss}"
+    checkpoint = run.place
+    if run.best is not None:
+        result += f"; best validation figure {run.best:.4f} at step {run.best_step}"
+        checkpoint = join(run.place, "checkpoints", "best")
     print_note(result)
     print_note(f"next: distmeta evaluate {shlex.quote(checkpoint)}")
-    print(summary.place)
+    print(run.place)
