@@ -105,7 +105,7 @@ def check_options(
             raise InputError(f"{section}.{key}: unknown key of {section} type {_name_part(part)}; {hint}")
     try:
         checked = signature.schema.model_validate(
-            {FIELD_PREFIX + name: value for name, value in options.items()}
+            {f"{FIELD_PREFIX}{name}": value for name, value in options.items()}
         )
     except ValidationError as error:
         raise InputError(describe_validation_error(error, section + ".")) from None
