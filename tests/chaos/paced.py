@@ -11,10 +11,15 @@ from distmeta.tasks.navigation import Navigation
 from distmeta.trajectories import Trajectories
 
 
-class _Paced:
+class PacedFamily:
+    """A task family that sleeps before it collects data, in Ray's worker processes only."""
+
     def __init__(self, family: Any, seconds: float):
-        self.family, self.seconds = family, seconds
-        self.in_shape, self.out_features, self.score = family.in_shape, family.out_features, family.score
+        self.family = family
+        self.seconds = seconds
+        self.in_shape = family.in_shape
+        self.out_features = family.out_features
+        self.score = family.score
 
     def collect(self, split: str, ids: Any, k: int, policy: Any) -> Trajectories:
         if sys.argv[0].endswith("default_worker.py"):
@@ -22,11 +27,11 @@ class _Paced:
         return self.family.collect(split, ids, k, policy)
 
 
-class PacedNavigation(_Paced):
+class PacedNavigation(PacedFamily):
     def __init__(self, seconds: float):
         super().__init__(Navigation(trajectories=4, horizon=6), seconds)
 
 
-class PacedBandit(_Paced):
+class PacedBandit(PacedFamily):
     def __init__(self, seconds: float):
         super().__init__(Bandit(arms=3, horizon=6), seconds)

@@ -1,4 +1,4 @@
-"""A run's data stay the same: in its process, in its workers, and on resume."""
+"""The tasks' data must stay the same: during a run, on its workers, and on resume."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import tree
-from outcomes import outcome, trained
+from support.outcomes import read_outcome, train_job
 
 import distmeta
 from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime import training as driver
 from distmeta.runtime.parameter_server import ParameterServer
-from distmeta.runtime.problem import build
-from distmeta.runtime.worker import Worker, WorkerSpec
+from distmeta.runtime.problem import build_problem
+from distmeta.runtime.shards import WorkerSpec
+from distmeta.runtime.reporter import SilentReporter
+from distmeta.runtime.worker import Worker
 from distmeta.tasks.image_preparation import Preparation
 from distmeta.tasks.store import write_store
 
@@ -25,16 +26,17 @@ TASKS = {"type": "arrow", "path": "store.arrow", "ways": 3, "shots": 1, "queries
 JOB = tree("maml", tasks=TASKS, run={"name": "changed"})
 
 
-def store(seed: int = 0) -> None:
+def make_store(seed: int = 0) -> None:
+    """Write store.arrow; another seed gives other images."""
     images = np.random.default_rng(seed).integers(0, 256, (60, 1, 8, 8), dtype=np.uint8)
     classes = [f"c{i}" for i in range(12)]
     write_store("store.arrow", images, classes, [""] * 12, [5] * 12, Preparation(size=8))
 
 
-def test_a_store_that_changes_while_it_is_used(workplace: Path) -> None:
-    store()
+def test_store_that_changes_during_a_run_stops_it(workplace: Path) -> None:
+    make_store()
 
-    class Changes(driver.Silent):
+    class StoreTruncater(SilentReporter):
         def step(self, record: Any) -> None:
             if record["step"] == 3:
                 data = Path("store.arrow").read_bytes()
@@ -43,34 +45,32 @@ def test_a_store_that_changes_while_it_is_used(workplace: Path) -> None:
                     file.truncate()
 
     with pytest.raises(InputError, match=r"^tasks.path: .*changed on disk while it was in use"):
-        distmeta.train(Job.parse(JOB), reporter=Changes())
+        distmeta.train(Job.parse(JOB), reporter=StoreTruncater())
     assert checkpoints.load(workplace / "runs" / "changed").progress.step == 3
 
 
-def test_a_resume_with_another_store_is_refused(workplace: Path) -> None:
-    store()
-    calm = outcome(trained(JOB, steps=6))
-    run = trained(JOB, name="begun", steps=3)
+def test_resume_with_another_store_is_refused(workplace: Path) -> None:
+    make_store()
+    expected = read_outcome(train_job(JOB, steps=6))
+    run = train_job(JOB, name="begun", steps=3)
     files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    store(1)
-    with pytest.raises(
-        InputError, match=r"^tasks: got data with the fingerprint .*, with which the run began"
-    ):
-        trained(JOB, resume=run, steps=6)
+    make_store(seed=1)
+    message = r"^tasks: got data with the fingerprint .*, with which the run began"
+    with pytest.raises(InputError, match=message):
+        train_job(JOB, resume=run, steps=6)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
-    store()  # another file, with the same in it
-    trained(JOB, resume=run, steps=6)
-    assert outcome(run) == calm
+    make_store()  # another file with the same content
+    train_job(JOB, resume=run, steps=6)
+    assert read_outcome(run) == expected
 
 
-def test_a_worker_with_another_store_is_refused(workplace: Path) -> None:
-    store()
-    problem = build(Job.parse(JOB))
+def test_worker_with_another_store_is_refused(workplace: Path) -> None:
+    make_store()
+    problem = build_problem(Job.parse(JOB))
     layout = ParameterServer(problem.init(), problem.job.outer).layout
-    spec = WorkerSpec.of(problem, layout)
-    Worker(spec)
-    store(1)
-    with pytest.raises(
-        InputError, match=r"^tasks: got data with the fingerprint [0-9a-f]{64} on .*, expected"
-    ):
-        Worker(spec)
+    spec = WorkerSpec.from_problem(problem, layout)
+    Worker.from_spec(spec)
+    make_store(seed=1)
+    message = r"^tasks: got data with the fingerprint [0-9a-f]{64} on .*, expected"
+    with pytest.raises(InputError, match=message):
+        Worker.from_spec(spec)
