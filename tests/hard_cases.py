@@ -1,7 +1,12 @@
-"""The protocol's hard cases as a user would bring them, `hard_cases:Name` in a job: nothing in runtime/ knows them."""
+"""Hard cases of the protocol, as users would write them. Jobs in tests name them as `hard_cases:Name`."""
 
 from __future__ import annotations
 
+import builtins
+import os
+import signal
+import sys
+import time
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,16 +19,17 @@ from distmeta.seeding import task_generator
 
 
 class Memory:
-    """A memory-augmented regressor: writes each support pair into a memory by a recurrent cell, reads it for a query.
+    """A memory-augmented regressor: a recurrent cell writes each support pair into a memory, which a query reads.
 
-    No inner loop (`inner_steps` 0); theta holds the controller beside an unused `model`.
+    It has no inner loop, and does not use a model.
     """
 
     group_size = 1
     inner_steps = 0
 
     def __init__(self, score: Score, cells: int = 8):
-        self.score, self.cells = score, cells
+        self.score = score
+        self.cells = cells
 
     def init(self, generator: torch.Generator) -> Theta:
         def normal(*shape: int) -> Tensor:
@@ -46,13 +52,15 @@ class Memory:
 
 
 class Pairwise:
-    """MAML whose loss compares two tasks: adapted parameters of different tasks are pushed a margin apart."""
+    """MAML with a loss that compares two tasks: it pushes their adapted parameters apart, up to a margin."""
 
     group_size = 2
     inner_steps = 1
 
     def __init__(self, model: Model, score: Score, margin: float = 1.0):
-        self.model, self.score, self.margin = model, score, margin
+        self.model = model
+        self.score = score
+        self.margin = margin
 
     def init(self, generator: torch.Generator) -> Theta:
         return self.model.init(generator)
@@ -70,9 +78,11 @@ class Pairwise:
     def meta_loss(
         self, theta: Theta, episode: Episode, unroll: Unroll, score: Score
     ) -> tuple[Tensor, Metrics]:
-        losses, adapted = [], []
+        losses = []
+        adapted = []
         for g in range(2):
-            support, query = Batch(*(v[g] for v in episode.support)), Batch(*(v[g] for v in episode.query))
+            support = Batch(*(leaf[g] for leaf in episode.support))
+            query = Batch(*(leaf[g] for leaf in episode.query))
             phi = unroll(self, theta, support)
             losses.append(score(self.predict(theta, phi, query.x), query)[0])
             adapted.append(torch.cat([value.flatten() for value in phi.values()]))
@@ -82,16 +92,20 @@ class Pairwise:
 
 
 class Trajectories(NamedTuple):
-    """Bandit pulls: x [N, 1] ones, action [N], advantage [N]."""
+    """Pulls of a bandit."""
 
     x: Tensor
+    """Ones, [N, 1]."""
     action: Tensor
+    """[N]."""
     advantage: Tensor
+    """[N]."""
     payoff: Tensor
+    """[N]."""
 
 
 class Bandit:
-    """Two-armed Bernoulli bandits: collect, then replay. Noise is data from the task's stream."""
+    """Two-armed Bernoulli bandits, which collect data with the policy. Their noise derives from the task id."""
 
     in_shape = (1,)
     out_features = 2
@@ -116,7 +130,7 @@ class Bandit:
 
 
 class Dropout(nn.Sequential):
-    """A model that draws random numbers."""
+    """A model that uses random numbers."""
 
     def __init__(self, in_shape: tuple[int, ...], out_features: int):
         super().__init__(nn.Linear(in_shape[0], 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, out_features))
@@ -130,11 +144,12 @@ class RunningNorm(nn.Sequential):
 
 
 class Attention(nn.Module):
-    """Fused attention, which has no second derivative."""
+    """A model with fused attention, which has no second derivative."""
 
     def __init__(self, in_shape: tuple[int, ...], out_features: int):
         super().__init__()
-        self.qkv, self.out = nn.Linear(in_shape[0], 24), nn.Linear(8, out_features)
+        self.qkv = nn.Linear(in_shape[0], 24)
+        self.out = nn.Linear(8, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(x)[None, None].chunk(3, -1)
@@ -142,28 +157,34 @@ class Attention(nn.Module):
 
 
 class Unequal:
-    """Sine-like tasks of 3 to 5 support and 2 to 3 query rows, by `ids`; those of an even number first with `pairs`.
+    """Sine-like tasks with 3 to 5 support rows and 2 to 3 query rows, depending on the id.
 
-    bad: tasks of this many support rows have a NaN in training.
+    Args:
+        pairs: tasks 2n and 2n + 1 of a draw have the same size.
+        bad: training tasks with this number of support rows contain a NaN.
     """
 
     in_shape = (1,)
     out_features = 1
 
     def __init__(self, pairs: bool = False, bad: int = 0):
-        self.pairs, self.bad = pairs, bad
+        self.pairs = pairs
+        self.bad = bad
 
     def draw(self, split: str, ids: Any) -> list[Episode]:
         ids = np.asarray(ids)
-        return [self._one(split, i, ids[n - n % 2] if self.pairs else i) for n, i in enumerate(ids)]
+        sizes = [ids[n - n % 2] for n in range(len(ids))] if self.pairs else ids
+        return [self._draw_task(split, i, int(size)) for i, size in zip(ids, sizes, strict=True)]
 
-    def _one(self, split: str, i: int, like: int) -> Episode:
-        n, q = 3 + int(like) % 3, 2 + int(like) // 3 % 2
+    def _draw_task(self, split: str, i: int, size: int) -> Episode:
+        n = 3 + size % 3
+        q = 2 + size // 3 % 2
         x, shift = np.split(task_generator(i).random((2 * (n + q), 1)).astype(np.float32), 2)
         y = np.sin(6 * x) + shift[0]
         if n == self.bad and split == "train":
             y[0] = np.nan
-        x, y = torch.from_numpy(x), torch.from_numpy(y)
+        x = torch.from_numpy(x)
+        y = torch.from_numpy(y)
         return Episode(Batch(x[:n], y[:n]), Batch(x[n:], y[n:]))
 
     def score(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
@@ -171,7 +192,7 @@ class Unequal:
 
 
 class Poisoned:
-    """Sine-like tasks of which one in four has a NaN."""
+    """Sine-like tasks. One in four training tasks contains a NaN."""
 
     in_shape = (1,)
     out_features = 1
@@ -188,7 +209,7 @@ class Poisoned:
 
 
 class AllBad(Poisoned):
-    """Tasks that are all NaN in training."""
+    """Tasks whose support targets are all NaN in training."""
 
     def draw(self, split: str, ids: Any) -> Episode:
         episode = super().draw(split, ids)
@@ -198,15 +219,13 @@ class AllBad(Poisoned):
 
 
 class Lethal(Poisoned):
-    """A family whose draw kills the process once a flag file says so; it removes the flag first."""
+    """A family whose draw kills the process if a flag file exists. It removes the flag first, unless `always`."""
 
     def __init__(self, flag: str, always: bool = False):
-        self.flag, self.always = flag, always
+        self.flag = flag
+        self.always = always
 
     def draw(self, split: str, ids: Any) -> Episode:
-        import os
-        import signal
-
         if os.path.exists(self.flag):
             if not self.always:
                 os.remove(self.flag)
@@ -216,11 +235,18 @@ class Lethal(Poisoned):
         return Episode(Batch(x_s, y_s), Batch(x_q, y_q))
 
 
-class Faulty(Lethal):
-    """A family that does harm on workers: `times` in all, whichever workers meet it, counted by files in `folder`.
+def is_ray_worker() -> bool:
+    return sys.argv[0].endswith("default_worker.py")
 
-    kill: "build", or the split whose draw ends the process; fail: the error a training draw raises; sleep: the seconds
-    one takes. `after`: training draws of a process that go well first.
+
+class Faulty(Lethal):
+    """A family that misbehaves on workers, `times` times in total. Files in `folder` count, for all workers.
+
+    Args:
+        kill: kill the process at "build", or at the draw of this split.
+        fail: name of the built-in error that a training draw raises.
+        sleep: seconds that a training draw takes.
+        after: number of training draws per process that succeed first.
     """
 
     def __init__(
@@ -233,32 +259,32 @@ class Faulty(Lethal):
         after: int = 0,
     ):
         super().__init__("/nonexistent")
-        self.folder, self.times, self.after = folder, times, after
-        self.kill, self.fail, self.sleep, self.draws = kill, fail, sleep, 0
-        if kill == "build" and self._turn():
-            self._end()
+        self.folder = folder
+        self.kill = kill
+        self.fail = fail
+        self.sleep = sleep
+        self.times = times
+        self.after = after
+        self.draws = 0
+        if kill == "build" and self._takes_turn():
+            self._kill_process()
 
     def draw(self, split: str, ids: Any) -> Episode:
-        import builtins
-        import time
-
         self.draws += split == "train"
-        hit = self.kill in (None, split) and self.draws > self.after and self._turn()
-        if hit and self.kill:
-            self._end()
-        if hit and self.fail:
-            raise getattr(builtins, self.fail)("as a test asked for")
-        if hit:
+        misbehaves = self.kill in (None, split) and self.draws > self.after and self._takes_turn()
+        if misbehaves and self.kill:
+            self._kill_process()
+        if misbehaves and self.fail:
+            raise vars(builtins)[self.fail]("as a test asked for")
+        if misbehaves:
             time.sleep(self.sleep)
         return super().draw(split, ids)
 
-    def _turn(self) -> bool:
-        """Whether harm is to be done, by this process, now."""
-        import os
-        import sys
-
-        on_a_worker = sys.argv[0].endswith("default_worker.py")
-        for number in range(self.times if on_a_worker else 0):
+    def _takes_turn(self) -> bool:
+        """Return whether this process misbehaves now. Creating a file claims one of the `times`."""
+        if not is_ray_worker():
+            return False
+        for number in range(self.times):
             try:
                 os.close(os.open(f"{self.folder}/fault-{number}", os.O_CREAT | os.O_EXCL))
             except FileExistsError:
@@ -266,62 +292,51 @@ class Faulty(Lethal):
             return True
         return False
 
-    def _end(self) -> None:
-        import os
-        import signal
-
+    def _kill_process(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Paced(Lethal):
-    """A family whose draws take a moment on Ray workers, so that a run lasts long enough to be harmed."""
+    """A family whose draws take `seconds` on Ray workers, so that a run lasts long enough to be disturbed."""
 
     def __init__(self, seconds: float):
         super().__init__("/nonexistent")
         self.seconds = seconds
 
     def draw(self, split: str, ids: Any) -> Episode:
-        import sys
-        import time
-
-        if sys.argv[0].endswith("default_worker.py"):
+        if is_ray_worker():
             time.sleep(self.seconds)
         return super().draw(split, ids)
 
 
 class Slow(Lethal):
-    """A family that takes `seconds` for every draw but the first."""
+    """A family that takes `seconds` for every draw except the first."""
 
     def __init__(self, seconds: float):
         super().__init__("/nonexistent")
-        self.seconds, self.draws = seconds, 0
+        self.seconds = seconds
+        self.draws = 0
 
     def draw(self, split: str, ids: Any) -> Episode:
-        import time
-
         self.draws += 1
-        if self.draws > 1:  # the first is the driver's own look at the job
+        if self.draws > 1:  # the driver draws once to inspect the job
             time.sleep(self.seconds)
         return super().draw(split, ids)
 
 
 class Vanishing(Lethal):
-    """A family whose data go away once a flag file says so."""
+    """A family whose data are gone if a flag file exists."""
 
     def draw(self, split: str, ids: Any) -> Episode:
-        import os
-
         if os.path.exists(self.flag):
             raise InputError("tasks.path: the store is gone")
         return super().draw(split, ids)
 
 
 class OnlyHere(Lethal):
-    """A family that only the driver's process can make, as where a node lacks the data."""
+    """A family that only the process `pid` can build, as if other nodes lacked the data."""
 
     def __init__(self, pid: int):
-        import os
-
         super().__init__("/nonexistent")
         if os.getpid() != pid:
             raise InputError("tasks.path: not on this node")
@@ -338,18 +353,19 @@ class Huge(Lethal):
 
 
 class Tokens(nn.Module):
-    """A model on integers."""
+    """A model whose inputs are integers."""
 
     def __init__(self, in_shape: tuple[int, ...], out_features: int):
         super().__init__()
-        self.embed, self.out = nn.Embedding(10, 8), nn.Linear(8, out_features)
+        self.embed = nn.Embedding(10, 8)
+        self.out = nn.Linear(8, out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.embed(x).mean(1))
 
 
 class Sums:
-    """Regress the sum of three digits, given as tokens."""
+    """Tasks that ask for the sum of three digits, which are given as tokens."""
 
     in_shape = (3,)
     out_features = 1

@@ -1,8 +1,8 @@
-"""What the gradient-based methods are tested with: small problems in float64, their meta-gradient, peers."""
+"""Helpers of the tests of gradient-based methods: small problems in float64 and their meta-gradients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +18,8 @@ from distmeta.protocols import Episode, Theta
 from distmeta.runtime.problem import Problem, build_problem
 from distmeta.seeding import task_ids
 
-LOOP, VMAP = Execution("loop", 1), Execution("vmap", 2**31)
+LOOP = Execution("loop", 1)
+VMAP = Execution("vmap", 2**31)
 TASKS = 4
 KINDS: dict[str, dict[str, Any]] = {
     "mlp": {
@@ -39,10 +40,10 @@ class Setting(NamedTuple):
     ids: np.ndarray
 
 
-def setting(
+def build_setting(
     algorithm: dict[str, Any], kind: str = "mlp", dtype: torch.dtype = torch.float64, **model: Any
 ) -> Setting:
-    """A small problem with the algorithm, its first theta and four tasks; `model` are options of its model."""
+    """Build a small problem with this algorithm, its theta at step 0 and four tasks. `model` are model options."""
     job = KINDS[kind] | {"model": KINDS[kind]["model"] | model}
     problem = build_problem(Job.parse(tree(algorithm, **job)))
     theta = {name: value.to(dtype) for name, value in problem.init().items()}
@@ -54,8 +55,8 @@ def setting(
     return Setting(problem, theta, episodes, ids)
 
 
-def noisy(theta: Theta, scale: float = 0.1, prefix: str = "") -> Theta:
-    """theta with normal noise on the entries that start with `prefix`: away from identities and ties."""
+def add_noise(theta: Theta, scale: float = 0.1, prefix: str = "") -> Theta:
+    """Add normal noise to the entries that start with `prefix`, to leave identities and ties."""
     generator = torch.Generator().manual_seed(5)
     return {
         name: value
@@ -65,37 +66,36 @@ def noisy(theta: Theta, scale: float = 0.1, prefix: str = "") -> Theta:
 
 
 def gradient(s: Setting, algorithm: Any = None, execution: Execution = LOOP) -> Theta:
-    """The sum over tasks of the meta-gradient."""
+    """Return the meta-gradient, summed over tasks."""
     algorithm = algorithm or s.problem.algorithm
     return shard_gradient(algorithm, s.problem.score("train"), s.theta, s.episodes, s.ids, execution).gradient
 
 
-def maml(kind: str = "mlp", dtype: torch.dtype = torch.float64, **options: Any) -> Theta:
-    """MAML's meta-gradient on the same tasks from the same initialisation."""
-    return gradient(setting({"type": "maml", **options}, kind, dtype))
+def maml_gradient(kind: str = "mlp", dtype: torch.dtype = torch.float64, **options: Any) -> Theta:
+    """Return MAML's meta-gradient on the same tasks from the same theta."""
+    return gradient(build_setting({"type": "maml", **options}, kind, dtype))
 
 
 def distance(a: Theta, b: Theta) -> float:
-    """‖a − b‖ / ‖b‖ over the entries of b."""
-    flat = [torch.cat([t[name].flatten() for name in b]) for t in (a, b)]
-    return float((flat[0] - flat[1]).norm() / flat[1].norm())
+    """Return ‖a − b‖ / ‖b‖ over the entries of b."""
+    flat_a = torch.cat([a[name].flatten() for name in b])
+    flat_b = torch.cat([b[name].flatten() for name in b])
+    return float((flat_a - flat_b).norm() / flat_b.norm())
 
 
-def tasks(episodes: Episode) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """x and y of the support, x and y of the query, task after task."""
+def iterate_tasks(episodes: Episode) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Yield x and y of the support set, x and y of the query set, one task at a time."""
     yield from zip(*episodes.support, *episodes.query, strict=True)
 
 
 def loss(outputs: Tensor, y: Tensor) -> Tensor:
-    return (
-        nn.functional.mse_loss(outputs, y)
-        if y.is_floating_point()
-        else nn.functional.cross_entropy(outputs, y)
-    )
+    if y.is_floating_point():
+        return nn.functional.mse_loss(outputs, y)
+    return nn.functional.cross_entropy(outputs, y)
 
 
-def slope_and_gradient(s: Setting, algorithm: Any = None, h: float = 1e-6) -> tuple[float, float]:
-    """Along a random direction in theta: the central difference of the summed meta-loss, and ⟨gradient, direction⟩."""
+def compute_slopes(s: Setting, algorithm: Any = None, h: float = 1e-6) -> tuple[float, float]:
+    """Return the slope of the summed meta-loss along a random direction, by central differences and by the gradient."""
     algorithm = algorithm or s.problem.algorithm
     generator = torch.Generator().manual_seed(0)
     direction = {k: torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in s.theta.items()}
@@ -105,13 +105,14 @@ def slope_and_gradient(s: Setting, algorithm: Any = None, h: float = 1e-6) -> tu
         return sum(group_losses(s, theta, algorithm))
 
     exact = gradient(s, algorithm)
-    return (total(h) - total(-h)) / (2 * h), sum(float((exact[k] * direction[k]).sum()) for k in exact)
+    slope = (total(h) - total(-h)) / (2 * h)
+    return slope, sum(float((exact[k] * direction[k]).sum()) for k in exact)
 
 
 def group_losses(s: Setting, theta: Theta, algorithm: Any) -> Iterator[float]:
-    """The meta-loss of each group of tasks, once for each of its tasks."""
+    """Yield the meta-loss of each group of tasks, times its number of tasks."""
     size = algorithm.group_size
     for first in range(0, TASKS, size):
-        rows: Callable[[Tensor], Tensor] = lambda leaf, i=first: leaf[i] if size == 1 else leaf[i : i + size]  # noqa: E731
-        episode = tree_map(rows, s.episodes)
+        rows = first if size == 1 else slice(first, first + size)
+        episode = tree_map(lambda leaf, rows=rows: leaf[rows], s.episodes)
         yield size * float(algorithm.meta_loss(theta, episode, unroll, s.problem.score("train"))[0])

@@ -1,4 +1,4 @@
-"""CAVIA: the paper's networks written out give the same gradient; the inner loop moves the context alone."""
+"""CAVIA, compared with the paper's networks written out by hand and with TorchOpt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from conftest import tree
-from oracles import TASKS, VMAP, distance, gradient, loss, setting, tasks
+from oracles import TASKS, VMAP, build_setting, distance, gradient, iterate_tasks, loss
 from torch import nn
 
 from distmeta.compute.gradient import unroll
@@ -16,12 +16,14 @@ from distmeta.errors import InputError
 from distmeta.protocols import Batch
 from distmeta.runtime.problem import build_problem
 
-RATE, STEPS, SIZE = 0.5, 2, 4
+RATE = 0.5
+STEPS = 2
+SIZE = 4
 CAVIA = {"type": "cavia", "inner_lr": RATE, "inner_steps": STEPS, "context": SIZE}
 
 
-def adapted(forward, theta, x_s, y_s, first_order: bool = False) -> torch.Tensor:
-    """The context after the inner loop, by plain autograd."""
+def adapt_context(forward, theta, x_s, y_s, first_order: bool = False) -> torch.Tensor:
+    """Return the context after the inner loop, computed with plain autograd."""
     context = torch.zeros(SIZE, dtype=torch.float64, requires_grad=True)
     for _ in range(STEPS):
         (step,) = torch.autograd.grad(loss(forward(theta, context, x_s), y_s), context, create_graph=True)
@@ -29,17 +31,17 @@ def adapted(forward, theta, x_s, y_s, first_order: bool = False) -> torch.Tensor
     return context
 
 
-def by_hand(s, forward, first_order: bool = False):
+def gradient_by_hand(s, forward, first_order: bool = False):
     leaves = {name: value.clone().requires_grad_() for name, value in s.theta.items()}
     total = 0.0
-    for x_s, y_s, x_q, y_q in tasks(s.episodes):
-        context = adapted(forward, leaves, x_s, y_s, first_order)
+    for x_s, y_s, x_q, y_q in iterate_tasks(s.episodes):
+        context = adapt_context(forward, leaves, x_s, y_s, first_order)
         total = total + loss(forward(leaves, context, x_q), y_q)
     return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
 
 
-def concatenated(theta, context: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The paper's regressor: the context parameters are further inputs of the first layer."""
+def run_concatenating_network(theta, context: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The paper's regressor: the context parameters are additional inputs of the first layer."""
     x = torch.cat([x, context.expand(len(x), -1)], 1)
     weight = torch.cat([theta["model.1.weight"], theta["context.weight"]], 1)
     x = torch.tanh(nn.functional.linear(x, weight, theta["model.1.bias"]))
@@ -47,7 +49,7 @@ def concatenated(theta, context: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return nn.functional.linear(x, theta["model.5.weight"], theta["model.5.bias"])
 
 
-def filmed(theta, context: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def run_film_network(theta, context: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The paper's classifier: the third convolution's normalized maps are scaled and shifted before the ReLU."""
     for block in range(4):
         x = nn.functional.conv2d(x, theta[f"model.blocks.{block}.0.weight"], stride=2, padding=1)
@@ -61,35 +63,39 @@ def filmed(theta, context: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("first_order", [False, True])
-@pytest.mark.parametrize(("kind", "forward"), [("mlp", concatenated), ("conv4", filmed)])
-def test_gradient_equals_that_of_the_papers_network(kind: str, forward, first_order: bool) -> None:
-    s = setting(CAVIA | {"first_order": first_order}, kind)
+@pytest.mark.parametrize(
+    ("kind", "forward"), [("mlp", run_concatenating_network), ("conv4", run_film_network)]
+)
+def test_gradient_equals_the_network_of_the_paper(kind: str, forward, first_order: bool) -> None:
+    s = build_setting(CAVIA | {"first_order": first_order}, kind)
     assert s.theta["context.weight"].shape == ((16, SIZE))
-    ours, theirs = gradient(s), by_hand(s, forward, first_order)
-    assert distance(ours, theirs) <= 1e-9
+    ours = gradient(s)
+    assert distance(ours, gradient_by_hand(s, forward, first_order)) <= 1e-9
     assert distance(ours, gradient(s, execution=VMAP)) <= 1e-9
     assert all(bool(value.any()) for value in ours.values())
 
 
 class Context(nn.Module):
-    """The one parameter that a peer's inner optimizer moves."""
+    """The only parameter that TorchOpt's inner optimizer updates."""
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.c = nn.Parameter(torch.zeros(SIZE, dtype=dtype))
 
 
-@pytest.mark.parametrize(("kind", "forward"), [("mlp", concatenated), ("conv4", filmed)])
+@pytest.mark.parametrize(
+    ("kind", "forward"), [("mlp", run_concatenating_network), ("conv4", run_film_network)]
+)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
-def test_gradient_equals_torchopts(kind: str, forward, dtype: torch.dtype, tolerance: float) -> None:
+def test_gradient_equals_torchopt(kind: str, forward, dtype: torch.dtype, tolerance: float) -> None:
     pytest.importorskip("torchopt")
-    s = setting(CAVIA, kind, dtype)
+    s = build_setting(CAVIA, kind, dtype)
     leaves = {name: value.clone().requires_grad_() for name, value in s.theta.items()}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # TorchOpt's
+        warnings.simplefilter("ignore")  # from TorchOpt
         import torchopt
 
-        for x_s, y_s, x_q, y_q in tasks(s.episodes):
+        for x_s, y_s, x_q, y_q in iterate_tasks(s.episodes):
             context = Context(dtype)
             inner = torchopt.MetaSGD(context, lr=RATE)
             for _ in range(STEPS):
@@ -98,10 +104,12 @@ def test_gradient_equals_torchopts(kind: str, forward, dtype: torch.dtype, toler
     assert distance(gradient(s), {name: leaf.grad for name, leaf in leaves.items()}) <= tolerance
 
 
-def test_the_inner_loop_moves_the_context_alone() -> None:
-    s = setting(CAVIA)
-    algorithm, support = s.problem.algorithm, Batch(*(leaf[0] for leaf in s.episodes.support))
-    start, end = algorithm.begin(s.theta, support), unroll(algorithm, s.theta, support)
+def test_inner_loop_changes_only_the_context() -> None:
+    s = build_setting(CAVIA)
+    algorithm = s.problem.algorithm
+    support = Batch(*(leaf[0] for leaf in s.episodes.support))
+    start = algorithm.begin(s.theta, support)
+    end = unroll(algorithm, s.theta, support)
     assert bool((start.context == 0).all())
     assert start.context.shape == end.context.shape == (SIZE,)
     assert bool((end.context != 0).all())
@@ -114,8 +122,8 @@ def test_the_inner_loop_moves_the_context_alone() -> None:
     )
 
 
-def test_without_a_rate_nothing_adapts() -> None:
-    s = setting(CAVIA, "conv4")
+def test_rate_zero_adapts_nothing() -> None:
+    s = build_setting(CAVIA, "conv4")
     algorithm = s.problem.algorithm
     algorithm.inner_lr = 0.0
     for t in range(TASKS):
@@ -136,15 +144,16 @@ def test_without_a_rate_nothing_adapts() -> None:
         ({"norm": "batch", "freeze": "blocks.*"}, None, "model.head.weight"),
     ],
 )
-def test_the_layer_that_the_context_enters(model, layer: str | None, weight: str) -> None:
-    s = setting(CAVIA | {"layer": layer}, "conv4", **model)
+def test_layer_that_the_context_enters(model, layer: str | None, weight: str) -> None:
+    s = build_setting(CAVIA | {"layer": layer}, "conv4", **model)
     assert s.problem.algorithm.weight == weight
     assert distance(gradient(s), gradient(s, execution=VMAP)) <= 1e-9
 
 
-def test_film_on_a_convolution_is_film_on_its_maps() -> None:
-    s = setting(CAVIA, "conv4", norm="none")
-    x, context = s.episodes.query.x[0], torch.randn(SIZE, dtype=torch.float64)
+def test_film_on_a_convolution_equals_film_on_its_maps() -> None:
+    s = build_setting(CAVIA, "conv4", norm="none")
+    x = s.episodes.query.x[0]
+    context = torch.randn(SIZE, dtype=torch.float64)
     scale, shift = (s.theta["context.weight"] @ context)[:, None, None].chunk(2)
     state = s.problem.algorithm.begin(s.theta, None)._replace(context=context)
     outputs = s.problem.algorithm.predict(s.theta, state, x)
@@ -154,22 +163,20 @@ def test_film_on_a_convolution_is_film_on_its_maps() -> None:
     handle.remove()
 
 
-def test_the_head_may_be_made_of_prototypes_but_not_shared() -> None:
-    s = setting(CAVIA, "conv4", head="prototype")
+def test_head_may_be_prototype_but_not_shared() -> None:
+    s = build_setting(CAVIA, "conv4", head="prototype")
     assert "model.head.weight" not in s.theta
     assert distance(gradient(s), gradient(s, execution=VMAP)) <= 1e-9
-    with pytest.raises(
-        InputError, match=r"model\.head: got shared for cavia, .* expected linear or prototype"
-    ):
-        setting(CAVIA, "conv4", head="shared")
-    with pytest.raises(InputError, match=r"algorithm\.layer: got 'head'"):  # there is none in theta
-        setting(CAVIA | {"layer": "head"}, "conv4", head="prototype")
+    with pytest.raises(InputError, match=r"model\.head: got shared for cavia, expected linear or prototype"):
+        build_setting(CAVIA, "conv4", head="shared")
+    with pytest.raises(InputError, match=r"algorithm\.layer: got 'head'"):  # theta has no head
+        build_setting(CAVIA | {"layer": "head"}, "conv4", head="prototype")
 
 
-def test_a_layer_that_is_not_there_is_an_error() -> None:
+def test_missing_layer_is_an_error() -> None:
     message = r"algorithm\.layer: got 'blocks.2.2', expected a trainable .*; did you mean 'blocks.2.1'\?"
     with pytest.raises(InputError, match=message):
-        setting(CAVIA | {"layer": "blocks.2.2"}, "conv4")
+        build_setting(CAVIA | {"layer": "blocks.2.2"}, "conv4")
     job = tree(CAVIA)
     job["model"] |= {"freeze": "*.bias"}
     with pytest.raises(InputError, match=r"algorithm\.layer: got null, and the model has no trainable"):

@@ -1,4 +1,4 @@
-"""The hypernetwork's last layer: known where its network is, gradient descent on top, what it does not depend on."""
+"""The hypernetwork: the layer it generates, gradient steps after it, and its invariances."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_map
 
 from distmeta.algorithms.hypernet import Hypernet
 from distmeta.compute.execution import Execution
-from distmeta.compute.scoring import score_tasks
 from distmeta.compute.gradient import unroll
+from distmeta.compute.scoring import score_tasks
 from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.protocols import Algorithm, Batch, Episode, Theta
@@ -21,10 +21,13 @@ from distmeta.runtime.problem import Problem, build_problem, with_score
 from distmeta.seeding import task_ids
 from distmeta.tasks.few_shot import ClassificationScore
 
-WEIGHT, BIAS = "model.3.weight", "model.3.bias"
+WEIGHT = "model.3.weight"
+BIAS = "model.3.bias"
 
 
-def setting(changes: dict[str, Any] = CLASSES, **options: Any) -> tuple[Problem, Hypernet, Theta, Episode]:
+def build_setting(
+    changes: dict[str, Any] = CLASSES, **options: Any
+) -> tuple[Problem, Hypernet, Theta, Episode]:
     problem = build_problem(Job.parse(tree({"type": "hypernet"} | options, **changes)))
     theta = {name: value.double() for name, value in problem.init().items()}
     problem.model.to(dtype=torch.float64)
@@ -40,13 +43,14 @@ REGRESSION = {
 }
 
 
-def outputs(algorithm: Algorithm, theta: Theta, support: Batch, x: Tensor) -> Tensor:
+def predict(algorithm: Algorithm, theta: Theta, support: Batch, x: Tensor) -> Tensor:
     return algorithm.predict(theta, unroll(algorithm, theta, support), x)
 
 
-def emitting(theta: Theta, matrix: Tensor) -> Theta:
-    """Theta whose network gives matrixᵀ(μ_c, μ̄): its first layer is far up ELU's linear part."""
-    far, size = 10.0, len(matrix)
+def set_linear_network(theta: Theta, matrix: Tensor) -> Theta:
+    """Return theta with a network that computes matrixᵀ(μ_c, μ̄): its biases move ELU into its linear part."""
+    far = 10.0
+    size = len(matrix)
     eye = torch.eye(size, dtype=torch.float64)
     return theta | {
         "hypernet.0.weight": eye,
@@ -58,35 +62,35 @@ def emitting(theta: Theta, matrix: Tensor) -> Theta:
     }
 
 
-def means_of(problem: Problem, theta: Theta, support: Batch) -> Tensor:
+def compute_means(problem: Problem, theta: Theta, support: Batch) -> Tensor:
     features = problem.model.features(theta, support.x)
     return torch.stack([features[support.y == c].mean(0) for c in range(3)])
 
 
-def test_a_network_of_zeros_compares_with_the_class_means() -> None:
-    problem, algorithm, theta, (support, query) = setting()
+def test_network_of_zeros_compares_with_class_means() -> None:
+    problem, algorithm, theta, (support, query) = build_setting()
     theta |= {name: torch.zeros_like(value) for name, value in theta.items() if name.startswith("hypernet.")}
-    expected = problem.model.features(theta, query.x) @ means_of(problem, theta, support).T
-    torch.testing.assert_close(outputs(algorithm, theta, support, query.x), expected, rtol=1e-12, atol=1e-14)
+    expected = problem.model.features(theta, query.x) @ compute_means(problem, theta, support).T
+    torch.testing.assert_close(predict(algorithm, theta, support, query.x), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_a_linear_network_emits_what_it_should() -> None:
+def test_linear_network_generates_the_expected_layer() -> None:
     """w_c = 2 μ_c − μ̄ and b_c = −⟨a, μ_c⟩ + ⟨a, μ̄⟩."""
-    problem, algorithm, theta, (support, query) = setting(hidden=24)
+    problem, algorithm, theta, (support, query) = build_setting(hidden=24)
     a = torch.linspace(-1, 1, 12, dtype=torch.float64)[:, None]
-    eye = torch.eye(12, dtype=torch.float64)  # μ_c is added by itself
-    theta = emitting(theta, torch.cat([torch.cat([eye, -a], 1), torch.cat([-eye, a], 1)]))
+    eye = torch.eye(12, dtype=torch.float64)  # μ_c is added to the network's output
+    theta = set_linear_network(theta, torch.cat([torch.cat([eye, -a], 1), torch.cat([-eye, a], 1)]))
     state = algorithm.begin(theta, support)
-    means = means_of(problem, theta, support)
+    means = compute_means(problem, theta, support)
     torch.testing.assert_close(state.phi[WEIGHT], 2 * means - means.mean(0), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(state.phi[BIAS], ((means.mean(0) - means) @ a)[:, 0], rtol=1e-10, atol=1e-12)
     expected = problem.model.features(theta, query.x) @ state.phi[WEIGHT].T + state.phi[BIAS]
-    torch.testing.assert_close(outputs(algorithm, theta, support, query.x), expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(predict(algorithm, theta, support, query.x), expected, rtol=1e-12, atol=1e-14)
     torch.testing.assert_close(problem.model(state.phi, query.x), expected, rtol=1e-12, atol=1e-14)
 
 
-def test_the_regressors_layer_by_hand() -> None:
-    problem, algorithm, theta, (support, query) = setting(REGRESSION, hidden=5)
+def test_layer_of_a_regression_matches_computation_by_hand() -> None:
+    problem, algorithm, theta, (support, query) = build_setting(REGRESSION, hidden=5)
     elu = torch.nn.functional.elu
     w = [theta[f"hypernet.{i}.weight"] for i in range(4)]
     b = [theta[f"hypernet.{i}.bias"] for i in range(4)]
@@ -95,15 +99,19 @@ def test_the_regressors_layer_by_hand() -> None:
         elu(elu(torch.cat([f, y]) @ w[0] + b[0]) @ w[1] + b[1])
         for f, y in zip(features, support.y, strict=True)
     ]
-    emitted = elu(torch.stack(rows).mean(0) @ w[2] + b[2]) @ w[3] + b[3]
-    expected = problem.model.features(theta, query.x) @ emitted[:12, None] + emitted[12]
-    torch.testing.assert_close(outputs(algorithm, theta, support, query.x), expected, rtol=1e-12, atol=1e-14)
+    generated = elu(torch.stack(rows).mean(0) @ w[2] + b[2]) @ w[3] + b[3]
+    expected = problem.model.features(theta, query.x) @ generated[:12, None] + generated[12]
+    torch.testing.assert_close(predict(algorithm, theta, support, query.x), expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("changes", [CLASSES, REGRESSION], ids=["classes", "regression"])
 @pytest.mark.parametrize("adapt", ["head", "all", "body"])
-def test_inner_steps_are_gradient_descent_from_the_emitted_layer(adapt: str, changes: dict[str, Any]) -> None:
-    problem, algorithm, theta, (support, _) = setting(changes, inner_steps=3, inner_lr=0.05, adapt=adapt)
+def test_inner_steps_are_gradient_descent_from_the_generated_layer(
+    adapt: str, changes: dict[str, Any]
+) -> None:
+    problem, algorithm, theta, (support, _) = build_setting(
+        changes, inner_steps=3, inner_lr=0.05, adapt=adapt
+    )
     phi = algorithm.begin(theta, support).phi
     assert set(phi) == set(problem.model.adaptable)
     names = [name for name in phi if adapt == "all" or (name in (WEIGHT, BIAS)) == (adapt == "head")]
@@ -117,8 +125,8 @@ def test_inner_steps_are_gradient_descent_from_the_emitted_layer(adapt: str, cha
         torch.testing.assert_close(state.phi[name], value, rtol=1e-12, atol=1e-14)
 
 
-def test_without_inner_steps_there_are_none() -> None:
-    problem, algorithm, theta, episode = setting()
+def test_evaluation_without_inner_steps_has_one_score_per_task() -> None:
+    problem, algorithm, theta, episode = build_setting()
     assert algorithm.inner_steps == 0
     one = tree_map(lambda leaf: leaf[None], episode)
     scores = score_tasks(
@@ -129,21 +137,21 @@ def test_without_inner_steps_there_are_none() -> None:
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_renaming_classes_renames_outputs(steps: int) -> None:
-    _, algorithm, theta, (support, query) = setting(inner_steps=steps)
+    _, algorithm, theta, (support, query) = build_setting(inner_steps=steps)
     new = torch.tensor([2, 0, 1])
-    renamed = outputs(algorithm, theta, Batch(support.x, new[support.y]), query.x)
+    renamed = predict(algorithm, theta, Batch(support.x, new[support.y]), query.x)
     torch.testing.assert_close(
-        renamed[:, new], outputs(algorithm, theta, support, query.x), rtol=1e-10, atol=1e-12
+        renamed[:, new], predict(algorithm, theta, support, query.x), rtol=1e-10, atol=1e-12
     )
 
 
 @pytest.mark.parametrize("changes", [CLASSES, REGRESSION], ids=["classes", "regression"])
-def test_the_order_of_the_support_does_not_matter(changes: dict[str, Any]) -> None:
-    _, algorithm, theta, (support, query) = setting(changes, inner_steps=2)
+def test_order_of_the_support_does_not_matter(changes: dict[str, Any]) -> None:
+    _, algorithm, theta, (support, query) = build_setting(changes, inner_steps=2)
     order = torch.randperm(len(support.x), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(
-        outputs(algorithm, theta, Batch(support.x[order], support.y[order]), query.x),
-        outputs(algorithm, theta, support, query.x),
+        predict(algorithm, theta, Batch(support.x[order], support.y[order]), query.x),
+        predict(algorithm, theta, support, query.x),
         rtol=1e-10,
         atol=1e-12,
     )
@@ -151,18 +159,18 @@ def test_the_order_of_the_support_does_not_matter(changes: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("steps", [0, 2])
 def test_padding_and_absent_classes(steps: int) -> None:
-    """Three classes of which one has no support row: as the task of two classes, and never predicted."""
-    _, algorithm, theta, (support, query) = setting(inner_steps=steps)
+    """A class without support rows is never predicted, and the other classes do not depend on it."""
+    _, algorithm, theta, (support, query) = build_setting(inner_steps=steps)
     absent = Batch(support.x, torch.where(support.y == 2, -1, support.y))
     two = with_score(algorithm, ClassificationScore(2))
     rows = Batch(support.x[support.y < 2], support.y[support.y < 2])
-    filled = outputs(algorithm, theta, absent, query.x)
-    torch.testing.assert_close(filled[:, :2], outputs(two, theta, rows, query.x), rtol=1e-10, atol=1e-12)
+    filled = predict(algorithm, theta, absent, query.x)
+    torch.testing.assert_close(filled[:, :2], predict(two, theta, rows, query.x), rtol=1e-10, atol=1e-12)
     assert bool((filled[:, 2] < -1e300).all())
 
 
 def test_more_ways_in_evaluation() -> None:
-    problem, _, theta, _ = setting(inner_steps=1)
+    problem, _, theta, _ = build_setting(inner_steps=1)
     job = tree({"type": "hypernet", "inner_steps": 1}, **CLASSES)
     job["tasks"] = job["tasks"] | {"eval_ways": 6}
     wide = build_problem(Job.parse(job))
@@ -182,18 +190,18 @@ def test_more_ways_in_evaluation() -> None:
 
 
 def test_theta_has_no_head() -> None:
-    _, _, theta, _ = setting()
+    _, _, theta, _ = build_setting()
     assert WEIGHT not in theta
     assert BIAS not in theta
     assert theta["hypernet.2.weight"].shape == (12, 13)
 
 
-def test_a_model_without_a_last_layer_is_an_error() -> None:
+def test_model_without_a_last_layer_is_an_error() -> None:
     job = Job.parse(tree({"type": "hypernet"}, **(CLASSES | {"model": {"type": "torch.nn:Flatten"}})))
     with pytest.raises(InputError, match=r"model\.type: got Flatten, which has no last linear layer"):
         build_problem(job)
 
 
-def test_adapting_nothing_is_an_error() -> None:
+def test_adapt_that_matches_nothing_is_an_error() -> None:
     with pytest.raises(InputError, match=r"algorithm\.adapt: got 'nothing'"):
-        setting(inner_steps=1, adapt="nothing")
+        build_setting(inner_steps=1, adapt="nothing")

@@ -1,4 +1,4 @@
-"""Inner optimizers: torch.optim's trajectory, derivatives through their state, no NaN where a parameter is idle."""
+"""Inner optimizers, compared with torch.optim and TorchOpt, and the parameters that they change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TORCH = {
 }
 
 
-def setting(name: str, steps: int = 6, **options):
+def build_setting(name: str, steps: int = 6, **options):
     algorithm = {"type": "maml", "inner_lr": 0.03, "inner_steps": steps, "inner_optimizer": name, **options}
     if name == "adam":
         algorithm |= {"betas": [0.7, 0.95], "eps": 1e-3}
@@ -39,8 +39,8 @@ def setting(name: str, steps: int = 6, **options):
 
 
 @pytest.mark.parametrize("name", TORCH)
-def test_trajectory_is_torch_optims(name: str) -> None:
-    problem, theta, episodes, _ = setting(name)
+def test_trajectory_equals_torch_optim(name: str) -> None:
+    problem, theta, episodes, _ = build_setting(name)
     support = Batch(episodes.support.x[0], episodes.support.y[0])
     state = unroll(problem.algorithm, theta, support, detach=True)
     module = problem.model.module
@@ -57,10 +57,11 @@ def test_trajectory_is_torch_optims(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TORCH)
-def test_meta_gradient_goes_through_the_state(name: str) -> None:
+def test_meta_gradient_goes_through_the_optimizer_state(name: str) -> None:
     """Finite differences of the query loss after six steps, float64."""
-    problem, theta, episodes, ids = setting(name)
-    algorithm, score = problem.algorithm, problem.score("train")
+    problem, theta, episodes, ids = build_setting(name)
+    algorithm = problem.algorithm
+    score = problem.score("train")
     generator = torch.Generator().manual_seed(0)
     direction = {k: torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in theta.items()}
 
@@ -75,8 +76,8 @@ def test_meta_gradient_goes_through_the_state(name: str) -> None:
 
 
 @pytest.mark.parametrize("execution", [LOOP, Execution("vmap", 2**31)])
-def test_adam_has_no_nan_where_a_gradient_is_zero(execution: Execution) -> None:
-    """Dead units have no gradient at all: √s is at 0, where its derivative is infinite."""
+def test_adam_with_zero_gradients_has_no_nan(execution: Execution) -> None:
+    """Dead units have gradient 0, so √s is at 0, where its derivative is infinite."""
     job = tree({"type": "maml", "inner_lr": 0.01, "inner_steps": 3, "inner_optimizer": "adam"})
     job["model"] = {"type": "mlp", "hidden": [16], "activation": "relu"}
     problem = build_problem(Job.parse(job))
@@ -92,10 +93,10 @@ def test_adam_has_no_nan_where_a_gradient_is_zero(execution: Execution) -> None:
 
 
 @pytest.mark.parametrize("name", ["momentum", "adam"])
-def test_meta_gradient_equals_torchopts(name: str) -> None:
+def test_meta_gradient_equals_torchopt(name: str) -> None:
     import torchopt
 
-    problem, theta, episodes, ids = setting(name)
+    problem, theta, episodes, ids = build_setting(name)
     ours = shard_gradient(problem.algorithm, problem.score("train"), theta, episodes, ids, LOOP).gradient
     module = problem.model.module
     with torch.no_grad():
@@ -119,15 +120,15 @@ def test_meta_gradient_equals_torchopts(name: str) -> None:
     assert float((own - theirs).norm() / theirs.norm()) <= (1e-6 if name == "adam" else 1e-10)
 
 
-@pytest.mark.parametrize(("adapt", "moved"), [("head", {"5"}), ("body", {"1", "3"}), ("3.*", {"3"})])
-def test_the_inner_loop_moves_what_it_is_told(adapt: str, moved: set[str]) -> None:
-    problem, theta, episodes, _ = setting("sgd", adapt=adapt)
+@pytest.mark.parametrize(("adapt", "layers"), [("head", {"5"}), ("body", {"1", "3"}), ("3.*", {"3"})])
+def test_inner_loop_changes_only_the_selected_parameters(adapt: str, layers: set[str]) -> None:
+    problem, theta, episodes, _ = build_setting("sgd", adapt=adapt)
     support = Batch(episodes.support.x[0], episodes.support.y[0])
     phi = unroll(problem.algorithm, theta, support, detach=True).phi
     changed = {key.split(".")[1] for key in phi if not torch.equal(phi[key], theta[key])}
-    assert changed == moved
+    assert changed == layers
 
 
-def test_adapt_that_matches_nothing() -> None:
+def test_adapt_that_matches_nothing_is_an_error() -> None:
     with pytest.raises(InputError, match=r"algorithm\.adapt: got 'haed', which matches no parameter"):
-        setting("sgd", adapt="haed")
+        build_setting("sgd", adapt="haed")

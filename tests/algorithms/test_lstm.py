@@ -1,4 +1,4 @@
-"""The LSTM meta-learner: gradient descent where its gates are fixed, the paper's gradient, the preprocessing."""
+"""The LSTM meta-learner: fixed gates, one step by hand, the paper's meta-gradient, the preprocessing."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from distmeta.tasks.few_shot import ClassificationScore
 LOOP = Execution("loop", 1)
 
 
-def setting(algorithm: dict[str, Any], **changes: Any) -> tuple[Problem, Theta, Episode]:
-    """A problem, theta and the episode of one task, in float64."""
+def build_setting(algorithm: dict[str, Any], **changes: Any) -> tuple[Problem, Theta, Episode]:
+    """Build a problem, its theta and the episode of one task, in float64."""
     problem = build_problem(Job.parse(tree({"type": "lstm"} | algorithm, **changes)))
     theta = {name: value.double() for name, value in problem.init().items()}
     problem.model.to(dtype=torch.float64)
@@ -39,9 +39,9 @@ def meta_gradient(problem: Problem, theta: Theta, episode: Episode) -> Theta:
 
 
 @pytest.mark.parametrize("changes", [{}, CLASSES], ids=["regression", "classes"])
-def test_fixed_gates_are_gradient_descent(changes: dict[str, Any]) -> None:
-    """f = 1 and i = α, whatever the first layer says."""
-    problem, theta, (support, _) = setting({"inner_steps": 4}, **changes)
+def test_fixed_gates_equal_gradient_descent(changes: dict[str, Any]) -> None:
+    """f = 1 and i = α, whatever the first layer computes."""
+    problem, theta, (support, _) = build_setting({"inner_steps": 4}, **changes)
     rate = 0.1
     theta |= {
         "lstm.forget.weight": torch.zeros_like(theta["lstm.forget.weight"]),
@@ -60,27 +60,27 @@ def test_fixed_gates_are_gradient_descent(changes: dict[str, Any]) -> None:
         torch.testing.assert_close(state.phi[name], value, rtol=1e-12, atol=1e-14)
 
 
-def test_it_starts_near_gradient_descent() -> None:
-    _, theta, _ = setting({})
+def test_theta_starts_near_gradient_descent() -> None:
+    _, theta, _ = build_setting({})
     assert 4 <= float(theta["lstm.forget.bias"]) <= 5
     assert -5 <= float(theta["lstm.input.bias"]) <= -4
     assert max(float(theta[f"lstm.{name}"].abs().max()) for name in ("weight", "bias")) <= 0.01
 
 
-def test_one_step_by_hand() -> None:
-    """Both layers against torch.nn.LSTMCell and the paper's formulas for one coordinate at a time."""
-    problem, theta, (support, _) = setting({"hidden": 3}, model={"type": "mlp", "hidden": [2]})
+def test_steps_match_computation_by_hand() -> None:
+    """The first layer is compared with torch.nn.LSTMCell, the second with the paper's formulas, for one coordinate."""
+    problem, theta, (support, _) = build_setting({"hidden": 3}, model={"type": "mlp", "hidden": [2]})
     algorithm = problem.algorithm
     generator = torch.Generator().manual_seed(0)
     for name in theta:  # gates far from saturation
         if name.startswith("lstm."):
             theta[name] = torch.randn(theta[name].shape, generator=generator, dtype=torch.float64)
     cell = torch.nn.LSTMCell(4, 3, dtype=torch.float64)
-    with torch.no_grad():  # ours: write, keep, show, content; torch's: write, keep, content, show
-        weight, bias = (
-            torch.cat([theta[f"lstm.{name}"].chunk(4, -1)[i] for i in (0, 1, 3, 2)], -1)
-            for name in ("weight", "bias")
-        )
+    with (
+        torch.no_grad()
+    ):  # our order is input, forget, output, candidate; torch's is input, forget, candidate, output
+        weight = torch.cat([theta["lstm.weight"].chunk(4, -1)[i] for i in (0, 1, 3, 2)], -1)
+        bias = torch.cat([theta["lstm.bias"].chunk(4, -1)[i] for i in (0, 1, 3, 2)], -1)
         cell.weight_ih.copy_(weight[:4].T)
         cell.weight_hh.copy_(weight[4:].T)
         cell.bias_ih.copy_(bias)
@@ -94,7 +94,8 @@ def test_one_step_by_hand() -> None:
         gradient = torch.func.grad(lambda p: problem.score("train")(problem.model(p, support.x), support)[0])(
             state.phi
         )
-        c, g = flatten(state.phi)[n], flatten(gradient)[n]
+        c = flatten(state.phi)[n]
+        g = flatten(gradient)[n]
         h, s = cell(torch.cat([preprocess(loss), preprocess(g)]), (h, s))
         f = torch.sigmoid(
             torch.stack([*h, c, f]) @ theta["lstm.forget.weight"][:, 0] + theta["lstm.forget.bias"][0]
@@ -106,10 +107,10 @@ def test_one_step_by_hand() -> None:
         torch.testing.assert_close(flatten(state.phi)[n], f * c - i * g, rtol=1e-12, atol=1e-14)
 
 
-def replayed(
+def replay(
     problem: Problem, theta: Theta, episode: Episode, recorded: list[tuple[Theta, torch.Tensor]]
 ) -> float:
-    """The query loss of theta's cells and gates on gradients and losses that are given."""
+    """Return the query loss of theta's cells and gates for given gradients and losses."""
     state = problem.algorithm.begin(theta, episode.support)
     for gradient, loss in recorded:
         state = update(theta, state, gradient, loss)
@@ -118,7 +119,9 @@ def replayed(
 
 
 def record(problem: Problem, theta: Theta, episode: Episode) -> list[tuple[Theta, torch.Tensor]]:
-    state, rows = problem.algorithm.begin(theta, episode.support), []
+    """Return the gradient and the loss of every inner step."""
+    state = problem.algorithm.begin(theta, episode.support)
+    rows = []
     for k in range(problem.algorithm.inner_steps):
         rows.append(
             torch.func.grad_and_value(
@@ -133,8 +136,8 @@ def record(problem: Problem, theta: Theta, episode: Episode) -> list[tuple[Theta
 @pytest.mark.parametrize("part", ["model.", "lstm."])
 def test_meta_gradient_equals_finite_differences(first_order: bool, part: str) -> None:
     """With the recorded gradients and losses held constant (§3.3), or with everything differentiated."""
-    problem, theta, episode = setting({"hidden": 4, "inner_steps": 3, "first_order": first_order})
-    theta["lstm.input.bias"] = theta["lstm.input.bias"] + 3  # steps large enough to tell the two apart
+    problem, theta, episode = build_setting({"hidden": 4, "inner_steps": 3, "first_order": first_order})
+    theta["lstm.input.bias"] = theta["lstm.input.bias"] + 3  # larger steps, for which the two differ
     generator = torch.Generator().manual_seed(0)
     direction = {
         name: torch.randn(value.shape, generator=generator, dtype=value.dtype)
@@ -143,26 +146,26 @@ def test_meta_gradient_equals_finite_differences(first_order: bool, part: str) -
     }
     gradient = meta_gradient(problem, theta, episode)
     exact = sum(float((gradient[name] * direction[name]).sum()) for name in direction)
-    held = record(problem, theta, episode)
+    recorded = record(problem, theta, episode)
 
     def loss(h: float) -> float:
         moved = theta | {name: theta[name] + h * direction[name] for name in direction}
-        return replayed(problem, moved, episode, held if first_order else record(problem, moved, episode))
+        return replay(problem, moved, episode, recorded if first_order else record(problem, moved, episode))
 
-    h = 1e-6  # log |∇| bends
+    h = 1e-6  # log |∇| is curved
     assert (loss(h) - loss(-h)) / (2 * h) == pytest.approx(exact, rel=1e-6)
 
 
-def test_first_order_is_another_gradient() -> None:
+def test_first_order_changes_the_gradient() -> None:
     gradients = []
     for first_order in (True, False):
-        problem, theta, episode = setting({"hidden": 4, "inner_steps": 3, "first_order": first_order})
+        problem, theta, episode = build_setting({"hidden": 4, "inner_steps": 3, "first_order": first_order})
         theta["lstm.input.bias"] = theta["lstm.input.bias"] + 3
         gradients.append(flatten(meta_gradient(problem, theta, episode)))
     assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) > 1e-3
 
 
-def test_preprocessing_by_hand() -> None:
+def test_preprocessing_matches_computation_by_hand() -> None:
     x = torch.tensor(
         [1.0, -(math.e**-3), 0.0, math.e**-12, -(math.e**-11), math.e**-10, -20.0], dtype=torch.float64
     )
@@ -183,14 +186,14 @@ def test_preprocessing_by_hand() -> None:
     assert preprocess(torch.tensor([torch.nan])).isnan().any()
 
 
-def test_flattening_is_undone() -> None:
+def test_unflatten_reverses_flatten() -> None:
     phi = {"a": torch.randn(2, 3), "b": torch.randn(4), "c": torch.randn(())}
     for name, value in unflatten(flatten(phi), phi).items():
         assert torch.equal(value, phi[name])
 
 
-def test_memory_starts_anew_in_every_task() -> None:
-    problem, theta, (support, _) = setting({"inner_steps": 2})
+def test_state_starts_at_zero_in_every_task() -> None:
+    problem, theta, (support, _) = build_setting({"inner_steps": 2})
     again = unroll(problem.algorithm, theta, support)
     unroll(problem.algorithm, theta, Batch(support.x + 1, support.y - 1))
     after = unroll(problem.algorithm, theta, support)
@@ -198,8 +201,8 @@ def test_memory_starts_anew_in_every_task() -> None:
     assert not any(bool(part.any()) for part in problem.algorithm.begin(theta, support)[1:])
 
 
-def test_padding_counts_nowhere() -> None:
-    problem, theta, (support, query) = setting({"inner_steps": 2}, **CLASSES)
+def test_padding_is_ignored() -> None:
+    problem, theta, (support, query) = build_setting({"inner_steps": 2}, **CLASSES)
     assert isinstance(problem.algorithm, LSTMLearner)
     filled = Batch(torch.cat([support.x, support.x[:2]]), torch.cat([support.y, torch.full((2,), -1)]))
     outputs = [
@@ -209,19 +212,20 @@ def test_padding_counts_nowhere() -> None:
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-14)
 
 
-def test_a_step_sees_its_minibatch() -> None:
-    problem, theta, (support, _) = setting({"inner_steps": 2, "inner_batch": 2})
+def test_step_uses_its_minibatch() -> None:
+    problem, theta, (support, _) = build_setting({"inner_steps": 2, "inner_batch": 2})
     state = problem.algorithm.begin(theta, support)
     rows = Batch(support.x[2:4], support.y[2:4])
-    whole = setting({"inner_steps": 2})[0].algorithm
-    ours, theirs = problem.algorithm.step(theta, state, support, 1), whole.step(theta, state, rows, 0)
+    whole = build_setting({"inner_steps": 2})[0].algorithm
+    ours = problem.algorithm.step(theta, state, support, 1)
+    theirs = whole.step(theta, state, rows, 0)
     assert all(torch.equal(ours.phi[name], theirs.phi[name]) for name in ours.phi)
 
 
 @pytest.mark.parametrize("head", ["shared", "prototype"])
 def test_other_ways_with_a_free_head(head: str) -> None:
     changes = CLASSES | {"model": CLASSES["model"] | {"head": head}}
-    problem, theta, (support, query) = setting({"inner_steps": 2}, **changes)
+    problem, theta, (support, query) = build_setting({"inner_steps": 2}, **changes)
     two = with_score(problem.algorithm, ClassificationScore(2))
     rows = Batch(support.x[support.y < 2], support.y[support.y < 2])
     assert two.predict(theta, unroll(two, theta, rows), query.x).shape == (len(query.x), 2)

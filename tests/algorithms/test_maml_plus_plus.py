@@ -1,4 +1,4 @@
-"""MAML++: with its remedies off it is MAML; with them, higher's gradient and the authors' schedule."""
+"""MAML++: equal to MAML without its remedies; with them, compared with higher and the authors' schedule."""
 
 from __future__ import annotations
 
@@ -8,7 +8,18 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from oracles import LOOP, VMAP, distance, gradient, loss, maml, noisy, setting, slope_and_gradient, tasks
+from oracles import (
+    LOOP,
+    VMAP,
+    add_noise,
+    build_setting,
+    compute_slopes,
+    distance,
+    gradient,
+    iterate_tasks,
+    loss,
+    maml_gradient,
+)
 
 from distmeta.algorithms.maml import MAML
 from distmeta.algorithms.maml_plus_plus import step_weights
@@ -19,30 +30,31 @@ PLUS = {"type": "maml-plus-plus", "inner_lr": 0.125, "inner_steps": STEPS, "msl_
 
 
 @pytest.mark.parametrize("steps", [1, STEPS])
-def test_remedies_off_it_is_maml(steps: int) -> None:
-    """No norms, equal rates, the last step's loss alone."""
-    s = setting(PLUS | {"inner_steps": steps, "msl_steps": 0})
-    theirs = maml(inner_lr=0.125, inner_steps=steps)
+def test_without_remedies_equals_maml(steps: int) -> None:
+    """No norms, equal rates, only the loss of the last step."""
+    s = build_setting(PLUS | {"inner_steps": steps, "msl_steps": 0})
+    theirs = maml_gradient(inner_lr=0.125, inner_steps=steps)
     assert distance(gradient(s, s.problem.algorithm.at(0)), theirs) <= 1e-12
     assert distance(gradient(s, s.problem.algorithm), theirs) <= 1e-12
     assert not any(name.startswith("norm.") for name in s.theta)
     assert {tuple(v.shape) for k, v in s.theta.items() if k.startswith("inner_lr.")} == {(steps,)}
 
 
-def test_multi_step_loss_of_one_step_is_maml() -> None:
-    s = setting(PLUS | {"inner_steps": 1})
-    theirs = maml(inner_lr=0.125, inner_steps=1)
+def test_multi_step_loss_of_one_step_equals_maml() -> None:
+    s = build_setting(PLUS | {"inner_steps": 1})
+    theirs = maml_gradient(inner_lr=0.125, inner_steps=1)
     assert all(distance(gradient(s, s.problem.algorithm.at(step)), theirs) <= 1e-12 for step in (0, 50, 100))
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "layer"])
-def test_equal_rows_are_maml_with_norms_that_the_inner_loop_leaves_alone(norm: str) -> None:
-    s = setting(PLUS, "conv4", norm=norm)
-    plain = setting({"type": "maml", "inner_lr": 0.125, "inner_steps": STEPS}, "conv4", norm=norm)
-    still = plain.problem.algorithm
-    assert isinstance(still, MAML)
-    still.names = s.problem.algorithm.names
-    theirs, ours = gradient(plain), gradient(s)
+def test_equal_norms_per_step_equal_maml_with_unadapted_norms(norm: str) -> None:
+    s = build_setting(PLUS, "conv4", norm=norm)
+    plain = build_setting({"type": "maml", "inner_lr": 0.125, "inner_steps": STEPS}, "conv4", norm=norm)
+    maml = plain.problem.algorithm
+    assert isinstance(maml, MAML)
+    maml.names = s.problem.algorithm.names
+    theirs = gradient(plain)
+    ours = gradient(s)
     rows = {name: value for name, value in ours.items() if name.startswith("norm.")}
     assert len(rows) == 8
     assert all(value.shape == (STEPS + 1, 8) for value in rows.values())
@@ -52,15 +64,16 @@ def test_equal_rows_are_maml_with_norms_that_the_inner_loop_leaves_alone(norm: s
     assert distance(ours, gradient(s, execution=VMAP)) <= 1e-9
 
 
-def test_a_step_has_its_own_norms() -> None:
-    """Row k counts in φ_k: the query set is predicted under row K, and φ_0 under row 0."""
-    s = setting(PLUS, "conv4")
-    algorithm, key = s.problem.algorithm, "model.blocks.1.1.bias"
-    theta = noisy(s.theta, prefix="norm.")
+def test_every_step_has_its_own_norms() -> None:
+    """φ_k has row k of the norms: φ_0 has row 0, and the query set is predicted with row K."""
+    s = build_setting(PLUS, "conv4")
+    algorithm = s.problem.algorithm
+    key = "model.blocks.1.1.bias"
+    theta = add_noise(s.theta, prefix="norm.")
     x, y = (leaf[0] for leaf in s.episodes.support)
     support = type(s.episodes.support)(x, y)
     phi = algorithm.begin(theta, support)
-    for k in range(STEPS + 2):  # two past the trained steps, where the last row stays
+    for k in range(STEPS + 2):  # two steps more than trained, which use the last row
         assert torch.equal(phi[key], theta["norm.blocks.1.1.bias"][min(k, STEPS)])
         assert set(phi) == set(s.problem.model.adaptable)
         phi = algorithm.step(theta, phi, support, k)
@@ -68,11 +81,11 @@ def test_a_step_has_its_own_norms() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("kind", ["mlp", "conv4"])
-def test_gradient_equals_highers(kind: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Rates for every tensor and step and the multi-step loss, half way through its annealing."""
+def test_gradient_equals_higher(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Learned rates per tensor and step, and the multi-step loss half way through its annealing."""
     higher = pytest.importorskip("higher")
-    s = setting(PLUS, kind, dtype, **({"norm": "none"} if kind == "conv4" else {}))
-    s = s._replace(theta=noisy(s.theta, 0.05, prefix="inner_lr."))
+    s = build_setting(PLUS, kind, dtype, **({"norm": "none"} if kind == "conv4" else {}))
+    s = s._replace(theta=add_noise(s.theta, 0.05, prefix="inner_lr."))
     algorithm = s.problem.algorithm.at(50)
     weights = (1 / 6, 1 / 6, 2 / 3)
     assert algorithm.scheduled.tolist() == pytest.approx(weights)
@@ -81,8 +94,8 @@ def test_gradient_equals_highers(kind: str, dtype: torch.dtype, tolerance: float
     rates = [s.theta["inner_lr." + name].clone().requires_grad_() for name in names]
     inner = torch.optim.SGD([{"params": [p]} for p in net.parameters()], lr=1.0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # higher's
-        for x_s, y_s, x_q, y_q in tasks(s.episodes):
+        warnings.simplefilter("ignore")  # from higher
+        for x_s, y_s, x_q, y_q in iterate_tasks(s.episodes):
             with higher.innerloop_ctx(net, inner, copy_initial_weights=False) as (fnet, optimizer):
                 total = 0.0
                 for k, weight in enumerate(weights):
@@ -96,25 +109,28 @@ def test_gradient_equals_highers(kind: str, dtype: torch.dtype, tolerance: float
 
 @pytest.mark.parametrize("step", [0, 60, 1000])
 def test_gradient_equals_finite_differences(step: int) -> None:
-    s = setting(PLUS)
+    s = build_setting(PLUS)
     algorithm = s.problem.algorithm.at(step)
-    slope, exact = slope_and_gradient(s, algorithm)
+    slope, exact = compute_slopes(s, algorithm)
     assert slope == pytest.approx(exact, rel=1e-6)
     assert distance(gradient(s, algorithm), gradient(s, algorithm, VMAP)) <= 1e-9
 
 
-def test_weights_are_the_authors() -> None:
+def test_step_weights_equal_those_of_the_authors_code() -> None:
     """get_per_step_loss_importance_vector of their few_shot_learning_system.py, at 5 steps and 10 epochs."""
     epoch = {e: step_weights(500 * e, 5, 5000).tolist() for e in range(11)}
     assert epoch[0] == pytest.approx([0.2] * 5)
     assert epoch[1] == pytest.approx([0.18] * 4 + [0.28])
     assert epoch[5] == pytest.approx([0.1] * 4 + [0.6])
-    assert step_weights(4900, 5, 5000).tolist() == pytest.approx([0.006] * 4 + [0.976])  # no less than 0.03 / 5
+    assert step_weights(4900, 5, 5000).tolist() == pytest.approx(
+        [0.006] * 4 + [0.976]
+    )  # no less than 0.03 / 5
     assert epoch[10] == [0, 0, 0, 0, 1]
     for steps in (1, 2, 5):
         for step in range(0, 120, 7):
             weights = step_weights(step, steps, 100).tolist()
-            decay, least = step / 100 / steps, 0.03 / steps
+            decay = step / 100 / steps
+            least = 0.03 / steps
             assert weights[:-1] == pytest.approx([max(1 / steps - decay, least)] * (steps - 1)) or step >= 100
             assert weights[-1] == pytest.approx(
                 min(1 / steps + decay * (steps - 1), 1 - (steps - 1) * least) if step < 100 else 1
@@ -123,17 +139,17 @@ def test_weights_are_the_authors() -> None:
 
 
 def test_derivative_order_is_annealed() -> None:
-    s = setting(PLUS | {"first_order_steps": 10, "msl_steps": 0})
+    s = build_setting(PLUS | {"first_order_steps": 10, "msl_steps": 0})
     algorithm = s.problem.algorithm
-    first = maml(inner_lr=0.125, inner_steps=STEPS, first_order=True)
-    second = maml(inner_lr=0.125, inner_steps=STEPS)
+    first = maml_gradient(inner_lr=0.125, inner_steps=STEPS, first_order=True)
+    second = maml_gradient(inner_lr=0.125, inner_steps=STEPS)
     assert distance(gradient(s, algorithm.at(9)), first) <= 1e-12
     assert distance(gradient(s, algorithm.at(10)), second) <= 1e-12
     assert distance(first, second) > 0.01
 
 
-def test_at_is_a_pure_function_of_the_step() -> None:
-    s = setting(PLUS | {"first_order_steps": 10})
+def test_at_does_not_change_the_algorithm() -> None:
+    s = build_setting(PLUS | {"first_order_steps": 10})
     algorithm = s.problem.algorithm
     before = vars(algorithm) | {"scheduled": algorithm.scheduled.tolist()}
     other = algorithm.at(3)
@@ -147,16 +163,17 @@ def test_at_is_a_pure_function_of_the_step() -> None:
     assert other.at(1000).scheduled.tolist() == [0, 0, 1]
 
 
-def test_evaluation_goes_past_the_trained_steps() -> None:
-    s = setting(PLUS, "conv4")
+def test_evaluation_may_have_more_steps_than_training() -> None:
+    s = build_setting(PLUS, "conv4")
     args = (s.problem.algorithm, s.problem.score("test"), s.theta, s.episodes, s.ids, LOOP)
-    long, short = score_tasks(*args, steps=6), score_tasks(*args, steps=2)
+    long = score_tasks(*args, steps=6)
+    short = score_tasks(*args, steps=2)
     assert long.metrics["loss"].shape == (4, 7)
     np.testing.assert_array_equal(long.metrics["loss"][:, :3], short.metrics["loss"])
 
 
 @pytest.mark.parametrize("head", ["shared", "prototype"])
-def test_free_heads(head: str) -> None:
-    s = setting(PLUS, "conv4", head=head)
+def test_heads_with_free_ways(head: str) -> None:
+    s = build_setting(PLUS, "conv4", head=head)
     assert s.theta["inner_lr.head.weight"].shape == (STEPS,)
     assert distance(gradient(s), gradient(s, execution=VMAP)) <= 1e-9

@@ -1,4 +1,4 @@
-"""The memories against their papers' formulas: by hand, or in plain numpy."""
+"""The memories, compared with their papers' formulas by hand or in plain numpy."""
 
 from __future__ import annotations
 
@@ -30,38 +30,42 @@ def softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
     return e / e.sum(axis, keepdims=True)
 
 
-def similar(k: np.ndarray, m: np.ndarray) -> float:
+def cosine(k: np.ndarray, m: np.ndarray) -> float:
     return float(k @ m / np.sqrt((k @ k + 1e-6) * (m @ m + 1e-6)))
 
 
 # content
 
 
-def test_content_is_the_softmax_of_the_cosine() -> None:
-    keys, memory, strength = random(3, 4), random(6, 4, seed=1), random(3, seed=2).exp()
+def test_content_addressing_is_the_softmax_of_the_cosine() -> None:
+    keys = random(3, 4)
+    memory = random(6, 4, seed=1)
+    strength = random(3, seed=2).exp()
     expected = (
         strength[:, None] * torch.nn.functional.cosine_similarity(keys[:, None], memory[None], dim=-1)
     ).softmax(-1)
     torch.testing.assert_close(address_by_content(keys, memory, strength), expected, rtol=1e-5, atol=0)
 
 
-def test_an_empty_slot_is_like_nothing_and_has_a_gradient() -> None:
-    keys, memory = random(2, 4).requires_grad_(), torch.zeros(3, 4, dtype=DOUBLE, requires_grad=True)
-    likeness = cosine_similarity(keys, memory)
-    assert not likeness.any()
-    assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(likeness.sum(), (keys, memory)))
+def test_empty_slot_has_similarity_0_and_a_finite_gradient() -> None:
+    keys = random(2, 4).requires_grad_()
+    memory = torch.zeros(3, 4, dtype=DOUBLE, requires_grad=True)
+    similarity = cosine_similarity(keys, memory)
+    assert not similarity.any()
+    assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(similarity.sum(), (keys, memory)))
 
 
 # lrua
 
 
-def test_lrua_by_hand() -> None:
-    """Three slots, one head: which slot is written, what is zeroed, and every weight, worked out on paper."""
+def test_lrua_matches_computation_by_hand() -> None:
+    """Three slots and one head: which slot is written, which is zeroed, and all weights, worked out on paper."""
     memory = build_memory("lrua", 3, 2, 1, 0.5, 1)
     state = memory.begin(torch.zeros(1, dtype=DOUBLE))
-    key, alpha = torch.tensor([0.6, 0.8], dtype=DOUBLE), torch.zeros(1, dtype=DOUBLE)  # σ(0) = ½
+    key = torch.tensor([0.6, 0.8], dtype=DOUBLE)
+    alpha = torch.zeros(1, dtype=DOUBLE)  # σ(0) = ½
     emitted = torch.cat([key.atanh(), alpha])
-    # 1: all unused, so the first slot; nothing was read before: w_w = ½ (1, 0, 0), M = (½k, 0, 0).
+    # 1: no slot was used, so the first is written; nothing was read before: w_w = ½ (1, 0, 0), M = (½k, 0, 0).
     state, read = memory.access(state, emitted)
     weights = softmax(np.array([1.0, 0.0, 0.0]))
     torch.testing.assert_close(state.memory[0], 0.5 * key)
@@ -69,19 +73,18 @@ def test_lrua_by_hand() -> None:
     np.testing.assert_allclose(state.read[0], weights, atol=1e-5)  # ε of the cosine
     np.testing.assert_allclose(read, weights[0] * 0.5 * key, atol=1e-5)
     np.testing.assert_allclose(state.usage, weights + np.array([0.5, 0, 0]), atol=1e-5)
-    # 2: the second slot is least in use: w_w = ½ w_r + ½ (0, 1, 0). The key is turned by 90°.
+    # 2: the second slot is the least used: w_w = ½ w_r + ½ (0, 1, 0). The key is turned by 90°.
     turned = torch.tensor([-0.8, 0.6], dtype=DOUBLE)
     before = state
     state, read = memory.access(state, torch.cat([turned.atanh(), alpha]))
     write = 0.5 * before.read[0] + torch.tensor([0.0, 0.5, 0.0], dtype=DOUBLE)
     torch.testing.assert_close(state.memory, before.memory + write[:, None] * turned)
-    part = float(
-        write[0]
-    )  # of the new key, at a right angle to ½ of the old; slots 2 and 3 hold the new alone
-    likeness = np.array([part / np.hypot(0.5, part), 1.0, 1.0])
-    np.testing.assert_allclose(state.read[0], softmax(likeness), atol=1e-4)
+    # Slot 1 holds ½ of the old key and, at a right angle, `part` of the new one. Slots 2 and 3 hold only the new one.
+    part = float(write[0])
+    similarity = np.array([part / np.hypot(0.5, part), 1.0, 1.0])
+    np.testing.assert_allclose(state.read[0], softmax(similarity), atol=1e-4)
     np.testing.assert_allclose(state.usage, 0.5 * before.usage + state.read[0] + write, atol=1e-12)
-    # 3: α far above 0 writes over what was read last; the third slot, least in use, is zeroed all the same.
+    # 3: a large α overwrites the slot that was read last. The third slot, the least used, is zeroed nevertheless.
     before = state
     assert before.usage.argmin() == 2
     state, _ = memory.access(state, torch.cat([key.atanh(), alpha + 100]))
@@ -89,14 +92,13 @@ def test_lrua_by_hand() -> None:
     torch.testing.assert_close(state.memory, cleared + before.read[0][:, None] * key)
 
 
-def test_lrua_gives_each_head_a_slot_of_its_own() -> None:
+def test_lrua_gives_every_head_another_slot() -> None:
     usage = torch.tensor([0.3, 0.0, 0.2, 0.0])
     expected = torch.tensor([[0.0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
     assert torch.equal(memory_lrua.find_least_used(usage, 3), expected)
     memory = build_memory("lrua", 4, 2, 2, 0.9, 1)
-    emitted = torch.tensor(
-        [1.0, 0.0, 0.0, -1.0, -100.0, -100.0], dtype=DOUBLE
-    )  # keys, alphas: all to the least used
+    # two keys, and two alphas that write only to the least used slot
+    emitted = torch.tensor([1.0, 0.0, 0.0, -1.0, -100.0, -100.0], dtype=DOUBLE)
     state, _ = memory.access(memory.begin(torch.zeros(1, dtype=DOUBLE)), emitted)
     written = torch.tensor([[1.0, 0.0], [0.0, -1.0], [0.0, 0.0], [0.0, 0.0]], dtype=DOUBLE).tanh()
     torch.testing.assert_close(state.memory, written)
@@ -105,7 +107,7 @@ def test_lrua_gives_each_head_a_slot_of_its_own() -> None:
 # ntm
 
 
-def test_ntm_shift_moves_a_weight_round() -> None:
+def test_ntm_shift_is_circular() -> None:
     weights = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=DOUBLE)
     for shift, expected in (
         ([0.0, 1.0, 0.0], [0.1, 0.2, 0.3, 0.4]),
@@ -126,25 +128,30 @@ def test_ntm_sharpening_and_interpolation() -> None:
     same = memory_ntm.sharpen(weights, torch.ones(1, 1, dtype=DOUBLE))
     torch.testing.assert_close(same, weights)
     uniform = memory_ntm.sharpen(torch.full((1, 128), 1 / 128), torch.tensor([[60.0]]))
-    torch.testing.assert_close(uniform, torch.full((1, 128), 1 / 128))  # (1/128)^60 is no float32
+    torch.testing.assert_close(uniform, torch.full((1, 128), 1 / 128))  # (1/128)^60 underflows in float32
     before = torch.tensor([[0.0, 0.0, 0.0, 1.0]], dtype=DOUBLE)
     mixed = memory_ntm.interpolate(weights, before, torch.tensor([[0.25]], dtype=DOUBLE))
     torch.testing.assert_close(mixed, torch.tensor([[0.125, 0.075, 0.05, 0.75]], dtype=DOUBLE))
 
 
-def test_ntm_access_is_the_papers() -> None:
-    """Equations 2 to 9 in plain numpy, over three accesses."""
-    slots, width, reads = 5, 3, 2
+def test_ntm_access_equals_the_equations_of_the_paper() -> None:
+    """Equations 2 to 9 in plain numpy, for three accesses."""
+    slots = 5
+    width = 3
+    reads = 2
     memory = build_memory("ntm", slots, width, reads, 0.95, 1)
-    state, ours = memory.begin(torch.zeros(1, dtype=DOUBLE)), []
+    state = memory.begin(torch.zeros(1, dtype=DOUBLE))
     content_NW = np.full((slots, width), 1e-6)
     heads = [np.eye(slots)[0] for _ in range(reads + 1)]
     size = width + 6
 
     def address(e: np.ndarray, m: np.ndarray, before: np.ndarray) -> np.ndarray:
-        key, (beta, gate, power), shift = np.tanh(e[:width]), e[width : width + 3], softmax(e[width + 3 :])
-        beta, gate, power = np.log1p(np.exp(beta)), sigmoid(gate), 1 + np.log1p(np.exp(power))
-        w = gate * softmax(beta * np.array([similar(key, row) for row in m])) + (1 - gate) * before
+        key = np.tanh(e[:width])
+        beta = np.log1p(np.exp(e[width]))
+        gate = sigmoid(e[width + 1])
+        power = 1 + np.log1p(np.exp(e[width + 2]))
+        shift = softmax(e[width + 3 :])
+        w = gate * softmax(beta * np.array([cosine(key, row) for row in m])) + (1 - gate) * before
         moved = np.array(
             [sum(w[j] * shift[1 + d] for j in range(slots) for d in (-1, 0, 1) if (j + d) % slots == i)
              for i in range(slots)]
@@ -154,9 +161,10 @@ def test_ntm_access_is_the_papers() -> None:
     for t in range(3):
         emitted = random(memory.emitted_size, seed=t)
         state, read = memory.access(state, emitted)
-        ours.append(read)
         e = emitted.numpy()
-        write, erase, add = e[reads * size : (reads + 1) * size], e[-2 * width : -width], e[-width:]
+        write = e[reads * size : (reads + 1) * size]
+        erase = e[-2 * width : -width]
+        add = e[-width:]
         heads[reads] = address(write, content_NW, heads[reads])
         column = heads[reads][:, None]
         content_NW = content_NW * (1 - column * sigmoid(erase)) + column * np.tanh(add)
@@ -170,7 +178,7 @@ def test_ntm_access_is_the_papers() -> None:
 # dnc
 
 
-def allocated(usage: np.ndarray) -> np.ndarray:
+def allocate_by_formula(usage: np.ndarray) -> np.ndarray:
     order = np.argsort(usage, kind="stable")
     a = np.zeros_like(usage)
     for j, slot in enumerate(order):
@@ -180,12 +188,12 @@ def allocated(usage: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("slots", [1, 2, 5, 16])
-def test_dnc_allocation_is_the_papers(slots: int, seed: int) -> None:
+def test_dnc_allocation_equals_the_formula_of_the_paper(slots: int, seed: int) -> None:
     usage = np.random.default_rng(seed).random(slots)
-    usage[usage < 0.2] = 0.0  # slots never used: the product ends there
+    usage[usage < 0.2] = 0.0  # for an unused slot the product is 0
     usage[usage > 0.9] = 1.0
     result = memory_dnc.allocation_weights(torch.from_numpy(usage))
-    np.testing.assert_allclose(result.numpy(), allocated(usage), rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(result.numpy(), allocate_by_formula(usage), rtol=1e-12, atol=1e-15)
 
 
 def test_dnc_allocation_has_the_derivative_of_its_formula() -> None:
@@ -196,37 +204,47 @@ def test_dnc_allocation_has_the_derivative_of_its_formula() -> None:
 
 
 def test_dnc_links_follow_the_order_of_writing() -> None:
-    link, precedence = torch.zeros(4, 4), torch.zeros(4)
+    link = torch.zeros(4, 4)
+    precedence = torch.zeros(4)
     for slot in (2, 0, 3):
         write = torch.eye(4)[slot]
-        link, precedence = memory_dnc.update_links(link, precedence, write), write
+        link = memory_dnc.update_links(link, precedence, write)
+        precedence = write
     expected = torch.zeros(4, 4)
-    expected[0, 2] = expected[3, 0] = 1
+    expected[0, 2] = 1
+    expected[3, 0] = 1
     torch.testing.assert_close(link, expected)
-    link = memory_dnc.update_links(
-        link, precedence, torch.eye(4)[2]
-    )  # written anew: what followed slot 2 is forgotten
-    expected[0, 2], expected[2, 3] = 0, 1
+    # Slot 2 is written again, so the link to what followed it is lost.
+    link = memory_dnc.update_links(link, precedence, torch.eye(4)[2])
+    expected[0, 2] = 0
+    expected[2, 3] = 1
     torch.testing.assert_close(link, expected)
 
 
-def test_dnc_usage() -> None:
-    usage, write = torch.tensor([0.5, 0.0, 1.0]), torch.tensor([0.5, 0.2, 0.0])
+def test_dnc_usage_after_a_write_and_a_freed_slot() -> None:
+    usage = torch.tensor([0.5, 0.0, 1.0])
+    write = torch.tensor([0.5, 0.2, 0.0])
     read = torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
     result = memory_dnc.update_usage(usage, write, read, torch.tensor([0.75, 0.0]))
     torch.testing.assert_close(result, torch.tensor([0.75, 0.2, 0.25]))
 
 
-def test_dnc_access_is_the_papers() -> None:
-    """The Methods' equations in plain numpy, over four accesses."""
-    slots, width, reads = 4, 3, 2
+def test_dnc_access_equals_the_equations_of_the_paper() -> None:
+    """The equations of the Methods in plain numpy, for four accesses."""
+    slots = 4
+    width = 3
+    reads = 2
     memory = build_memory("dnc", slots, width, reads, 0.95, 1)
     state = memory.begin(torch.zeros(1, dtype=DOUBLE))
-    m, usage, write, precedence = np.zeros((slots, width)), np.zeros(slots), np.zeros(slots), np.zeros(slots)
-    link, heads = np.zeros((slots, slots)), np.zeros((reads, slots))
+    m = np.zeros((slots, width))
+    usage = np.zeros(slots)
+    write = np.zeros(slots)
+    precedence = np.zeros(slots)
+    link = np.zeros((slots, slots))
+    heads = np.zeros((reads, slots))
 
-    def found(key: np.ndarray, beta: float) -> np.ndarray:
-        return softmax((1 + np.log1p(np.exp(beta))) * np.array([similar(key, row) for row in m]))
+    def address(key: np.ndarray, beta: float) -> np.ndarray:
+        return softmax((1 + np.log1p(np.exp(beta))) * np.array([cosine(key, row) for row in m]))
 
     for t in range(4):
         emitted = random(memory.emitted_size, seed=10 + t)
@@ -236,8 +254,10 @@ def test_dnc_access_is_the_papers() -> None:
         usage = usage + write - usage * write
         for r in range(reads):
             usage = usage * (1 - sigmoid(free[r]) * heads[r])
-        allocate, gate = sigmoid(allocate), sigmoid(gate)
-        write = gate * (allocate * allocated(usage) + (1 - allocate) * found(key, beta[0]))
+        allocate = sigmoid(allocate)
+        write = sigmoid(gate) * (
+            allocate * allocate_by_formula(usage) + (1 - allocate) * address(key, beta[0])
+        )
         m = m * (1 - np.outer(write, sigmoid(erase))) + np.outer(write, add)
         for i in range(slots):
             for j in range(slots):
@@ -248,7 +268,7 @@ def test_dnc_access_is_the_papers() -> None:
         heads = np.stack(
             [
                 mode[0, r] * link.T @ heads[r]
-                + mode[1, r] * found(keys[r * width : (r + 1) * width], betas[r])
+                + mode[1, r] * address(keys[r * width : (r + 1) * width], betas[r])
                 + mode[2, r] * link @ heads[r]
                 for r in range(reads)
             ]
@@ -261,10 +281,11 @@ def test_dnc_access_is_the_papers() -> None:
 
 
 @pytest.mark.parametrize("kind", ["lrua", "ntm", "dnc"])
-def test_a_batch_of_memories_is_one_after_the_other(kind: str) -> None:
+def test_batch_of_memories_equals_one_memory_at_a_time(kind: str) -> None:
     memory = build_memory(kind, 6, 4, 2, 0.9, 1)
     empty = memory.begin(torch.zeros(1, dtype=DOUBLE))
-    states, emitted = tree_map(lambda leaf: leaf.expand(3, *leaf.shape), empty), random(2, 3, memory.emitted_size)
+    states = tree_map(lambda leaf: leaf.expand(3, *leaf.shape), empty)
+    emitted = random(2, 3, memory.emitted_size)
     for e in emitted:
         states, together = memory.access(states, e)
     for n in range(3):

@@ -1,4 +1,4 @@
-"""Meta-Curvature: the identity is MAML; the mode products are a Kronecker product; higher's gradient."""
+"""Meta-Curvature, compared with MAML, with the Kronecker product and with higher."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import warnings
 
 import pytest
 import torch
-from oracles import VMAP, distance, gradient, loss, maml, noisy, setting, tasks
+from oracles import VMAP, add_noise, build_setting, distance, gradient, iterate_tasks, loss, maml_gradient
 
 from distmeta.algorithms.meta_curvature import transform
 
 
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("kind", ["mlp", "conv4"])
-def test_the_identity_is_maml(kind: str, learned: bool) -> None:
-    options = {"inner_lr": 0.125, "inner_steps": 3}  # a learned rate is a float32: one that it holds exactly
-    ours = gradient(setting({"type": "meta-curvature", "learn_inner_lr": learned, **options}, kind))
-    theirs = maml(kind, **options)
+def test_identity_equals_maml(kind: str, learned: bool) -> None:
+    options = {"inner_lr": 0.125, "inner_steps": 3}  # a learned rate is float32, which holds 0.125 exactly
+    ours = gradient(build_setting({"type": "meta-curvature", "learn_inner_lr": learned, **options}, kind))
+    theirs = maml_gradient(kind, **options)
     assert distance(ours, theirs) <= 1e-12
     assert any(name.startswith("inner_lr.") for name in ours) == learned
     assert all(bool(value.any()) for name, value in ours.items() if name.startswith("curvature."))
 
 
 def test_keys_and_shapes() -> None:
-    theta = setting({"type": "meta-curvature"}, "conv4").theta
+    theta = build_setting({"type": "meta-curvature"}, "conv4").theta
     shapes = {name: tuple(value.shape) for name, value in theta.items() if name.startswith("curvature.")}
     assert shapes["curvature.blocks.1.0.weight.out"] == (8, 8)
     assert shapes["curvature.blocks.0.0.weight.in"] == (1, 1)
@@ -35,8 +35,8 @@ def test_keys_and_shapes() -> None:
     assert "curvature.head.weight.filter" not in shapes
 
 
-def test_mode_products_are_the_kronecker_product() -> None:
-    """vec(MC(G)) = (M_o ⊗ M_i ⊗ M_f) vec(G) for row-major vec; a linear layer's M_o G M_iᵀ."""
+def test_mode_products_equal_the_kronecker_product() -> None:
+    """vec(MC(G)) = (M_o ⊗ M_i ⊗ M_f) vec(G) for row-major vec, and M_o G M_iᵀ for a linear layer."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -55,16 +55,16 @@ def test_mode_products_are_the_kronecker_product() -> None:
 
 @pytest.mark.parametrize("kind", ["mlp", "conv4"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
-def test_gradient_equals_highers(kind: str, dtype: torch.dtype, tolerance: float) -> None:
-    """Random matrices, given to higher as a callback on its inner gradients, by the dense product."""
+def test_gradient_equals_higher(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    """Random matrices. higher applies the dense product in a callback on its inner gradients."""
     higher = pytest.importorskip("higher")
-    s = setting({"type": "meta-curvature", "inner_lr": 0.1, "inner_steps": 2}, kind, dtype)
-    s = s._replace(theta=noisy(s.theta, prefix="curvature."))
+    s = build_setting({"type": "meta-curvature", "inner_lr": 0.1, "inner_steps": 2}, kind, dtype)
+    s = s._replace(theta=add_noise(s.theta, prefix="curvature."))
     net = s.problem.model.module
     names = [name for name, _ in net.named_parameters()]
     modes = {k: v.clone().requires_grad_() for k, v in s.theta.items() if k.startswith("curvature.")}
 
-    def of(name: str, mode: str, size: int) -> torch.Tensor:
+    def get_mode(name: str, mode: str, size: int) -> torch.Tensor:
         return modes.get(f"curvature.{name}.{mode}", torch.eye(size, dtype=dtype))
 
     def curve(gradients: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -74,14 +74,14 @@ def test_gradient_equals_highers(kind: str, dtype: torch.dtype, tolerance: float
                 curved.append(modes[f"curvature.{name}.scale"] * g)
                 continue
             rest = g[0, 0].numel()
-            dense = torch.kron(of(name, "out", g.shape[0]), of(name, "in", g.shape[1]))
-            curved.append((torch.kron(dense, of(name, "filter", rest)) @ g.flatten()).reshape(g.shape))
+            dense = torch.kron(get_mode(name, "out", g.shape[0]), get_mode(name, "in", g.shape[1]))
+            curved.append((torch.kron(dense, get_mode(name, "filter", rest)) @ g.flatten()).reshape(g.shape))
         return curved
 
     inner = torch.optim.SGD(net.parameters(), lr=0.1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # higher's
-        for x_s, y_s, x_q, y_q in tasks(s.episodes):
+        warnings.simplefilter("ignore")  # from higher
+        for x_s, y_s, x_q, y_q in iterate_tasks(s.episodes):
             with higher.innerloop_ctx(net, inner, copy_initial_weights=False) as (fnet, optimizer):
                 for _ in range(2):
                     optimizer.step(loss(fnet(x_s), y_s), grad_callback=curve)
@@ -92,11 +92,11 @@ def test_gradient_equals_highers(kind: str, dtype: torch.dtype, tolerance: float
 
 
 @pytest.mark.parametrize("head", ["shared", "prototype"])
-def test_a_head_with_free_ways_has_no_matrix_over_the_classes(head: str) -> None:
-    s = setting({"type": "meta-curvature", "inner_lr": 0.1, "inner_steps": 2}, "conv4", head=head)
+def test_head_with_free_ways_has_no_matrix_over_classes(head: str) -> None:
+    s = build_setting({"type": "meta-curvature", "inner_lr": 0.1, "inner_steps": 2}, "conv4", head=head)
     curved = {k: tuple(v.shape) for k, v in s.theta.items() if k.startswith("curvature.head")}
     assert curved == {"curvature.head.weight.in": (8, 8), "curvature.head.bias.scale": (1,)}
     assert distance(gradient(s), gradient(s, execution=VMAP)) <= 1e-9
     options = {"inner_lr": 0.1, "inner_steps": 2}
-    theirs = gradient(setting({"type": "maml", **options}, "conv4", head=head))
+    theirs = gradient(build_setting({"type": "maml", **options}, "conv4", head=head))
     assert distance(gradient(s), theirs) <= 1e-12

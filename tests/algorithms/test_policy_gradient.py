@@ -1,4 +1,4 @@
-"""Policy gradients, in float64, against finite differences of the exact expected return of a bandit."""
+"""Policy gradients in float64, compared with finite differences of the exact expected return of a bandit."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ PAYS = torch.tensor([0.1, 0.7, 0.4], dtype=torch.float64)
 RATE = 0.8
 
 
-def logits_of(theta: Theta) -> Tensor:
-    """Of a policy that sees a constant 1."""
+def policy_logits(theta: Theta) -> Tensor:
+    """Return the logits of a policy that sees a constant 1."""
     return theta["model.1.weight"][:, 0] + theta["model.1.bias"]
 
 
 def expected_return(theta: Theta) -> Tensor:
-    return (logits_of(theta).softmax(-1) * PAYS).sum()
+    return (policy_logits(theta).softmax(-1) * PAYS).sum()
 
 
-def problem(**options: Any) -> tuple[PolicyMAML, Theta, Any]:
+def build_bandit(**options: Any) -> tuple[PolicyMAML, Theta, Any]:
     tasks = {"type": "bandit", "arms": 3, "horizon": 1, "history": False}
     algorithm = {"type": "maml-rl", "inner_lr": RATE, **options}
     built = build_problem(Job.parse(tree(algorithm, tasks=tasks, model={"type": "mlp", "hidden": []})))
@@ -42,16 +42,15 @@ def problem(**options: Any) -> tuple[PolicyMAML, Theta, Any]:
         for name, value in built.init().items()
     }
     built.model.to(dtype=torch.float64)
-    algorithm_ = built.algorithm
-    assert isinstance(algorithm_, PolicyMAML)
-    return algorithm_, theta, built.family
+    assert isinstance(built.algorithm, PolicyMAML)
+    return built.algorithm, theta, built.family
 
 
-def pulls(theta: Theta, arms: Tensor, weight: Tensor | None = None) -> Trajectories:
-    """One pull a trajectory. With weights, an average over trajectories is an expectation."""
+def collect_pulls(theta: Theta, arms: Tensor, weight: Tensor | None = None) -> Trajectories:
+    """Return one trajectory per pull. With weights, an average over trajectories is an expectation."""
     count = len(arms)
     weight = torch.ones(count, dtype=torch.float64) if weight is None else weight
-    behaviour = logits_of(theta).detach().expand(count, 1, 3)
+    behaviour = policy_logits(theta).detach().expand(count, 1, 3)
     ones = torch.ones(count, dtype=torch.float64)
     pays = PAYS[arms]
     return Trajectories(
@@ -59,68 +58,67 @@ def pulls(theta: Theta, arms: Tensor, weight: Tensor | None = None) -> Trajector
     )
 
 
-def expectation(theta: Theta) -> Trajectories:
-    """Every arm once, weighted with its probability."""
-    return pulls(theta, torch.arange(3), logits_of(theta).softmax(-1).detach())
+def collect_every_arm(theta: Theta) -> Trajectories:
+    """Return every arm once, weighted with its probability."""
+    return collect_pulls(theta, torch.arange(3), policy_logits(theta).softmax(-1).detach())
 
 
-def differences(function: Any, theta: Theta, h: float = 1e-5) -> Theta:
-    """Central differences in every entry."""
+def finite_differences(function: Any, theta: Theta, h: float = 1e-5) -> Theta:
+    """Return central differences in every entry."""
     found = {name: torch.zeros_like(value) for name, value in theta.items()}
     for name, value in theta.items():
         for i in range(value.numel()):
-            ends = []
-            for sign in (1, -1):
-                moved = value.clone()
-                moved.view(-1)[i] += sign * h
-                ends.append(float(function(theta | {name: moved})))
-            found[name].view(-1)[i] = (ends[0] - ends[1]) / (2 * h)
+            step = torch.zeros_like(value)
+            step.view(-1)[i] = h
+            high = float(function(theta | {name: value + step}))
+            low = float(function(theta | {name: value - step}))
+            found[name].view(-1)[i] = (high - low) / (2 * h)
     return found
 
 
-def assert_near(found: Theta, expected: Theta) -> None:
+def assert_close(found: Theta, expected: Theta) -> None:
     for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("clip", [None, 0.2])
-def test_the_surrogates_gradient_is_the_gradient_of_the_expected_return(clip: float | None) -> None:
-    algorithm, theta, _ = problem()
-    batch = expectation(theta)
+def test_surrogate_has_the_gradient_of_the_expected_return(clip: float | None) -> None:
+    algorithm, theta, _ = build_bandit()
+    batch = collect_every_arm(theta)
     found = grad(lambda t: -surrogate_loss(algorithm.model(t, batch.x), batch, clip))(theta)
-    assert_near(found, differences(expected_return, theta))
+    assert_close(found, finite_differences(expected_return, theta))
     weighted = batch.real * batch.advantage
     scores = grad(lambda t: (log_prob(algorithm.model(t, batch.x), batch.action) * weighted).sum())(theta)
-    assert_near(found, scores)
+    assert_close(found, scores)
 
 
-def test_the_meta_gradient_through_the_inner_step_is_exact() -> None:
-    """∇ J(θ + α ∇J(θ)): the ratio's second derivative is that of the expected return."""
-    algorithm, theta, family = problem()
+def test_meta_gradient_through_the_inner_step_is_exact() -> None:
+    """It is ∇ J(θ + α ∇J(θ)): the ratio has the second derivative of the expected return."""
+    algorithm, theta, family = build_bandit()
 
     def adapted_return(theta: Theta) -> Tensor:
         gradient = grad(expected_return)(theta)
         return expected_return({name: theta[name] + RATE * gradient[name] for name in theta})
 
-    support = expectation(theta)
+    support = collect_every_arm(theta)
     phi = algorithm.step(theta, dict(theta), support, 0)
-    episode = Episode(PerStep((support,)), expectation(phi))
+    episode = Episode(PerStep((support,)), collect_every_arm(phi))
     found = grad(lambda t: -algorithm.meta_loss(t, episode, unroll, family.score)[0])(theta)
-    assert_near(found, differences(adapted_return, theta))
+    assert_close(found, finite_differences(adapted_return, theta))
 
 
-def test_e_maml_is_the_gradient_of_the_return_expected_over_what_is_adapted_on() -> None:
-    """U(θ) = Σ_τ π_θ(τ) J(φ(θ, τ)) over all τ of two pulls: how τ is drawn counts, and the baseline leaves no bias."""
-    algorithm, theta, family = problem(e_maml=True)
-    support = {arms: pulls(theta, torch.tensor(arms)) for arms in product(range(3), repeat=2)}
+def test_e_maml_has_the_gradient_of_the_return_expected_over_support_trajectories() -> None:
+    """U(θ) = Σ_τ π_θ(τ) J(φ(θ, τ)) over all τ of two pulls. The baseline adds no bias."""
+    algorithm, theta, family = build_bandit(e_maml=True)
+    support = {arms: collect_pulls(theta, torch.tensor(arms)) for arms in product(range(3), repeat=2)}
 
-    def chance(theta: Theta, arms: tuple[int, ...]) -> Tensor:
-        return logits_of(theta).softmax(-1)[list(arms)].prod()
+    def probability(theta: Theta, arms: tuple[int, ...]) -> Tensor:
+        return policy_logits(theta).softmax(-1)[list(arms)].prod()
 
     def total(theta: Theta) -> Tensor:
         return sum(
             (
-                chance(theta, arms) * expected_return(algorithm.step(theta, dict(theta), batch, 0))
+                probability(theta, arms) * expected_return(algorithm.step(theta, dict(theta), batch, 0))
                 for arms, batch in support.items()
             ),
             torch.zeros((), dtype=torch.float64),
@@ -128,55 +126,60 @@ def test_e_maml_is_the_gradient_of_the_return_expected_over_what_is_adapted_on()
 
     found = {name: torch.zeros_like(value) for name, value in theta.items()}
     for arms, batch in support.items():
-        query = expectation(algorithm.step(theta, dict(theta), batch, 0))
-        reached = (query.real * query.total[:, None]).sum()  # the mean return under the weights
-        query = query._replace(total=reached.expand(3), real=query.real * 3)  # three trajectories of one step
+        query = collect_every_arm(algorithm.step(theta, dict(theta), batch, 0))
+        mean_return = (query.real * query.total[:, None]).sum()
+        query = query._replace(
+            total=mean_return.expand(3), real=query.real * 3
+        )  # three trajectories of one step
         episode = Episode(PerStep((batch,)), query)
 
         def loss(t: Theta, episode: Episode = episode) -> Tensor:
             return -algorithm.meta_loss(t, episode, unroll, family.score)[0]
 
         part = grad(loss)(theta)
-        found = {name: found[name] + chance(theta, arms) * part[name] for name in found}
-    assert_near(found, differences(total, theta))
+        found = {name: found[name] + probability(theta, arms) * part[name] for name in found}
+    assert_close(found, finite_differences(total, theta))
 
 
-def test_e_maml_needs_another_trajectory() -> None:
-    algorithm, theta, family = problem(e_maml=True)
-    one = pulls(theta, torch.tensor([1]))
+def test_e_maml_with_one_trajectory_is_an_error() -> None:
+    algorithm, theta, family = build_bandit(e_maml=True)
+    one = collect_pulls(theta, torch.tensor([1]))
     with pytest.raises(InputError, match=r"^tasks.trajectories: got 1 with algorithm.e_maml"):
         algorithm.meta_loss(theta, Episode(PerStep((one,)), one), unroll, family.score)
 
 
-def test_promps_penalty_is_the_divergence_of_the_policies_that_were_adapted() -> None:
-    algorithm, theta, family = problem(kl=0.5)
-    plain, _, _ = problem()
+def test_promp_penalty_equals_the_divergence_from_the_behaviour_policy() -> None:
+    algorithm, theta, family = build_bandit(kl=0.5)
+    plain, _, _ = build_bandit()
     moved = {name: value + 0.1 for name, value in theta.items()} | {
         "model.1.bias": theta["model.1.bias"] * 1.5
     }
-    episode = Episode(PerStep((expectation(theta),)), expectation(theta))
+    episode = Episode(PerStep((collect_every_arm(theta),)), collect_every_arm(theta))
     penalty, _ = algorithm.meta_loss(moved, episode, unroll, family.score)
     without, _ = plain.meta_loss(moved, episode, unroll, family.score)
-    old, new = (torch.distributions.Categorical(logits=logits_of(t)) for t in (theta, moved))
+    old = torch.distributions.Categorical(logits=policy_logits(theta))
+    new = torch.distributions.Categorical(logits=policy_logits(moved))
     expected = 0.5 * torch.distributions.kl_divergence(old, new)
     torch.testing.assert_close(penalty - without, expected)
 
 
-def test_first_order_stops_at_the_inner_gradient() -> None:
-    algorithm, theta, family = problem(first_order=True)
-    support = expectation(theta)
-    query = expectation(algorithm.step(theta, dict(theta), support, 0))
+def test_first_order_treats_the_inner_gradient_as_a_constant() -> None:
+    algorithm, theta, family = build_bandit(first_order=True)
+    support = collect_every_arm(theta)
+    query = collect_every_arm(algorithm.step(theta, dict(theta), support, 0))
     episode = Episode(PerStep((support,)), query)
     found = grad(lambda t: algorithm.meta_loss(t, episode, unroll, family.score)[0])(theta)
     phi = algorithm.step(theta, dict(theta), support, 0)
-    assert_near(found, grad(lambda p: surrogate_loss(algorithm.model(p, query.x), query))(phi))
+    assert_close(found, grad(lambda p: surrogate_loss(algorithm.model(p, query.x), query))(phi))
 
 
-def test_distributions_are_torchs() -> None:
+def test_distributions_equal_those_of_torch() -> None:
     generator = torch.Generator().manual_seed(0)
-    outputs, other = (torch.randn(5, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    outputs = torch.randn(5, 6, generator=generator, dtype=torch.float64)
+    other = torch.randn(5, 6, generator=generator, dtype=torch.float64)
     arms = torch.arange(5)
-    (m, s), (m2, s2) = outputs.chunk(2, -1), other.chunk(2, -1)
+    m, s = outputs.chunk(2, -1)
+    m2, s2 = other.chunk(2, -1)
     normals = [
         torch.distributions.Independent(torch.distributions.Normal(a, b.exp()), 1)
         for a, b in ((m, s), (m2, s2))

@@ -1,4 +1,4 @@
-"""Reptile's and iMAML's identities: limits and closed forms."""
+"""Reptile and iMAML, compared with limits and closed forms."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ LOOP = Execution("loop", 1)
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_reptile_is_the_way_gone(steps: int) -> None:
-    """θ − φ_K; after one step α∇L_support(θ)."""
+def test_reptile_gradient_is_theta_minus_phi(steps: int) -> None:
+    """With one inner step it is α∇L_support(θ)."""
     problem = build_problem(
         Job.parse(tree({"type": "reptile", "inner_lr": 0.03, "inner_steps": steps, "inner_optimizer": "sgd"}))
     )
-    theta, ids = problem.init(), task_ids(0, "train", 0, 1)
+    theta = problem.init()
+    ids = task_ids(0, "train", 0, 1)
     episodes = problem.family.draw("train", ids)
     result = shard_gradient(problem.algorithm, problem.score("train"), theta, episodes, ids, LOOP)
     phi = dict(theta)
@@ -40,7 +41,7 @@ def test_reptile_is_the_way_gone(steps: int) -> None:
             torch.testing.assert_close(result.gradient[name], 0.03 * gradient[name])
 
 
-def test_minibatches_go_round_the_support_set() -> None:
+def test_minibatches_start_again_after_the_last_row() -> None:
     batch = Batch(torch.arange(5.0)[:, None], torch.arange(5))
     assert [select_minibatch(batch, k, 2).y.tolist() for k in range(3)] == [[0, 1], [2, 3], [4, 0]]
     assert select_minibatch(batch, 7, None) is batch
@@ -48,7 +49,7 @@ def test_minibatches_go_round_the_support_set() -> None:
 
 
 class Quadratic:
-    """L_support(φ) = ½ φᵀAφ − bᵀφ and L_query(φ) = ½‖φ − c‖², so that all is known in closed form."""
+    """L_support(φ) = ½ φᵀAφ − bᵀφ and L_query(φ) = ½‖φ − c‖², so everything is known in closed form."""
 
     def __init__(self, n: int = 6):
         generator = torch.Generator().manual_seed(3)
@@ -79,9 +80,11 @@ class Quadratic:
 
 def test_imaml_reaches_the_inner_optimum_and_the_implicit_gradient() -> None:
     """φ* = (A + λI)⁻¹(b + λθ) and v = (I + A/λ)⁻¹(φ* − c)."""
-    problem, lam = Quadratic(), 2.0
+    problem = Quadratic()
+    lam = 2.0
     imaml = IMAML(problem, problem.score, inner_lr=0.1, inner_steps=600, lam=lam, cg_steps=6)
-    theta, identity = problem.theta, torch.eye(6, dtype=torch.float64)
+    theta = problem.theta
+    identity = torch.eye(6, dtype=torch.float64)
     optimum = torch.linalg.solve(problem.a + lam * identity, problem.b + lam * theta["model.w"])
     phi = unroll(imaml, theta, problem.episode().support, detach=True)["model.w"]
     torch.testing.assert_close(phi, optimum, rtol=1e-10, atol=1e-10)
@@ -94,16 +97,16 @@ def test_imaml_reaches_the_inner_optimum_and_the_implicit_gradient() -> None:
 
 
 def test_imaml_equals_reverse_mode_through_a_long_inner_loop() -> None:
-    """At the inner optimum, the implicit gradient is what back-propagation through the path gives (Theorem 1)."""
+    """At the inner optimum, the implicit gradient equals back-propagation through the path (Theorem 1)."""
     problem = Quadratic()
     imaml = IMAML(problem, problem.score, inner_lr=0.1, inner_steps=600, lam=2.0, cg_steps=6)
     episode = problem.episode()
 
-    def through_the_path(theta):
+    def loss_after_unrolling(theta):
         return problem.score(unroll(imaml, theta, episode.support)["model.w"], episode.query)[0]
 
     implicit = torch.func.grad(lambda t: imaml.meta_loss(t, episode, unroll, problem.score)[0])(problem.theta)
-    explicit = torch.func.grad(through_the_path)(problem.theta)
+    explicit = torch.func.grad(loss_after_unrolling)(problem.theta)
     torch.testing.assert_close(implicit["model.w"], explicit["model.w"], rtol=1e-8, atol=1e-8)
 
 

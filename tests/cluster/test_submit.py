@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import HOME, tree
-from heads import free_ports, head_with_dashboard
+from support.ray_head import find_free_ports, start_ray_head
 
 import distmeta
 from distmeta.cluster.jobs_client import LogTail, Submission, connect, follow
@@ -39,7 +39,7 @@ class Net(nn.Sequential):
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
     """Return the dashboard's URL of a Ray cluster with two CPUs."""
-    with head_with_dashboard(cpus=2) as address:
+    with start_ray_head(cpus=2) as address:
         yield address
 
 
@@ -182,7 +182,7 @@ def test_address_without_a_listener_is_refused(workplace: Path) -> None:
     write_job(small_job())
     started = time.monotonic()
     with pytest.raises(InputError, match=r"--address: nothing answers at http://127.0.0.1:\d+ "):
-        submit("job.yaml", address=f"http://127.0.0.1:{free_ports(1)[0]}")
+        submit("job.yaml", address=f"http://127.0.0.1:{find_free_ports(1)[0]}")
     assert time.monotonic() - started < 30
 
 

@@ -1,4 +1,4 @@
-"""Models as pure functions of their parameters, and what a user's own model may bring."""
+"""Models as pure functions of their parameters, the shipped models, and unusual models of users."""
 
 from __future__ import annotations
 
@@ -16,27 +16,29 @@ import distmeta
 from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.models.conv4 import Conv4
-from distmeta.models.functional import Functional
+from distmeta.models.functional import FunctionalModel
 from distmeta.models.mlp import MLP
 from distmeta.models.resnet12 import ResNet12
 from distmeta.protocols import Batch, Episode
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.problem import build
+from distmeta.runtime.problem import build_problem
 from distmeta.runtime.resolve import resolve
 
 
 class Branching(nn.Linear):
-    """A model whose control flow depends on its data, which vmap cannot run."""
+    """A model whose control flow depends on the data. vmap cannot run it."""
 
     def __init__(self, in_shape: tuple[int, ...], out_features: int):
         super().__init__(in_shape[0], out_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if x.detach().sum().item() > 0 else super().forward(2 * x)
+        if x.detach().sum().item() > 0:
+            return super().forward(x)
+        return super().forward(2 * x)
 
 
 class Masked(nn.Linear):
-    """A model with a constant buffer, and a parameter that it does not train."""
+    """A model with a constant buffer and a parameter that is not trained."""
 
     def __init__(self, in_shape: tuple[int, ...], out_features: int):
         super().__init__(in_shape[0], out_features)
@@ -52,46 +54,49 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.into, self.out = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        self.into = nn.Linear(3, 3, bias=False)
+        self.out = nn.Linear(3, 3, bias=False)
         self.out.weight = self.into.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.into(x))
 
 
-def functional(module: Any = None, seed: int = 0, **options: Any) -> Functional:
+def build_model(module: Any = None, seed: int = 0, **options: Any) -> FunctionalModel:
     build = module or (lambda: MLP((3,), 2, hidden=[4]))
-    return Functional(build, torch.Generator().manual_seed(seed), **options)
+    return FunctionalModel(build, torch.Generator().manual_seed(seed), **options)
 
 
-def job(**changes: Any) -> Job:
+def build_job(**changes: Any) -> Job:
     return Job.parse(tree(**changes))
 
 
 class Recurrent(nn.Module):
-    """Reads x [N, F] as sequences of numbers; notes whether cuDNN may compute it."""
+    """A model that reads x [N, F] as sequences of numbers. It records whether cuDNN is enabled."""
 
     def __init__(self, in_shape: tuple[int, ...], out_features: int):
         super().__init__()
-        self.seen: list[bool] = []
-        self.lstm, self.head = nn.LSTM(1, 4, batch_first=True), nn.Linear(4, out_features)
+        self.cudnn_enabled: list[bool] = []
+        self.lstm = nn.LSTM(1, 4, batch_first=True)
+        self.head = nn.Linear(4, out_features)
 
     def forward(self, x_NF: Tensor) -> Tensor:
-        self.seen.append(torch.backends.cudnn.enabled)
+        self.cudnn_enabled.append(torch.backends.cudnn.enabled)
         return self.head(self.lstm(x_NF[..., None])[0][:, -1])
 
 
-def test_recurrent_layers_go_without_cudnn() -> None:
-    """It has no second derivative of them."""
-    model = build(Job.parse(tree("maml", model={"type": "test_models:Recurrent"}))).model
+def test_recurrent_layers_run_without_cudnn() -> None:
+    """cuDNN has no second derivative of recurrent layers."""
+    model = build_problem(Job.parse(tree("maml", model={"type": "test_models:Recurrent"}))).model
     model(model.init(), torch.ones(3, 2))
-    assert model.module.seen == [False]
+    assert model.module.cudnn_enabled == [False]
     assert torch.backends.cudnn.enabled
 
 
-def test_tied_parameters_are_one() -> None:
-    model = functional(Tied)
-    x, weight = torch.randn(2, 3), torch.randn(3, 3)
+def test_tied_parameters_have_one_entry_in_theta() -> None:
+    model = build_model(Tied)
+    x = torch.randn(2, 3)
+    weight = torch.randn(3, 3)
     assert model.adaptable == ("model.into.weight",)
     torch.testing.assert_close(model({"model.into.weight": weight}, x), x @ weight.T @ weight.T)
 
@@ -111,13 +116,13 @@ def test_conv4_shapes(norm: Any, pool: Any, shape: tuple[int, ...]) -> None:
     assert not list(model.buffers())
 
 
-def test_conv4_features_are_the_papers() -> None:
+def test_conv4_has_as_many_features_as_in_the_papers() -> None:
     assert Conv4((1, 28, 28), 5).head.in_features == 64
     assert Conv4((3, 84, 84), 5, width=32).head.in_features == 32 * 5 * 5
     assert Conv4((3, 84, 84), 5, width=32, pool="stride").head.in_features == 32
 
 
-def test_conv4_can_keep_where_in_the_image_a_feature_is() -> None:
+def test_conv4_may_keep_the_map_as_features() -> None:
     maps = Conv4((1, 28, 28), 5, width=[4, 6, 8, 10], pool="stride", halvings=3, average=False)
     assert maps.head.in_features == 10 * 4 * 4
     assert [m.out_channels for m in maps.modules() if isinstance(m, nn.Conv2d)] == [4, 6, 8, 10]
@@ -141,21 +146,22 @@ def test_resnet12_shapes(norm: Any, shape: tuple[int, ...]) -> None:
     assert not list(model.buffers())
 
 
-def test_resnet12_is_the_papers() -> None:
-    """12.4 million parameters without the head, as MetaOptNet's has."""
+def test_resnet12_has_as_many_parameters_as_in_the_paper() -> None:
+    """MetaOptNet's has 12.4 million parameters without the head."""
     model = ResNet12((3, 84, 84), 5)
     assert sum(p.numel() for p in model.blocks.parameters()) == 12_424_320
     assert model.head.in_features == 640
 
 
-def test_resnet12_is_differentiated_twice_and_dropped_out_by_task(workplace: Path) -> None:
+def test_resnet12_with_dropout_trains_with_second_derivatives_and_repeats(workplace: Path) -> None:
     model = {"type": "resnet12", "widths": [2, 2, 3, 4], "dropout": 0.2}
     tasks = {"type": "digits", "ways": 3, "shots": 1, "queries": 2}
     small = tree("maml", model=model, tasks=tasks, run={"steps": 2, "tasks_per_step": 4})
-    runs = [distmeta.train(Job.parse(small)).run for _ in range(2)]
-    first, second = (checkpoints.load(run).theta for run in runs)
+    first = checkpoints.load(distmeta.train(Job.parse(small)).run).theta
+    second = checkpoints.load(distmeta.train(Job.parse(small)).run).theta
+    start = build_problem(Job.parse(small)).init()
     assert all(first[name].equal(second[name]) for name in first)
-    assert any(not value.equal(build(Job.parse(small)).init()[name]) for name, value in first.items())
+    assert any(not first[name].equal(start[name]) for name in first)
 
 
 def test_batch_norm_has_no_running_statistics() -> None:
@@ -167,15 +173,15 @@ def test_batch_norm_has_no_running_statistics() -> None:
     assert torch.equal(model.train()(x), model.eval()(x))
 
 
-def test_conv4_wants_images() -> None:
+def test_conv4_without_images_is_an_error() -> None:
     with pytest.raises(
         InputError, match=r"model.type: got conv4 for inputs of shape \(1,\), expected images"
     ):
-        build(job(model={"type": "conv4"}))
+        build_problem(build_job(model={"type": "conv4"}))
 
 
 @pytest.mark.parametrize(("hidden", "count"), [([], 1), ([7], 2), ([5, 6], 3)])
-def test_mlp(hidden: list[int], count: int) -> None:
+def test_mlp_layers(hidden: list[int], count: int) -> None:
     model = MLP((2, 3), 4, hidden=hidden, activation="tanh")
     assert model(torch.randn(9, 2, 3)).shape == (9, 4)
     linear = [m for m in model if isinstance(m, nn.Linear)]
@@ -184,7 +190,7 @@ def test_mlp(hidden: list[int], count: int) -> None:
     assert not isinstance(model[-1], nn.Tanh)
 
 
-def test_mlp_starts_as_in_the_papers_code() -> None:
+def test_mlp_may_start_as_in_the_papers_code() -> None:
     model = MLP((1,), 1, hidden=[200], init="normal")
     weights = torch.cat([p.detach().flatten() for n, p in model.named_parameters() if n.endswith("weight")])
     assert float(weights.abs().max()) <= 0.02
@@ -193,54 +199,57 @@ def test_mlp_starts_as_in_the_papers_code() -> None:
 
 
 @pytest.mark.parametrize("module", [None, lambda: Conv4((1, 8, 8), 3, width=4), lambda: Masked((3,), 2)])
-def test_functional_is_the_module(module: Any) -> None:
-    model = functional(module)
+def test_functional_model_computes_like_the_module(module: Any) -> None:
+    model = build_model(module)
     shape = (1, 8, 8) if isinstance(model.module, Conv4) else (3,)
-    x, phi = torch.randn(4, *shape), model.init()
+    x = torch.randn(4, *shape)
+    phi = model.init()
     assert all(name.startswith("model.") for name in phi)
     assert torch.equal(model(phi, x), model.module(x))
     other = {name: value + 1 for name, value in phi.items()}
-    assert not torch.equal(model(other, x), model.module(x))  # phi counts, not the module's own
+    assert not torch.equal(model(other, x), model.module(x))  # phi is used, not the module's parameters
     phi["model." + next(iter(dict(model.module.named_parameters())))].add_(1)
-    assert torch.equal(model(model.init(), x), model.module(x))  # init gives copies
+    assert torch.equal(model(model.init(), x), model.module(x))  # init returns copies
 
 
-def test_functional_depends_on_its_generator_alone() -> None:
+def test_initialisation_depends_only_on_the_generator() -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first, other = functional(seed=3).init(), functional(seed=4).init()
+    first = build_model(seed=3).init()
+    other = build_model(seed=4).init()
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    again = functional(seed=3).init()
+    again = build_model(seed=3).init()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["model.1.weight"], other["model.1.weight"])
 
 
-def test_freeze() -> None:
-    model = functional(freeze="1.*")
-    theta, x = model.init(), torch.randn(5, 3)
+def test_frozen_parameters_are_constants() -> None:
+    model = build_model(freeze="1.*")
+    theta = model.init()
+    x = torch.randn(5, 3)
     assert set(theta) == {"model.3.weight", "model.3.bias"}
     assert set(model.constants) == {"1.weight", "1.bias"}
     assert torch.equal(model(theta, x), model.module(x))
     model.constants["1.weight"] = torch.zeros(4, 3)
-    assert not torch.equal(model(theta, x), model.module(x))  # used, from the constants
+    assert not torch.equal(model(theta, x), model.module(x))  # the constants are used
 
 
-def test_what_a_model_does_not_train_is_constant() -> None:
-    model = functional(lambda: Masked((3,), 2))
+def test_buffers_and_parameters_without_gradient_are_constants() -> None:
+    model = build_model(lambda: Masked((3,), 2))
     assert set(model.init()) == {"model.weight", "model.bias"}
     assert set(model.constants) == {"mask", "scale"}
 
 
-def test_a_glob_that_matches_nothing() -> None:
+def test_freeze_that_matches_nothing_is_an_error() -> None:
     with pytest.raises(
         InputError, match=r"model.freeze: got '1.wieght', which matches no parameter; did you"
     ):
-        functional(freeze="1.wieght")
+        build_model(freeze="1.wieght")
 
 
-def test_a_frozen_part_stays_through_training(workplace: Path) -> None:
-    run = distmeta.train(job(model={"type": "mlp", "hidden": [8], "freeze": "1.*"})).run
+def test_frozen_parameters_do_not_change_in_training(workplace: Path) -> None:
+    run = distmeta.train(build_job(model={"type": "mlp", "hidden": [8], "freeze": "1.*"})).run
     stored = checkpoints.load(run)
     start = checkpoints.load(run / "checkpoints" / "step-00000000")
     assert set(stored.theta) == {"model.3.weight", "model.3.bias"}
@@ -248,16 +257,16 @@ def test_a_frozen_part_stays_through_training(workplace: Path) -> None:
     assert not torch.equal(stored.theta["model.3.weight"], start.theta["model.3.weight"])
 
 
-def test_init_from(tmp_path: Path) -> None:
+def test_init_from_loads_all_or_some_tensors(tmp_path: Path) -> None:
     path = str(tmp_path / "start.safetensors")
-    source = functional(seed=5).init()
-    save_file(source, path)  # as a checkpoint's theta is
-    loaded = functional(seed=6, init_from=path)
+    source = build_model(seed=5).init()
+    save_file(source, path)  # with names as in a checkpoint's theta
+    loaded = build_model(seed=6, init_from=path)
     assert all(torch.equal(loaded.init()[name], value) for name, value in source.items())
-    save_file({"1.weight": torch.ones(4, 3)}, path)  # as torch's own; some are enough
-    partly = functional(seed=6, init_from=path, freeze="1.weight")
+    save_file({"1.weight": torch.ones(4, 3)}, path)  # with names as in the module
+    partly = build_model(seed=6, init_from=path, freeze="1.weight")
     assert partly.constants["1.weight"].eq(1).all()
-    assert torch.equal(partly.init()["model.3.weight"], functional(seed=6).init()["model.3.weight"])
+    assert torch.equal(partly.init()["model.3.weight"], build_model(seed=6).init()["model.3.weight"])
 
 
 @pytest.mark.parametrize(
@@ -270,41 +279,46 @@ def test_init_from(tmp_path: Path) -> None:
         (b"", "is not a readable safetensors file"),
     ],
 )
-def test_init_from_something_else(tensors: Any, expected: str, tmp_path: Path) -> None:
+def test_init_from_with_another_content_is_an_error(tensors: Any, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "start.safetensors"
     if isinstance(tensors, bytes):
         path.write_bytes(tensors)
     elif tensors is not None:
         save_file(tensors, path)
     with pytest.raises(InputError, match=rf"model.init_from: .*{expected}"):
-        functional(init_from=str(path))
+        build_model(init_from=str(path))
 
 
-def test_a_part_that_is_no_module() -> None:
+def test_model_that_is_no_module_is_an_error() -> None:
     with pytest.raises(InputError, match=r"model.type: got dict, expected a torch.nn.Module"):
-        functional(dict)
+        build_model(dict)
 
 
-def test_running_statistics_are_refused_with_a_remedy(workplace: Path) -> None:
-    with pytest.raises(InputError, match=r"RunningNorm changes its buffer '1.running_mean'.*use group norm"):
-        distmeta.train(job(model={"type": "hard_cases:RunningNorm"}))
+def test_running_statistics_are_an_error_with_a_remedy(workplace: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"the forward pass changes the buffer '1.running_mean'.*use GroupNorm"
+    ):
+        distmeta.train(build_job(model={"type": "hard_cases:RunningNorm"}))
     assert not list(workplace.iterdir())
 
 
-def test_dropout_runs_in_the_loop_and_repeats_to_the_bit(workplace: Path) -> None:
-    small = job(model={"type": "hard_cases:Dropout"}, run={"steps": 3, "eval_every": 3, "eval_tasks": 4})
-    problem = resolve(build(small))
+def test_dropout_runs_in_the_loop_and_repeats_bit_by_bit(workplace: Path) -> None:
+    small = build_job(
+        model={"type": "hard_cases:Dropout"}, run={"steps": 3, "eval_every": 3, "eval_tasks": 4}
+    )
+    problem = resolve(build_problem(small))
     assert problem.execution.mode == problem.job.compute.execution == "loop"
-    first, second = (checkpoints.load(distmeta.train(small).run).theta for _ in range(2))
+    first = checkpoints.load(distmeta.train(small).run).theta
+    second = checkpoints.load(distmeta.train(small).run).theta
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(
         InputError, match=r"compute.execution: got vmap for a model that draws random numbers"
     ):
-        resolve(build(small.replace(compute={"execution": "vmap"})))
+        resolve(build_problem(small.replace(compute={"execution": "vmap"})))
 
 
-def test_attention_trains_under_second_derivatives(workplace: Path) -> None:
-    small = job(
+def test_fused_attention_trains_with_second_derivatives(workplace: Path) -> None:
+    small = build_job(
         model={"type": "hard_cases:Attention"},
         run={"steps": 3, "tasks_per_step": 4, "shards": 2},
         compute={"execution": "loop"},
@@ -317,10 +331,11 @@ def test_attention_trains_under_second_derivatives(workplace: Path) -> None:
     assert all(not torch.equal(stored.theta[name], start.theta[name]) for name in stored.theta)
 
 
-class Large:
-    """Images whose maps are past what a CPU computes several tasks of at once."""
+class LargeImages:
+    """Tasks with feature maps that are too large to compute several tasks at once on a CPU."""
 
-    in_shape, out_features = (1, 600, 600), 1
+    in_shape = (1, 600, 600)
+    out_features = 1
 
     def draw(self, split: str, ids: Any) -> Episode:
         x = torch.zeros(len(ids), 2, *self.in_shape)
@@ -352,42 +367,42 @@ class Large:
             "loop",
         ),
         ({"compute": {"precision": "bf16"}}, "vmap"),
-        ({"model": {"type": "conv4", "width": 2}, "tasks": {"type": "test_models:Large"}}, "loop"),
+        ({"model": {"type": "conv4", "width": 2}, "tasks": {"type": "test_models:LargeImages"}}, "loop"),
         ({"compute": {"execution": "loop"}}, "loop"),
         ({"compute": {"execution": "vmap", "chunk": 2}}, "vmap"),
     ],
 )
-def test_execution_is_settled_by_a_fixed_rule(changes: dict[str, Any], mode: str) -> None:
+def test_execution_is_chosen_by_a_fixed_rule(changes: dict[str, Any], mode: str) -> None:
     from distmeta.compute.numerics import numerics
 
     with numerics(1, False):
-        problem = resolve(build(job(**changes)))
+        problem = resolve(build_problem(build_job(**changes)))
     assert problem.execution.mode == problem.job.compute.execution == mode
     if "chunk" in changes.get("compute", {}):
         assert problem.execution.chunk == 2
 
 
-def test_vmap_that_cannot_be_is_refused() -> None:
-    small = job(model={"type": "test_models:Branching"}, compute={"execution": "vmap"})
+def test_impossible_vmap_is_an_error() -> None:
+    small = build_job(model={"type": "test_models:Branching"}, compute={"execution": "vmap"})
     with pytest.raises(
         InputError, match=r"compute.execution: got vmap, which this model .* cannot run under"
     ):
-        resolve(build(small))
-    convolutional = job(
+        resolve(build_problem(small))
+    convolutional = build_job(
         model={"type": "conv4", "width": 4},
         tasks={"type": "digits", "queries": 2},
         compute={"execution": "vmap"},
     )
-    assert resolve(build(convolutional)).execution.mode == "vmap"
+    assert resolve(build_problem(convolutional)).execution.mode == "vmap"
 
 
-def test_a_resolved_job_stays_as_it_is() -> None:
-    problem = resolve(build(job()))
-    assert resolve(build(problem.job)).job == problem.job
+def test_resolving_twice_changes_nothing() -> None:
+    problem = resolve(build_problem(build_job()))
+    assert resolve(build_problem(problem.job)).job == problem.job
 
 
-def test_models_on_integers(workplace: Path) -> None:
-    """Tokens reach the model as integers, in training, in evaluation and in deployment."""
+def test_model_on_integers_trains_evaluates_and_adapts(workplace: Path) -> None:
+    """Tokens reach the model as integers everywhere."""
     job = tree(
         "maml", model={"type": "hard_cases:Tokens"}, tasks={"type": "hard_cases:Sums"}, run={"eval_tasks": 5}
     )
@@ -398,13 +413,13 @@ def test_models_on_integers(workplace: Path) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 9, 17, 34, 64])
-def test_group_norm_takes_any_width(width: int) -> None:
+def test_group_norm_works_with_any_width(width: int) -> None:
     assert Conv4((1, 8, 8), 5, width=width, norm="group")(torch.rand(3, 1, 8, 8)).shape == (3, 5)
 
 
-def test_dropout_where_tasks_are_collected_is_refused(workplace: Path) -> None:
+def test_dropout_with_collected_data_is_an_error(workplace: Path) -> None:
     job = tree("maml", model={"type": "hard_cases:Dropout"}, tasks={"type": "hard_cases:Bandit"})
     with pytest.raises(
-        InputError, match=r"model.type: hard_cases:Dropout has dropout, and the tasks are collected"
+        InputError, match=r"model.type: hard_cases:Dropout has dropout, but data are collected"
     ):
         distmeta.train(Job.parse(job))

@@ -1,4 +1,4 @@
-"""A Ray cluster of somebody else's: `ray start --head --block` with its dashboard, under a pid that we hold."""
+"""Someone else's Ray cluster: `ray start --head --block` with its dashboard, in a process that the test controls."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ BIN = Path(sys.executable).parent
 
 
 @contextmanager
-def head_with_dashboard(cpus: int) -> Iterator[str]:
-    """The dashboard's URL. The node sees this distmeta, and no module of the tests'."""
-    gcs, dashboard, agent, metrics, client = free_ports(5)
+def start_ray_head(cpus: int) -> Iterator[str]:
+    """Start a Ray head and yield the URL of its dashboard. Its node can import this distmeta, but no test module."""
+    gcs, dashboard, agent, metrics, client = find_free_ports(5)
     words = [
         BIN / "ray", "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={gcs}", "--include-dashboard=true",
         f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={metrics}",
@@ -33,14 +33,14 @@ def head_with_dashboard(cpus: int) -> Iterator[str]:
             words, stdout=log, stderr=log, start_new_session=True, env=environment, cwd=HOME
         )
         try:
-            _await_answer(process, dashboard)
+            wait_for_port(process, dashboard)
             yield f"http://127.0.0.1:{dashboard}"
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(60)
 
 
-def _await_answer(process: subprocess.Popen[bytes], port: int) -> None:
+def wait_for_port(process: subprocess.Popen[bytes], port: int) -> None:
     deadline = time.monotonic() + 60
     while True:
         assert process.poll() is None, (HOME / "submit.log").read_text()
@@ -52,9 +52,10 @@ def _await_answer(process: subprocess.Popen[bytes], port: int) -> None:
             time.sleep(0.1)
 
 
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+def find_free_ports(count: int) -> list[int]:
+    """Return ports that are free now. All are held open until the last is found, so they differ."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
