@@ -29,11 +29,12 @@ from training import note
 from distmeta.config.job import Job
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.ray_cluster import connect
-from distmeta.runtime.training import SilentReporter, train
-from distmeta.simulation.calibrate import Probes, calibrate, problem_of
-from distmeta.simulation.cluster import Cluster, Link
-from distmeta.simulation.costs import Costs, JobCosts
-from distmeta.simulation.model import simulate, work_of
+from distmeta.runtime.reporter import SilentReporter
+from distmeta.runtime.training import train
+from distmeta.simulation.calibrate import JobProbes, calibrate, prepare_problem
+from distmeta.simulation.costs import JobCosts, MeasuredCosts
+from distmeta.simulation.prediction import Scenario, choose_step_size, predict
+from distmeta.simulation.settings import ClusterSettings, Link
 
 WORKERS = (1, 2, 4)
 CLAIMED_WORKERS = (1, 2)
@@ -83,16 +84,16 @@ class MeasureBetweenSteps(SilentReporter):
     """A reporter that measures a job's own computations in this process after each step of a training."""
 
     def __init__(self, problem: Problem):
-        self._probes = Probes(problem)
-        self._seconds: dict[str, list[float]] = {name: [] for name in self._probes.each}
+        self._probes = JobProbes(problem)
+        self._seconds: dict[str, list[float]] = {name: [] for name in self._probes.by_name}
 
     def step(self, record: Mapping[str, Any]) -> None:
-        for name, probe in self._probes.each.items():
+        for name, probe in self._probes.by_name.items():
             self._seconds[name].append(probe(record["step"]))
 
     def costs(self) -> JobCosts:
         medians = {name: statistics.median(row[SKIPPED_STEPS:]) for name, row in self._seconds.items()}
-        return self._probes.costs(medians)
+        return self._probes.to_costs(medians)
 
 
 def measure_step(job: Job, reporter: SilentReporter) -> float:
@@ -119,16 +120,18 @@ def run_round(
     return rows
 
 
-def compare(costs: Costs, tree: dict[str, Any], steps: int, strategy: str, workers: int) -> dict[str, Any]:
+def compare(
+    costs: MeasuredCosts, tree: dict[str, Any], steps: int, strategy: str, workers: int
+) -> dict[str, Any]:
     """Return predicted and measured seconds per step."""
-    reporter = MeasureBetweenSteps(problem_of(make_job(tree, steps)))
+    reporter = MeasureBetweenSteps(prepare_problem(make_job(tree, steps)))
     measured = measure_step(make_job(tree, steps, STRATEGIES[strategy], workers=workers), reporter)
-    own = reporter.costs()
-    cluster = Cluster(workers, Link(None), servers=SERVERS)
-    work = work_of(tree["run"]["tasks_per_step"], own.shards, workers, scale=False)
-    predicted = simulate(strategy, cluster, costs.machine, own, work).seconds_step
+    job_costs = reporter.costs()
+    cluster = ClusterSettings(workers, Link(None), servers=SERVERS)
+    size = choose_step_size(tree["run"]["tasks_per_step"], job_costs.shards, workers, scale=False)
+    predicted = predict(Scenario(strategy, cluster, costs.machine, job_costs, size)).seconds_step
     return {
-        "parameters": own.parameters,
+        "parameters": job_costs.parameters,
         "predicted": predicted,
         "measured": measured,
         "ratio": predicted / measured,

@@ -83,14 +83,14 @@ def make_overrides(folder: str) -> list[str]:
 
 def run_plain_script() -> float:
     """Return the seconds of `distmeta train` for every point, two processes at a time."""
-    from distmeta.sweeps.search import points
+    from distmeta.sweeps.search import draw_points
 
     with tempfile.TemporaryDirectory() as folder:
         overrides = make_overrides(folder)
         job = Job.load(JOB, overrides)
         assert job.sweep is not None
         commands = []
-        for i, point in enumerate(points(job.sweep, job.seed)):
+        for i, point in enumerate(draw_points(job.sweep, job.seed)):
             values = [f"{key}={value!r}" for key, value in point.items()]
             commands.append([*DISTMETA, "train", str(JOB), *overrides, f"run.name=trial-{i}", *values])
         return time_commands(folder, commands)

@@ -18,7 +18,7 @@ from distmeta.config.job import Job
 from distmeta.protocols import Theta
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.scores import evaluate_tasks
-from distmeta.runtime.training import SilentReporter
+from distmeta.runtime.reporter import SilentReporter
 from distmeta.runtime.worker import LocalPool
 from distmeta.seeding import task_ids
 

@@ -1,10 +1,11 @@
-"""Measures `costs` on this machine, with the job's own parts and the runtime's own pool."""
+"""Measure the costs of this machine and of a job, with the job's own parts and the runtime's own pool."""
 
 from __future__ import annotations
 
 import math
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,225 +13,261 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from statistics import median
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from distmeta.compute.vectors import Layout
 from distmeta.config.job import Job, run_in_process
-from distmeta.runtime.parameter_server import ParameterServer
-from distmeta.runtime.pool import LocalPool, Pool, open_pool
+from distmeta.runtime.parameter_server import ParameterServer, mean_metrics
+from distmeta.runtime.pool import open_pool
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.ray_cluster import connect, import_ray
-from distmeta.runtime.scores import mean_metrics
-from distmeta.runtime.startup import settled
-from distmeta.runtime.worker import Shard, ShardResult, shards_of
-from distmeta.simulation import transfers
-from distmeta.simulation.costs import Costs, JobCosts, Machine
+from distmeta.runtime.shards import Pool, Shard, ShardResult
+from distmeta.runtime.startup import resolve_job
+from distmeta.runtime.worker import LocalPool, plan_shards
+from distmeta.simulation.costs import JobCosts, MachineCosts, MeasuredCosts
+from distmeta.simulation.transfers import TransferCosts, measure_transfers
 
 ROUNDS = 9
-"""Times that something is measured, after a first that does not count."""
-SECONDS = (1.0, 3.0)
-"""Of one measurement: at least, by more rounds; and at most, where a round is long, by fewer, but three."""
-TOGETHER = 4
-"""Workers at once, at most, that their slowing each other down is measured with."""
+"""Rounds of a measurement, after a first one that does not count."""
+MIN_SECONDS = 1.0
+"""A measurement takes further rounds until then."""
+MAX_SECONDS = 3.0
+"""After that a measurement ends with fewer rounds, but with at least three."""
+MAX_WORKERS = 4
+"""Workers at the same time with which their slowdown is measured, at most."""
+FEW_SHARDS = 2
+MANY_SHARDS = 8
 
 
-def calibrate(job: Job, say: Callable[[str], None]) -> tuple[Costs, JobCosts]:
-    """Costs of this machine, and of the job on it.
+class StepOverheads(NamedTuple):
+    """What a step takes besides its computations, in seconds."""
+
+    per_step: float
+    per_shard: float
+    driver_per_shard: float
+    """Processor time of the driver."""
+
+
+def calibrate(job: Job, report: Callable[[str], None]) -> tuple[MeasuredCosts, JobCosts]:
+    """Measure the costs of this machine, and of the job on it.
 
     Raises:
-        InputError: the job's parts do not go together, or Ray has no room for a worker.
+        InputError: the job's parts do not fit together, or Ray has no room for a worker.
     """
-    problem = problem_of(job, say)
-    say("measuring the job's computations in this process …")
-    own = job_costs(problem)
+    problem = prepare_problem(job, report)
+    report("measuring the job's computations in this process …")
+    job_costs = measure_job(problem)
     run = problem.job.run
     ray = import_ray(run.address)
-    leave = connect(ray, run.address, math.ceil(TOGETHER * run.cpus_per_worker))
+    leave = connect(ray, run.address, math.ceil(MAX_WORKERS * run.cpus_per_worker))
     try:
-        say("measuring Ray's object store …")
-        moved = transfers.measure(ray)
-        cores = processors()
+        report("measuring Ray's object store …")
+        transfers = measure_transfers(ray)
         slowdown: list[float] = []
-        overheads, start = (0.0, 0.0, 0.0), 0.0
-        there = ray.cluster_resources()
-        needs = {"CPU": run.cpus_per_worker, "GPU": run.gpus_per_worker}
-        room = min(int(there.get(kind, 0) // wanted) for kind, wanted in needs.items() if wanted)
-        for workers in range(1, max(min(cores, room, TOGETHER), 1) + 1):
-            say(f"measuring {workers} Ray worker{'s' * (workers > 1)} …")
-            with _pool(problem, workers) as (pool, seconds):
-                slowdown.append(_slowdown(pool, problem))
+        overheads = StepOverheads(0.0, 0.0, 0.0)
+        start = 0.0
+        for workers in range(1, count_workers(ray, problem) + 1):
+            report(f"measuring {workers} Ray worker{'s' * (workers > 1)} …")
+            with start_pool(problem, workers) as (pool, seconds):
+                slowdown.append(measure_slowdown(pool, problem))
                 if workers == 1:
-                    overheads, start = _overheads(pool, problem), seconds
+                    overheads = measure_overheads(pool, problem)
+                    start = seconds
     finally:
         leave()
-    bytes_, (step, call, driving) = own.bytes, overheads
-    sent = moved.reply(bytes_)
-    machine = Machine(
-        call=max(call - sent, 0.0),
-        call_driver=min(driving, max(call - sent, 0.0)),
-        message=moved.message,
-        message_driver=moved.message_driver,
-        step=max(step - moved.put(bytes_) - moved.receive(bytes_), 0.0),
-        put=moved.put,
-        receive=moved.receive,
-        reply=moved.reply,
-        reply_shared=moved.reply_shared,
-        add=moved.add,
-        ring=moved.ring,
-        slowdown=tuple(slowdown),
-        cores=cores,
-        start=start,
-    )
+    machine = combine_costs(job_costs.bytes, transfers, overheads, slowdown, start)
     about = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": f"{platform.node()}, {platform.machine()}, {cores} cores",
+        "machine": f"{platform.node()}, {platform.machine()}, {count_cores()} cores",
         "job": job.name,
     }
-    return Costs(machine, about=about), own
+    return MeasuredCosts(machine, about=about), job_costs
 
 
-def processors() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def combine_costs(
+    size: float, transfers: TransferCosts, overheads: StepOverheads, slowdown: list[float], start: float
+) -> MachineCosts:
+    """Subtract from the overheads of a step what moving its vectors of `size` bytes takes."""
+    call = max(overheads.per_shard - transfers.reply(size), 0.0)
+    return MachineCosts(
+        call=call,
+        call_driver=min(overheads.driver_per_shard, call),
+        step=max(overheads.per_step - transfers.put(size) - transfers.receive(size), 0.0),
+        slowdown=tuple(slowdown),
+        cores=count_cores(),
+        start=start,
+        **transfers._asdict(),
+    )
 
 
-def problem_of(job: Job, say: Callable[[str], None] = lambda text: None) -> Problem:
-    """The job's problem, settled, computing in this process."""
+def count_workers(ray: Any, problem: Problem) -> int:
+    """Return with how many workers at the same time to measure: as many as the machine has room for, at most four."""
+    run = problem.job.run
+    resources = ray.cluster_resources()
+    needs = {"CPU": run.cpus_per_worker, "GPU": run.gpus_per_worker}
+    room = min(int(resources.get(kind, 0) // needed) for kind, needed in needs.items() if needed)
+    return max(min(count_cores(), room, MAX_WORKERS), 1)
+
+
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def prepare_problem(job: Job, report: Callable[[str], None] = lambda text: None) -> Problem:
+    """Return the job's problem, resolved, to compute in this process."""
     tree = run_in_process(job.to_dict())
     run = tree["run"] | {"eval_every": 0, "patience": None}
-    return settled(Job.parse(tree | {"run": run}), say)
+    return resolve_job(Job.parse(tree | {"run": run}), report)
 
 
-def job_costs(problem: Problem) -> JobCosts:
-    """What the job's computations take in this process."""
-    probes = Probes(problem)
-    return probes.costs({name: usual(probe) for name, probe in probes.each.items()})
+def measure_job(problem: Problem) -> JobCosts:
+    """Measure what the job's computations take in this process."""
+    probes = JobProbes(problem)
+    return probes.to_costs({name: take_median(probe) for name, probe in probes.by_name.items()})
 
 
-class Probes:
-    """A shard of the job's size and one of another size, which give a line, and the outer step: `each` computes what
-    belongs to step `k` and gives the seconds."""
+class JobProbes:
+    """Measure a shard of the job's size, one of another size, and the outer step.
+
+    The two shards give a line: the cost of a shard and of a task.
+    """
 
     def __init__(self, problem: Problem):
         self._problem = problem
         theta = problem.init()
-        self._layout = layout = Layout.of(theta)
-        pool, flat, group = LocalPool(problem, layout), layout.flatten(theta), problem.algorithm.group_size
-        large = _shard_tasks(problem)
-        small = large // 2 // group * group
-        self._sizes = (small, large) if small else (large, 2 * large)
-        server = ParameterServer(theta, problem.job.outer)
-        gradient = np.full(layout.size, 1e-8, np.float32)
-
-        def shard(tasks: int, step: int) -> float:
-            return _busy(pool.map(flat, _plan(problem, step, tasks, 1), _go))
-
-        def outer(step: int) -> float:
-            started = time.perf_counter()
-            mean = gradient / np.float32(large)
-            np.isfinite(mean).all()
-            server.step(mean)
-            server.flat()
-            return time.perf_counter() - started
-
-        small, large = self._sizes
-        self.each: dict[str, Callable[[int], float]] = {
-            "small": partial(shard, small),
-            "large": partial(shard, large),
-            "outer": outer,
+        self._layout = Layout.from_theta(theta)
+        self._pool = LocalPool(problem, self._layout)
+        self._flat = self._layout.flatten(theta)
+        self._server = ParameterServer(theta, problem.job.outer)
+        self._gradient = np.full(self._layout.size, 1e-8, np.float32)
+        group = problem.algorithm.group_size
+        job_size = count_shard_tasks(problem)
+        half = job_size // 2 // group * group
+        self._small = half or job_size
+        self._large = job_size if half else 2 * job_size
+        self.by_name: dict[str, Callable[[int], float]] = {
+            "small": partial(self._compute_shard, self._small),
+            "large": partial(self._compute_shard, self._large),
+            "outer": self._step,
         }
+        """Each computes what belongs to a step, given its number, and returns the seconds."""
 
-    def costs(self, seconds: Mapping[str, float]) -> JobCosts:
-        """From the seconds of each."""
-        small, large = self._sizes
-        task = max((seconds["large"] - seconds["small"]) / (large - small), 0.0)
+    def _compute_shard(self, tasks: int, step: int) -> float:
+        plan = plan_train_shards(self._problem, step, tasks, 1)
+        return sum_busy_seconds(self._pool.map(self._flat, plan, check_nothing))
+
+    def _step(self, step: int) -> float:
+        started = time.perf_counter()
+        mean = self._gradient / np.float32(self._large)
+        np.isfinite(mean).all()
+        self._server.step(mean)
+        self._server.flat()
+        return time.perf_counter() - started
+
+    def to_costs(self, seconds: Mapping[str, float]) -> JobCosts:
+        """Return the job's costs from the seconds of each probe."""
+        task = max((seconds["large"] - seconds["small"]) / (self._large - self._small), 0.0)
         shards = self._problem.job.run.shards
         assert shards is not None, "resolved"
-        base = max(seconds["large"] - task * large, 0.0)
-        return JobCosts(self._layout.parameters, shards, base, task, seconds["outer"])
+        shard = max(seconds["large"] - task * self._large, 0.0)
+        return JobCosts(self._layout.parameters, shards, shard, task, seconds["outer"])
 
 
-def usual(measured: Callable[[int], float]) -> float:
-    """Seconds, the median of several rounds, each given its number."""
-    measured(0)
+def take_median(measure: Callable[[int], float]) -> float:
+    """Return the median seconds of several rounds. `measure` is given the number of the round."""
+    measure(0)
     found: list[float] = []
-    began = time.perf_counter()
+    started = time.perf_counter()
     while True:
-        found.append(measured(len(found) + 1))
-        count, took = len(found), time.perf_counter() - began
-        if (count >= ROUNDS and took > SECONDS[0]) or (count >= 3 and took > SECONDS[1]):
+        found.append(measure(len(found) + 1))
+        count = len(found)
+        elapsed = time.perf_counter() - started
+        if (count >= ROUNDS and elapsed > MIN_SECONDS) or (count >= 3 and elapsed > MAX_SECONDS):
             return median(found)
 
 
 @contextmanager
-def _pool(problem: Problem, workers: int) -> Iterator[tuple[Pool, float]]:
-    """A pool of the runtime's own, and the seconds until it was ready."""
-    began = time.perf_counter()
+def start_pool(problem: Problem, workers: int) -> Iterator[tuple[Pool, float]]:
+    """Start a pool of the runtime. Yield it with the seconds until it was ready."""
+    started = time.perf_counter()
     job = problem.job.replace(run={"workers": workers})
-    pool = open_pool(replace(problem, job=job), Layout.of(problem.init()), lambda text: None)
+    layout = Layout.from_theta(problem.init())
+    pool = open_pool(replace(problem, job=job), layout, lambda text: None)
     try:
-        yield pool, time.perf_counter() - began
+        yield pool, time.perf_counter() - started
     finally:
         pool.close()
 
 
-def _slowdown(pool: Pool, problem: Problem) -> float:
-    """Seconds of the job's shards in the pool's workers, all at work, over the seconds of one in this process: in turn,
-    for the machine may become busier."""
-    tasks, flat = _shard_tasks(problem), _flat(problem)
-    count, alone = 2 * pool.size, LocalPool(problem, Layout.of(problem.init()))
-    here: list[float] = []
+def measure_slowdown(pool: Pool, problem: Problem) -> float:
+    """Return the seconds of a shard with all workers of the pool at work over its seconds in this process.
 
-    def together(step: int) -> float:
-        here.append(_busy(alone.map(flat, _plan(problem, step, tasks, 1), _go)))
-        return _busy(pool.map(flat, _plan(problem, step, count * tasks, count), _go)) / count
-
-    there = usual(together)
-    return there / median(here[1:])
-
-
-def _overheads(pool: Pool, problem: Problem) -> tuple[float, float, float]:
-    """Seconds of one worker's step that it does not compute: what there is once a step, and with each shard; and the
-    driver's processor's seconds with each shard. From steps of 2 and of 8 shards of the fewest tasks.
+    Both take turns, since the machine may become busier.
     """
-    group, flat = problem.algorithm.group_size, _flat(problem)
-    few, many = 2, 8
-    found: dict[int, list[tuple[float, float]]] = {few: [], many: []}
+    tasks = count_shard_tasks(problem)
+    theta = problem.init()
+    layout = Layout.from_theta(theta)
+    flat = layout.flatten(theta)
+    local_pool = LocalPool(problem, layout)
+    shards = 2 * pool.size
+    alone: list[float] = []
+
+    def measure(step: int) -> float:
+        one_shard = plan_train_shards(problem, step, tasks, 1)
+        alone.append(sum_busy_seconds(local_pool.map(flat, one_shard, check_nothing)))
+        all_shards = plan_train_shards(problem, step, shards * tasks, shards)
+        return sum_busy_seconds(pool.map(flat, all_shards, check_nothing)) / shards
+
+    together = take_median(measure)
+    return together / median(alone[1:])
+
+
+def measure_overheads(pool: Pool, problem: Problem) -> StepOverheads:
+    """Measure what one worker's steps take besides computing, from steps with few and with many minimal shards."""
+    group = problem.algorithm.group_size
+    theta = problem.init()
+    flat = Layout.from_theta(theta).flatten(theta)
+    waiting: dict[int, list[float]] = {FEW_SHARDS: [], MANY_SHARDS: []}
+    driver: dict[int, list[float]] = {FEW_SHARDS: [], MANY_SHARDS: []}
     for step in range(2 * ROUNDS):
-        for shards in (few, many):
-            began, processor = time.perf_counter(), time.thread_time()
-            results = pool.map(flat, _plan(problem, step, shards * group, shards), _go)
+        for shards in (FEW_SHARDS, MANY_SHARDS):
+            started = time.perf_counter()
+            driver_started = time.thread_time()
+            plan = plan_train_shards(problem, step, shards * group, shards)
+            results = pool.map(flat, plan, check_nothing)
             mean_metrics(results)
-            took, worked = time.perf_counter() - began, time.thread_time() - processor
+            elapsed = time.perf_counter() - started
+            driver_elapsed = time.thread_time() - driver_started
             if step:
-                found[shards].append((took - _busy(results), worked))
-    waits = {k: median(row[0] for row in rows) for k, rows in found.items()}
-    works = {k: median(row[1] for row in rows) for k, rows in found.items()}
-    call = max((waits[many] - waits[few]) / (many - few), 0.0)
-    driving = max((works[many] - works[few]) / (many - few), 0.0)
-    return waits[few] - few * call, call, driving
+                waiting[shards].append(elapsed - sum_busy_seconds(results))
+                driver[shards].append(driver_elapsed)
+    more = MANY_SHARDS - FEW_SHARDS
+    few_wait = median(waiting[FEW_SHARDS])
+    per_shard = max((median(waiting[MANY_SHARDS]) - few_wait) / more, 0.0)
+    driver_per_shard = max((median(driver[MANY_SHARDS]) - median(driver[FEW_SHARDS])) / more, 0.0)
+    return StepOverheads(few_wait - FEW_SHARDS * per_shard, per_shard, driver_per_shard)
 
 
-def _plan(problem: Problem, step: int, tasks: int, shards: int) -> list[Shard]:
-    return shards_of(problem, "train", step, tasks, shards, problem.algorithm.inner_steps)
+def plan_train_shards(problem: Problem, step: int, tasks: int, shards: int) -> list[Shard]:
+    return plan_shards(problem, "train", step, tasks, shards, problem.algorithm.inner_steps)
 
 
-def _shard_tasks(problem: Problem) -> int:
-    """Tasks of the job's largest shard."""
-    run, group = problem.job.run, problem.algorithm.group_size
+def count_shard_tasks(problem: Problem) -> int:
+    """Return the tasks of the job's largest shard."""
+    run = problem.job.run
+    group = problem.algorithm.group_size
     assert run.shards is not None, "resolved"
     return -(-run.tasks_per_step // group // run.shards) * group
 
 
-def _flat(problem: Problem) -> np.ndarray:
-    theta = problem.init()
-    return Layout.of(theta).flatten(theta)
-
-
-def _busy(results: list[ShardResult]) -> float:
+def sum_busy_seconds(results: list[ShardResult]) -> float:
     return sum(result.seconds_draw + result.seconds_compute for result in results)
 
 
-def _go() -> None:
+def check_nothing() -> None:
     """Nothing interrupts a measurement."""

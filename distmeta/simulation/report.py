@@ -1,4 +1,4 @@
-"""What `distmeta simulate` shows: a table, what was assumed, a plot, a line of JSON."""
+"""What `distmeta simulate` shows: a table, the assumptions, a plot, one line of JSON."""
 
 from __future__ import annotations
 
@@ -14,149 +14,177 @@ from rich.table import Table
 from distmeta.compute.vectors import BLOCK
 from distmeta.config.parts import show_value
 from distmeta.errors import InputError
-from distmeta.simulation.cluster import LOCAL
-from distmeta.simulation.model import WORTH, Outcome
-from distmeta.simulation.study import Study
+from distmeta.simulation.comparison import StrategyComparison
+from distmeta.simulation.prediction import REQUIRED_GAIN, Prediction
+from distmeta.simulation.settings import LOCAL
 
 COLORS = {"driver": "C0", "sharded": "C2", "all-reduce": "C3", "async": "C1", "local": "C4"}
 
 
-def show(study: Study, console: Console) -> None:
-    own, shards = study.own, _of(study.own.shards, "shard")
+def print_comparison(comparison: StrategyComparison, console: Console) -> None:
+    """Print the table, the recommendations and the assumptions."""
+    costs = comparison.job_costs
+    tasks = comparison.job.run.tasks_per_step
     console.print(
-        f"{study.job.name}: {own.parameters:,} parameters, {study.job.run.tasks_per_step} tasks a step in {shards}; "
-        f"one process computes {_alone(study):,.4g} tasks/s",
+        f"{comparison.job.name}: {costs.parameters:,} parameters, {tasks} tasks per step in "
+        f"{count_things(costs.shards, 'shard')}; "
+        f"one process computes {tasks_per_second_alone(comparison):,.4g} tasks/s",
         soft_wrap=True,
     )
-    console.print(_table(study))
-    for workers, name in study.recommended.items():
-        found = study.outcomes[workers][name]
-        same = study.same_steps[workers]
-        console.print(
-            f"{_of(workers, 'worker')}: {name}, bound by {found.bottleneck} ({found.share:.0%}); the busiest card is a "
-            f"{found.busiest}'s: {found.bytes_busiest / 1e6:,.4g} MB a step"
-            + (f"; of those that take the same steps: {same}" if same not in (None, name) else ""),
-            soft_wrap=True,
-        )
-    console.print("\nassumed:")
-    for line in assumptions(study):
+    console.print(make_table(comparison))
+    for workers in comparison.recommended:
+        console.print(describe_recommendation(comparison, workers), soft_wrap=True)
+    console.print("\nassumptions:")
+    for line in list_assumptions(comparison):
         console.print(f"- {line}", soft_wrap=True)
 
 
-def _alone(study: Study) -> float:
-    """Tasks a second of one process that does nothing else."""
-    shard = study.job.run.tasks_per_step / study.own.shards
-    return shard / study.own.compute(shard)
+def describe_recommendation(comparison: StrategyComparison, workers: int) -> str:
+    name = comparison.recommended[workers]
+    found = comparison.predictions[workers][name]
+    text = (
+        f"{count_things(workers, 'worker')}: {name}, limited by {found.bottleneck} ({found.share:.0%}); the busiest "
+        f"network card is a {found.busiest}'s: {found.bytes_busiest / 1e6:,.4g} MB per step"
+    )
+    same_steps = comparison.recommended_same_steps[workers]
+    if same_steps not in (None, name):
+        text += f"; of the strategies that take the same steps: {same_steps}"
+    return text
 
 
-def _table(study: Study) -> Table:
+def tasks_per_second_alone(comparison: StrategyComparison) -> float:
+    """Return the tasks per second of one process that does nothing else."""
+    tasks = comparison.job.run.tasks_per_step / comparison.job_costs.shards
+    return tasks / comparison.job_costs.compute_seconds(tasks)
+
+
+def make_table(comparison: StrategyComparison) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("workers", justify="right", no_wrap=True)
     table.add_column("strategy", no_wrap=True)
     for column in ("s/step", "tasks/s", "efficient", "MB/step"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("bottleneck")
-    for workers, found in study.outcomes.items():
-        best = study.recommended[workers]
-        for name, outcome in found.items():
-            table.add_row(
-                f"{workers:,}", f"{name} ←" if name == best else name, *_cells(outcome),
-                style="bold" if name == best else "", end_section=name == list(found)[-1],
-            )  # fmt: skip
+    for workers, predictions in comparison.predictions.items():
+        recommended = comparison.recommended[workers]
+        last = list(predictions)[-1]
+        for name, prediction in predictions.items():
+            is_best = name == recommended
+            title = f"{name} ←" if is_best else name
+            style = "bold" if is_best else ""
+            cells = format_cells(prediction)
+            table.add_row(f"{workers:,}", title, *cells, style=style, end_section=name == last)
     return table
 
 
-def _of(count: int, what: str) -> str:
+def count_things(count: int, what: str) -> str:
     return f"{count:,} {what}{'s' * (count != 1)}"
 
 
-def _cells(outcome: Outcome) -> list[str]:
-    notes = [f"{outcome.bottleneck} {outcome.share:.0%}"]
-    if outcome.dropped:
-        notes.append(f"{outcome.dropped:.0%} dropped")
-    if outcome.lost:
-        notes.append(f"{outcome.lost:.2%} lost to failures")
+def format_cells(prediction: Prediction) -> list[str]:
+    notes = [f"{prediction.bottleneck} {prediction.share:.0%}"]
+    if prediction.dropped:
+        notes.append(f"{prediction.dropped:.0%} dropped")
+    if prediction.lost:
+        notes.append(f"{prediction.lost:.2%} lost to failures")
     return [
-        f"{outcome.seconds_step:.3g}",
-        f"{outcome.tasks_per_second:,.4g}",
-        f"{outcome.efficiency:.1%}",
-        f"{outcome.bytes_step / 1e6:,.4g}",
+        f"{prediction.seconds_step:.3g}",
+        f"{prediction.tasks_per_second:,.4g}",
+        f"{prediction.efficiency:.1%}",
+        f"{prediction.bytes_step / 1e6:,.4g}",
         ", ".join(notes),
     ]
 
 
-def assumptions(study: Study) -> Iterator[str]:
-    """A line each."""
-    cluster, own, machine, about = study.cluster, study.own, study.costs.machine, study.costs.about
-    measured = f"{about.get('machine', 'a machine')}, {about.get('date', 'at some time')}"
+def list_assumptions(comparison: StrategyComparison) -> Iterator[str]:
+    """Yield one line per assumption."""
+    settings = comparison.settings
+    costs = comparison.job_costs
+    about = comparison.costs.about
+    measured = f"{about.get('machine', 'a machine')}, {about.get('date', 'at an unknown time')}"
     yield f"costs: measured on {measured}; workers, driver and servers are all as fast as that"
-    if str(cluster.link) == LOCAL:
-        yield (
-            f"link: {LOCAL}: everything on one machine of {machine.cores} cores, through its object store, no network; "
-            "computations share the cores and slow each other as measured"
-        )
+    yield from _list_network_assumptions(comparison)
+    if comparison.scaled:
+        yield "tasks: at least as many shards as workers, of the job's size: the steps are larger than the job's"
     else:
         yield (
-            f"link: {cluster.link} in each direction of each network card, both at once, and "
-            f"{1e6 * cluster.latency:g} us for a message; messages share a card evenly; no switch is ever full"
+            f"tasks: the job's {comparison.job.run.tasks_per_step} per step in {count_things(costs.shards, 'shard')}: "
+            "further workers have nothing to do (--scale-tasks increases both)"
         )
-        yield f"nodes: {_of(cluster.per_node, 'worker')} on each; the driver and every server have a node of their own"
-    if study.scaled:
-        yield "tasks: as many shards as workers at least, of the job's size: larger steps than the job's"
-    else:
-        yield (
-            f"tasks: the job's {study.job.run.tasks_per_step} a step in {_of(own.shards, 'shard')}: more workers than "
-            "that have nothing to do (--scale-tasks grows both)"
-        )
-    yield "driver: theta leaves its card once for each node, as all ask at once; each shard's sum comes back by itself"
+    yield "driver: theta leaves its card once per node, to all at the same time; each shard's sum returns separately"
     yield (
-        f"sharded: {_of(cluster.servers, 'server')} (no more than theta has blocks of {BLOCK:,}); each shard's sum "
-        "travels to them in slices, while the worker goes on; the driver sends integers"
+        f"sharded: {count_things(settings.servers, 'server')} (at most one per block of {BLOCK:,} elements of theta); "
+        "each shard's sum goes to them in slices while the worker continues; the driver sends integers"
     )
-    yield "all-reduce: shards are dealt out, not taken; a ring over all workers, with work or without"
+    yield "all-reduce: shards are dealt out before the step; a ring over all workers, also those without a shard"
     yield (
-        f"async: a step after every {_of(own.shards, 'shard')} that came; what is more than {cluster.max_staleness} "
-        "steps old is dropped; tasks/s does not tell how much less a stale gradient teaches"
+        f"async: a step after every {count_things(costs.shards, 'shard')} that arrive; gradients that are more than "
+        f"{settings.max_staleness} steps old are dropped; tasks/s does not show how much less a stale gradient teaches"
     )
     yield (
-        f"local: as many replicas as workers, {_of(cluster.local_steps, 'step')} between averages, through the driver; "
-        "tasks/s does not tell how much less they teach"
+        f"local: as many replicas as workers, {count_things(settings.local_steps, 'step')} between averages, through "
+        "the driver; tasks/s does not show how much less they teach"
     )
-    if cluster.stragglers.sigma:
-        yield f"stragglers: {cluster.stragglers}, drawn anew for each shard; no shard is computed twice to save time"
+    if settings.stragglers.sigma:
+        yield f"stragglers: {settings.stragglers}, drawn for each shard; no shard is computed twice to save time"
     else:
         yield "stragglers: none"
-    if cluster.failures_per_hour:
-        every = study.job.run.checkpoint_every or study.job.run.steps
+    if settings.failures_per_hour:
+        yield _describe_failures(comparison)
+    yield "a step: one outer epoch, gradients in float32 (no strategy.compress); no evaluation, checkpoints, tracking"
+    gains = ", ".join(f"{name} {gain:g} times" for name, gain in REQUIRED_GAIN.items())
+    yield f"recommended: the first in the table that none below it beats by enough in tasks/s: {gains}"
+
+
+def _list_network_assumptions(comparison: StrategyComparison) -> Iterator[str]:
+    settings = comparison.settings
+    if str(settings.link) == LOCAL:
         yield (
-            f"failures: {cluster.failures_per_hour:g} processes an hour in the whole cluster, whatever its size; the "
-            f"next is ready after {machine.start:.1f} s; all-reduce, and sharded where it was a server, go back to the "
-            f"last checkpoint (every {every} steps)"
+            f"link: {LOCAL}: everything on one machine of {comparison.costs.machine.cores} cores, through its object "
+            "store, without a network; computations share the cores and slow each other down as measured"
         )
-    yield "a step: one outer epoch, gradients in float32 (no run.compress); no evaluation, checkpoints, tracking"
-    worth = ", ".join(f"{name} {times:g} times" for name, times in WORTH.items())
-    yield f"recommended: the first in the table that none below it beats by enough in tasks/s: {worth}"
+        return
+    yield (
+        f"link: {settings.link} in each direction of each network card, both at the same time, and "
+        f"{1e6 * settings.latency:g} us per message; messages share a card evenly; switches are never full"
+    )
+    yield (
+        f"nodes: {count_things(settings.workers_per_node, 'worker')} on each; the driver and every server have "
+        "separate nodes"
+    )
 
 
-def as_json(study: Study) -> dict[str, Any]:
-    """One line's worth: plain data, all numbers finite."""
+def _describe_failures(comparison: StrategyComparison) -> str:
+    run = comparison.job.run
+    every = run.checkpoint_every or run.steps
+    return (
+        f"failures: {comparison.settings.failures_per_hour:g} processes per hour in the whole cluster, whatever its "
+        f"size; a new one is ready after {comparison.costs.machine.start:.1f} s; all-reduce, and sharded if it lost a "
+        f"server, go back to the last checkpoint (every {every} steps)"
+    )
+
+
+def to_json(comparison: StrategyComparison) -> dict[str, Any]:
+    """Return the comparison as plain data. All numbers are finite."""
+    same_steps = comparison.recommended_same_steps
+    rows = [prediction for found in comparison.predictions.values() for prediction in found.values()]
     return {
-        "job": study.job.name,
-        "parameters": study.own.parameters,
-        "link": str(study.cluster.link),
-        "latency": study.cluster.latency,
-        "recommended": {str(workers): name for workers, name in study.recommended.items()},
-        "recommended_same_steps": {str(workers): name for workers, name in study.same_steps.items()},
-        "outcomes": [asdict(one) for found in study.outcomes.values() for one in found.values()],
-        "assumptions": list(assumptions(study)),
+        "job": comparison.job.name,
+        "parameters": comparison.job_costs.parameters,
+        "link": str(comparison.settings.link),
+        "latency": comparison.settings.latency,
+        "recommended": {str(workers): name for workers, name in comparison.recommended.items()},
+        "recommended_same_steps": {str(workers): name for workers, name in same_steps.items()},
+        "outcomes": [asdict(row) for row in rows],
+        "assumptions": list(list_assumptions(comparison)),
     }
 
 
-def plot(study: Study, path: Path) -> None:
-    """Tasks a second over the workers, a line a strategy, and what perfect scaling would give.
+def save_plot(comparison: StrategyComparison, path: Path) -> None:
+    """Plot tasks per second against workers, one line per strategy, and perfect scaling.
 
     Raises:
-        InputError: matplotlib knows no such format, or the file cannot be written.
+        InputError: matplotlib does not know the format, or the file cannot be written.
     """
     import matplotlib
 
@@ -164,18 +192,20 @@ def plot(study: Study, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    workers = list(study.outcomes)
-    ideal = [count * _alone(study) for count in workers]
-    axes.plot(workers, ideal, color="0.6", linestyle=":", label="nothing but computing")
-    for name in study.outcomes[workers[0]]:
-        rates = [study.outcomes[count][name].tasks_per_second for count in workers]
+    predictions = comparison.predictions
+    workers = list(predictions)
+    ideal = [count * tasks_per_second_alone(comparison) for count in workers]
+    axes.plot(workers, ideal, color="0.6", linestyle=":", label="perfect scaling")
+    for name in predictions[workers[0]]:
+        rates = [predictions[count][name].tasks_per_second for count in workers]
         axes.plot(workers, rates, marker="o", color=COLORS[name], label=name)
-    best = [study.outcomes[count][name].tasks_per_second for count, name in study.recommended.items()]
+    best = [predictions[count][name].tasks_per_second for count, name in comparison.recommended.items()]
     axes.plot(workers, best, "k*", markersize=11, linestyle="none", label="recommended", zorder=3)
     axes.set(xscale="log", yscale="log", xlabel="workers", ylabel="tasks/s")
     axes.set_xticks(workers, [f"{count:,}" for count in workers])
     axes.minorticks_off()
-    axes.set_title(f"{study.job.name}, {study.own.parameters:,} parameters, link {study.cluster.link}")
+    parameters = comparison.job_costs.parameters
+    axes.set_title(f"{comparison.job.name}, {parameters:,} parameters, link {comparison.settings.link}")
     axes.legend()
     try:
         figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""`distmeta simulate`: what it takes, what it refuses, what it shows, what it measures."""
+"""`distmeta simulate`: its answers, the input it refuses, and its measurements."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,19 +14,16 @@ import pytest
 import yaml
 from conftest import REPOSITORY, tree
 from costs_by_hand import JOB, MACHINE
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from distmeta.cli import main as cli
 from distmeta.config.job import Job
-from distmeta.errors import InputError
 from distmeta.simulation import calibrate, transfers
-from distmeta.simulation.cluster import STRATEGIES, Link, Stragglers, parse_latency, parse_workers
-from distmeta.simulation.costs import Costs, Curve, load, save
-from distmeta.simulation.study import key_of
+from distmeta.simulation.comparison import fingerprint_job
+from distmeta.simulation.costs import MeasuredCosts, load_costs, save_costs
+from distmeta.simulation.settings import STRATEGIES
 
 
-class Outcome(NamedTuple):
+class Answer(NamedTuple):
     code: int
     out: str
     err: str
@@ -35,36 +31,34 @@ class Outcome(NamedTuple):
 
 @pytest.fixture
 def simulate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workplace: Path) -> Any:
-    """Runs `distmeta simulate job.yaml`, with costs of a job and a machine beside it, in this process."""
+    """Run `distmeta simulate job.yaml` in this process. The file costs.json has costs of the job and a machine."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     Path("job.yaml").write_text(yaml.safe_dump(tree()))
-    save(
-        Costs(MACHINE, {key_of(Job.load("job.yaml")): JOB}, {"date": "then", "machine": "this"}),
-        Path("costs.json"),
-    )
+    jobs = {fingerprint_job(Job.load("job.yaml")): JOB}
+    save_costs(MeasuredCosts(MACHINE, jobs, {"date": "then", "machine": "this"}), Path("costs.json"))
 
-    def command(*arguments: str) -> Outcome:
+    def command(*arguments: str) -> Answer:
         monkeypatch.setattr(sys, "argv", ["distmeta", "simulate", "job.yaml", *arguments])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             cli.main()
         assert isinstance(stop.value.code, int)
-        return Outcome(stop.value.code, *capsys.readouterr())
+        return Answer(stop.value.code, *capsys.readouterr())
 
     return command
 
 
-def test_a_table_with_its_assumptions(simulate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_shows_a_table_and_its_assumptions(simulate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     found = simulate("--workers", "8,64", "--stragglers", "lognormal:0.3", "--failures-per-hour", "2")
     assert (found.code, found.err) == (0, "")
     for text in (
-        "small: 1,000,000 parameters, 8 tasks a step in 8 shards",
+        "small: 1,000,000 parameters, 8 tasks per step in 8 shards",
         "measured on this, then",
         "link: 10Gbit in each direction",
-        "100 us for a message",
-        "lognormal:0.3, drawn anew",
-        "failures: 2 processes an hour",
+        "100 us per message",
+        "lognormal:0.3, drawn for each shard",
+        "failures: 2 processes per hour",
         "56 workers idle",
     ):
         assert text in found.out, text
@@ -74,17 +68,17 @@ def test_a_table_with_its_assumptions(simulate: Any, monkeypatch: pytest.MonkeyP
     assert simulate("--workers", "64", "--scale-tasks").out.count("64 workers: ") == 1
 
 
-def test_the_jobs_own_settings_hold(simulate: Any) -> None:
-    """A strategy's keys, where the job is of that strategy; an option goes before them."""
-    job = ("run.strategy=local", "run.replicas=2", "run.local_steps=5", "--workers", "2", "--json")
+def test_strategy_options_of_the_job_are_used(simulate: Any) -> None:
+    """They apply if the job has that strategy. An option of the command line overrides them."""
+    job = ("strategy.type=local", "strategy.replicas=2", "strategy.local_steps=5", "--workers", "2", "--json")
     assert any("5 steps between averages" in line for line in json.loads(simulate(*job).out)["assumptions"])
     asked = json.loads(simulate(*job, "--local-steps", "7", "--servers", "3").out)["assumptions"]
     assert any("7 steps between averages" in line for line in asked)
     assert any("sharded: 3 servers" in line for line in asked)
-    assert any("more than 2 steps old" in line for line in asked)  # run.max_staleness' default
+    assert any("more than 2 steps old" in line for line in asked)  # the default of strategy.max_staleness
 
 
-def test_a_line_of_json_and_a_plot(simulate: Any) -> None:
+def test_json_and_plot(simulate: Any) -> None:
     found = simulate("--workers", "8,2,8", "--strategies", "local,driver", "--json", "--plot", "p.png")
     assert (found.code, found.out.count("\n")) == (0, 1)
     answer = json.loads(found.out, parse_constant=lambda name: pytest.fail(name))
@@ -117,7 +111,7 @@ def test_a_line_of_json_and_a_plot(simulate: Any) -> None:
         (("--max-staleness", "-1"), "--max-staleness: got -1"),
         (("--workers-per-node", "0"), "--workers-per-node: got 0"),
         (("--servers", "x"), "'--servers'"),
-        (("--costs", "nowhere.json"), "--costs: nowhere.json is not there, expected a file of measured costs"),
+        (("--costs", "nowhere.json"), "--costs: nowhere.json does not exist, expected a file of measured costs"),
         (("--costs", "job.yaml"), "--costs: job.yaml is not JSON"),
         (("--workers", "2", "--plot", "no/where.png"), "--plot: got 'no/where.png', which cannot be written"),
         (("--workers", "2", "--plot", "a.nothing"), "--plot: got 'a.nothing'"),
@@ -155,8 +149,7 @@ def test_damaged_costs_are_refused(simulate: Any, key: str, value: Any) -> None:
     assert re.fullmatch(r"error: --costs: costs\.json.*--calibrate writes a new one\n", found.err)
 
 
-def test_help_and_simulation_import_nothing_heavy(tmp_path: Path) -> None:
-    """The model itself needs no torch but what reading a job does."""
+def test_help_imports_nothing_large(tmp_path: Path) -> None:
     program = (
         "import sys; from distmeta.cli import main as cli; sys.argv = ['distmeta', 'simulate', '--help']\n"
         "try: cli.main()\n"
@@ -169,99 +162,52 @@ def test_help_and_simulation_import_nothing_heavy(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "0 set()"
 
 
-def test_a_job_that_the_file_lacks_is_measured_here(simulate: Any) -> None:
-    """In this process, without Ray, once."""
+def test_job_without_costs_is_measured_once(simulate: Any) -> None:
+    """In this process and without Ray."""
     found = simulate("--workers", "2", "--link", "local", "model.hidden=[24]", "--json")
     assert found.code == 0
     assert "costs.json has no costs of this job" in found.err
     answer = json.loads(found.out)
     assert answer["parameters"] == 24 + 24 + 24 + 1
     assert simulate("--workers", "2", "--link", "local", "model.hidden=[24]", "--json") == (0, found.out, "")
-    assert len(load(Path("costs.json")).jobs) == 2
+    assert len(load_costs(Path("costs.json")).jobs) == 2
 
 
 def test_calibration(
     simulate: Any, cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Measures this machine: every cost is there, and the file is used from then on."""
-    monkeypatch.setattr(calibrate, "TOGETHER", 1)
+    """Every cost of this machine is measured, and later simulations use the file."""
+    monkeypatch.setattr(calibrate, "MAX_WORKERS", 1)
     monkeypatch.setattr(calibrate, "ROUNDS", 3)
-    monkeypatch.setattr(calibrate, "SECONDS", (0.0, 3.0))
+    monkeypatch.setattr(calibrate, "MIN_SECONDS", 0.0)
     monkeypatch.setattr(transfers, "ROUNDS", 2)
     monkeypatch.setattr(transfers, "SIZES", (4_000, 1_000_000))
     found = simulate("--workers", "1", "--link", "local", "--calibrate", "--costs", "new.json", "--json")
     assert found.code == 0, found.err
-    measured = load(Path("new.json"))
-    machine, (own,) = measured.machine, measured.jobs.values()
-    assert own.parameters == 321
-    assert own.shards == 4
-    measured_ones = [
-        own.compute(2),
-        own.outer,
+    measured = load_costs(Path("new.json"))
+    machine = measured.machine
+    (job_costs,) = measured.jobs.values()
+    assert job_costs.parameters == 321
+    assert job_costs.shards == 4
+    seconds = [
+        job_costs.compute_seconds(2),
+        job_costs.outer,
         machine.put(1e6),
         machine.ring(1e6),
         machine.start,
         machine.slowdown[0],
     ]
-    assert all(0 < seconds < math.inf for seconds in measured_ones)
-    # what is left of a measured time when another is taken off: on a busy machine nothing
+    assert all(0 < value < math.inf for value in seconds)
+    # differences of two measured times, which may be 0 on a busy machine
     assert 0 <= machine.call_driver <= machine.call < math.inf
     assert 0 <= machine.message_driver <= machine.message < math.inf
     assert simulate("--workers", "1", "--link", "local", "--costs", "new.json", "--json").out == found.out
 
 
-@settings(deadline=None)
-@given(
-    st.floats(0.001, 1e6),
-    st.sampled_from(["bit", "kbit", "Mbit", "Gbit", "Tbit"]),
-    st.sampled_from(["", "/s"]),
-)
-def test_links(number: float, unit: str, ending: str) -> None:
-    exponent = {"bit": 0, "kbit": 3, "Mbit": 6, "Gbit": 9, "Tbit": 12}[unit]
-    link = Link.parse(f"{number:f}{unit}{ending}")
-    assert link.bytes_per_second == pytest.approx(float(f"{number:f}") * 10**exponent / 8)
-    again = Link.parse(str(replace(link, bytes_per_second=float(f"{link.bytes_per_second:.3g}"))))
-    assert again.bytes_per_second == pytest.approx(link.bytes_per_second, rel=0.01)
-
-
-@settings(deadline=None)
-@given(st.text(max_size=12))
-def test_any_text_is_a_setting_or_an_input_error(text: str) -> None:
-    for parse in (Link.parse, parse_latency, Stragglers.parse, parse_workers):
-        try:
-            value = parse(text)
-        except InputError as error:
-            assert str(error).startswith("--")  # noqa: PT017 - most texts are refused
-        else:
-            assert value is not None
-
-
-@settings(deadline=None)
-@given(st.floats(0, 1e5), st.sampled_from(["ns", "us", "µs", "ms", "s"]))
-def test_latencies(number: float, unit: str) -> None:
-    scale = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0}[unit]
-    assert parse_latency(f"{number:f}{unit}") == pytest.approx(float(f"{number:f}") * scale)
-
-
-@settings(deadline=None)
-@given(st.floats(0, 3))
-def test_stragglers(sigma: float) -> None:
-    assert Stragglers.parse(f"lognormal:{sigma:f}").sigma == float(f"{sigma:f}")
-    assert Stragglers.parse("none") == Stragglers()
-
-
-@settings(deadline=None)
-@given(st.lists(st.integers(1, 10_000), min_size=1, max_size=6))
-def test_workers(counts: list[int]) -> None:
-    assert parse_workers(", ".join(map(str, counts))) == tuple(sorted(set(counts)))
-
-
-def test_curves() -> None:
-    curve = Curve(((10.0, 1.0), (20.0, 2.0), (40.0, 2.5)))
-    assert [curve(size) for size in (10, 15, 30, 40, 80)] == pytest.approx([1.0, 1.5, 2.25, 2.5, 3.5])
-    assert curve(0) == 0.0
-    assert curve(-1e9) == 0.0  # never below
-    assert Curve(((5.0, 3.0),))(1e9) == 3.0
-    assert math.isclose(Curve(((0.0, 1.0), (1.0, 0.0)))(9.0), 0.0)
-    with pytest.raises(ValueError, match="rising"):
-        Curve(((2.0, 1.0), (1.0, 2.0)))
+def test_without_simpy_the_extra_is_named(simulate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "simpy", None)  # as if it were not installed
+    found = simulate("--workers", "2")
+    assert (found.code, found.out) == (2, "")
+    expected = "distmeta simulate needs simpy, which is not installed: pip install 'distmeta[simulate]'"
+    assert found.err == f"error: {expected}\n"
+    assert json.loads(simulate("--workers", "2", "--json").out) == {"error": expected}
