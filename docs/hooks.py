@@ -12,6 +12,7 @@ import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from distmeta.cli.main import app
 from distmeta.config import catalog
@@ -52,6 +53,8 @@ SECTIONS: dict[str, type[Section]] = {
 }
 """Every section of a job, by the key under which it stands."""
 
+READABLE_TYPES: dict[type, str] = {str: "text", int: "integer", float: "number", bool: "true or false"}
+
 TABLES: dict[str, tuple[type[PartSection], Mapping[str, str]]] = {
     "Models": (ModelSection, catalog.MODELS),
     "Tasks": (TasksSection, catalog.TASKS),
@@ -77,8 +80,8 @@ def describe_job() -> Iterator[str]:
     yield "# The job file\n"
     yield (
         "A job is YAML. Every key is checked when it is read: an unknown key, a wrong type or an impossible "
-        "combination is an error that names the key, its value and what was expected. The command line changes keys with "
-        "`key=value`, such as `run.workers=4`. This page is generated from the code.\n"
+        "combination is an error that names the key, its value and what was expected. The command line changes keys "
+        "with `key=value`, such as `run.workers=4`. This page is generated from the code.\n"
     )
     for name, section in SECTIONS.items():
         yield f"## `{name}`\n" if name else "## Sections\n"
@@ -95,6 +98,12 @@ def describe_job() -> Iterator[str]:
             )
             yield f"| `{key}` | {show_type(field.annotation)} | {default} | {cell(field.description)} |"
         yield ""
+
+
+def show_field_default(section: type[Section], key: str, field: FieldInfo) -> str:
+    if key == "type" and issubclass(section, PartSection) and section.default_type is not None:
+        return f"`{section.default_type}`"
+    return "required" if field.is_required() else show_default(field.get_default(call_default_factory=True))
 
 
 PART_ANCHORS = {
@@ -203,7 +212,9 @@ def show_type(annotation: Any) -> str:
         return "any"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
-    return annotation.__name__ if isinstance(annotation, type) else cell(str(annotation))
+    if isinstance(annotation, type):
+        return READABLE_TYPES.get(annotation, annotation.__name__)
+    return cell(str(annotation))
 
 
 def show_default(value: Any) -> str:

@@ -127,7 +127,7 @@ def _has_narrow_output(
     dilation: Any = 1,
     groups: int = 1,
 ) -> bool:
-    """Return whether a convolution's output has width 1 (its last axis); the arguments are those of torch's functions."""
+    """Return whether a convolution's output has width 1 (its last axis). The arguments are those of torch."""
     if padding == "same":
         return input.shape[-1] == 1
     stride = _last(stride)

@@ -7,9 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
-from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 
-from distmeta.compute.gradient import to_float32
 from distmeta.errors import InputError
 
 Norm = Literal["batch", "group", "layer", "none"]
@@ -83,29 +81,9 @@ class Conv4(nn.Module):
         return self.head(self.features(x_NCHW))
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """A batch norm that computes in float32 under vmap.
-
-    In torch 2.13 the derivative of a vmapped batch norm of bfloat16 mixes two types and fails (pytorch issue 184890).
-    Use nn.BatchNorm2d again when that is fixed.
-    """
-
-    def forward(self, x_NCHW: Tensor) -> Tensor:
-        return super().forward(to_float32(x_NCHW) if is_vmapped(x_NCHW) else x_NCHW)
-
-
-def is_vmapped(x: Tensor) -> bool:
-    """Return whether any of the transforms around x is vmap. torch 2.13 has no public function for this."""
-    while is_functorch_wrapped_tensor(x):
-        if is_batchedtensor(x):
-            return True
-        x = get_unwrapped(x)
-    return False
-
-
 def build_norm(norm: str, channels: int) -> nn.Module:
     if norm == "batch":
-        return BatchNorm(channels, track_running_stats=False)
+        return nn.BatchNorm2d(channels, track_running_stats=False)
     if norm == "group":
         # Groups have at least 4 channels: one channel of a map of one pixel has no variance.
         groups = next(g for g in (8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))

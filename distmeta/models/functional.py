@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from distmeta.compute.gradient import to_float32
+from distmeta.compute.precision import bfloat16_device, compute_in_bfloat16
 from distmeta.errors import InputError, did_you_mean
 from distmeta.models.head import HeadInit, find_head, prototype_head
 from distmeta.models.pretrained import load_weights
@@ -124,11 +125,17 @@ class FunctionalModel:
             if not name.startswith(PREFIX):
                 continue
             values[name.removeprefix(PREFIX)] = value
-        with disable_cudnn() if self._is_recurrent else nullcontext():
-            outputs = torch.func.functional_call(
-                self.module, values, (x,), tie_weights=self._has_tied_tensors
-            )
+        device = bfloat16_device.get()
+        if device is None:
+            return self._call_module(values, x)
+        head_weight = values.get(self.head[0].removeprefix(PREFIX)) if self.head else None
+        with compute_in_bfloat16(device, head_weight):
+            outputs = self._call_module(values, x)
         return to_float32(outputs)
+
+    def _call_module(self, values: dict[str, Tensor], x: Any) -> Any:
+        with disable_cudnn() if self._is_recurrent else nullcontext():
+            return torch.func.functional_call(self.module, values, (x,), tie_weights=self._has_tied_tensors)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -267,7 +267,7 @@ def test_second_call_runs_the_compiled_program() -> None:
 
 
 def test_function_that_cannot_be_compiled_is_refused_with_the_reason() -> None:
-    job = tree(model={"type": "test_models:Branching"})
+    job = tree(model={"type": "hard_cases:Branching"})
     with pytest.raises(
         InputError, match=r"compute.compile: got true, but this cannot be compiled \(.*\): use"
     ):
@@ -275,7 +275,7 @@ def test_function_that_cannot_be_compiled_is_refused_with_the_reason() -> None:
 
 
 def test_model_that_cannot_be_compiled_is_refused_before_anything_is_written(workplace: Path) -> None:
-    job = tree(model={"type": "test_models:Branching"}, compute={"compile": True})
+    job = tree(model={"type": "hard_cases:Branching"}, compute={"compile": True})
     with pytest.raises(InputError, match=r"compute.compile: got true, but this cannot be compiled"):
         distmeta.train(Job.parse(job))
     assert not (workplace / "runs").exists()

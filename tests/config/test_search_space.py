@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from distmeta.config.job import Job
 from distmeta.errors import InputError
-from distmeta.sweeps.search import points
+from distmeta.sweeps.search import draw_points
 
 
 def job(space: Any, run: dict[str, Any] | None = None, **sweep: Any) -> Job:
@@ -87,7 +87,7 @@ def test_a_grid_is_tried_with_every_draw() -> None:
     }
     section = job(space, trials=2).sweep
     assert section is not None
-    found = points(section, 0)
+    found = draw_points(section, 0)
     assert len(found) == section.count == 12
     assert len({(p["algorithm.inner_steps"], p["model.activation"]) for p in found[:6]}) == 6
     assert len({p["outer.lr"] for p in found[:6]}) == 1
@@ -102,7 +102,7 @@ def test_a_pure_grid_is_run_once() -> None:
     section = job({"outer.lr": {"grid": [0.1, 0.2]}, "algorithm.inner_steps": {"grid": [1, 2]}}).sweep
     assert section is not None
     assert section.count == 4
-    assert [tuple(point.values()) for point in points(section, 7)] == [(0.1, 1), (0.1, 2), (0.2, 1), (0.2, 2)]
+    assert [tuple(point.values()) for point in draw_points(section, 7)] == [(0.1, 1), (0.1, 2), (0.2, 1), (0.2, 2)]
 
 
 @settings(max_examples=40, deadline=None)
@@ -122,9 +122,9 @@ def test_draws_depend_on_the_seed_and_their_number_alone(
     short, long = job(space, trials=few).sweep, job(space, trials=few + 3).sweep
     assert short is not None
     assert long is not None
-    found = points(long, seed)
-    assert found[:few] == points(short, seed)
-    assert found != points(long, seed + 1)
+    found = draw_points(long, seed)
+    assert found[:few] == draw_points(short, seed)
+    assert found != draw_points(long, seed + 1)
     for point in found:
         assert low * 0.999999 <= point["outer.lr"] <= low * factor * 1.000001
         assert low <= point["algorithm.inner_lr"] <= 2 * factor
