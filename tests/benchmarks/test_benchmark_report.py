@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -66,3 +67,14 @@ def test_scripts_say_what_they_show(path: Path) -> None:
     assert docstring is not None
     if '__name__ == "__main__"' in text:
         assert f"python benchmarks/{path.name}" in docstring
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_import_names_that_exist(path: Path) -> None:
+    """Scripts are run by hand, so a renamed function of the package would go unnoticed."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "distmeta":
+            module = importlib.import_module(node.module)
+            for imported in node.names:
+                if imported.name not in vars(module):
+                    importlib.import_module(f"{node.module}.{imported.name}")
