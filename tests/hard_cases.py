@@ -143,6 +143,18 @@ class RunningNorm(nn.Sequential):
         super().__init__(nn.Linear(in_shape[0], 4), nn.BatchNorm1d(4), nn.Linear(4, out_features))
 
 
+class Branching(nn.Linear):
+    """A model whose control flow depends on the data. vmap cannot run it."""
+
+    def __init__(self, in_shape: tuple[int, ...], out_features: int):
+        super().__init__(in_shape[0], out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.detach().sum().item() > 0:
+            return super().forward(x)
+        return super().forward(2 * x)
+
+
 class Attention(nn.Module):
     """A model with fused attention, which has no second derivative."""
 

@@ -51,6 +51,8 @@ def test_minibatches_start_again_after_the_last_row() -> None:
 class Quadratic:
     """L_support(φ) = ½ φᵀAφ − bᵀφ and L_query(φ) = ½‖φ − c‖², so everything is known in closed form."""
 
+    head_init = "linear"
+
     def __init__(self, n: int = 6):
         generator = torch.Generator().manual_seed(3)
         root = torch.randn(n, n, generator=generator, dtype=torch.float64)

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from distmeta.compute.episodes import make_episodes
 from distmeta.compute.execution import WHOLE_SHARD, Execution, shard_gradient
 from distmeta.compute.gradient import query_loss
 from distmeta.compute.numerics import numerics
+from distmeta.compute.precision import bfloat16_device, compute_in_bfloat16
 from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.protocols import Theta
@@ -243,7 +245,10 @@ def test_compiled_bfloat16_gradient_is_compared_with_float32() -> None:
 
         def function(x: torch.Tensor) -> Any:
             off = relative if next(calls) == 1 else 0.0
-            return {"a": (x @ x) * (1 + off)}, x > 0, {}
+            device = bfloat16_device.get()
+            with nullcontext() if device is None else compute_in_bfloat16(device, None):
+                product = x @ x
+            return {"a": product * (1 + off)}, x > 0, {}
 
         with numerics(1, False, "bf16"):
             Compiler("bf16", trace_only=True)("off", function, torch.full((1, 1), 1.0 + 2**-8))

@@ -25,18 +25,6 @@ from distmeta.runtime.problem import build_problem
 from distmeta.runtime.resolve import resolve
 
 
-class Branching(nn.Linear):
-    """A model whose control flow depends on the data. vmap cannot run it."""
-
-    def __init__(self, in_shape: tuple[int, ...], out_features: int):
-        super().__init__(in_shape[0], out_features)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.detach().sum().item() > 0:
-            return super().forward(x)
-        return super().forward(2 * x)
-
-
 class Masked(nn.Linear):
     """A model with a constant buffer and a parameter that is not trained."""
 
@@ -350,7 +338,7 @@ class LargeImages:
     [
         ({}, "vmap"),
         ({"model": {"type": "hard_cases:Attention"}}, "vmap"),
-        ({"model": {"type": "test_models:Branching"}}, "loop"),
+        ({"model": {"type": "hard_cases:Branching"}}, "loop"),
         (
             {
                 "model": {"type": "conv4", "width": 4, "pool": "stride"},
@@ -383,7 +371,7 @@ def test_execution_is_chosen_by_a_fixed_rule(changes: dict[str, Any], mode: str)
 
 
 def test_impossible_vmap_is_an_error() -> None:
-    small = build_job(model={"type": "test_models:Branching"}, compute={"execution": "vmap"})
+    small = build_job(model={"type": "hard_cases:Branching"}, compute={"execution": "vmap"})
     with pytest.raises(
         InputError, match=r"compute.execution: got vmap, which this model .* cannot run under"
     ):
