@@ -28,7 +28,7 @@ class TrialRow(NamedTuple):
 
 
 class SweepTable:
-    """A `sweeps.run.View` for people: a table that is refreshed in place, or one line per trial that ended."""
+    """A `sweeps.view.View` for people: a table that is refreshed in place, or one line per trial that ended."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -51,8 +51,6 @@ class SweepTable:
 
     def report(self, text: str) -> None:
         self.console.print(text, soft_wrap=True, markup=False)
-
-    say = report  # until distmeta.sweeps calls `report`
 
     def end(self) -> None:
         if self._live is not None:

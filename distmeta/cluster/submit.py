@@ -72,7 +72,7 @@ def submit(
         submission_id = client.submit_job(
             entrypoint=build_entrypoint(file, overrides, loaded, resume, sweep),
             submission_id=_new_id("resumed" if loaded is None else loaded.name),
-            runtime_env={"working_dir": str(package.path), "env_vars": _select_variables(show)},
+            runtime_env={"working_dir": str(package.path), "env_vars": select_variables(show)},
             entrypoint_num_cpus=driver_cpus or None,
         )
     show(f"submitted {submission_id} to {redact(url)}: {len(package.files)} files of {folder.resolve()}\n")
@@ -223,7 +223,7 @@ def _is_absolute(path: str) -> bool:
     return path.startswith("/") or "://" in path
 
 
-def _select_variables(show: Callable[[str], None]) -> dict[str, str]:
+def select_variables(show: Callable[[str], None]) -> dict[str, str]:
     """Return the job's environment: our MLflow variables, except secrets, because Ray shows and logs the variables."""
     stop_seconds = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", str(STOP_SECONDS))
     selected = {"RAY_JOB_STOP_WAIT_TIME_S": stop_seconds}

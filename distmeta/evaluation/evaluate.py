@@ -24,7 +24,7 @@ from distmeta.protocols import Batch, Episode
 from distmeta.runtime.parameter_server import mean_metrics
 from distmeta.runtime.pool import open_pool
 from distmeta.runtime.problem import Problem, with_score
-from distmeta.runtime.scores import evaluate_tasks, find_primary_metric
+from distmeta.runtime.scores import evaluate_tasks, find_primary_metric, split_curves
 from distmeta.tasks.few_shot import ClassificationScore
 from distmeta.tasks.image_preparation import Preparation
 
@@ -162,16 +162,14 @@ def _score_fixed_episodes(learner: Learner, path: str | Path, predictions: str |
 
     problem = learner.problem
     in_shape = tuple(problem.family.in_shape)
+    adapts = problem.algorithm.inner_steps > 0
     parts: dict[str, list[np.ndarray]] = {}
     numbers: list[int] = []
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     for fixed in read_episodes(str(path), in_shape, _read_preparation(learner)):
         scores = _score_fixed_episode(learner, fixed)
-        for name, curve in scores.metrics.items():
-            parts.setdefault(f"{name}_curve", []).append(curve)
-            parts.setdefault(f"{name}_after", []).append(curve[:, -1])
-            if problem.algorithm.inner_steps > 0:
-                parts.setdefault(f"{name}_before", []).append(curve[:, 0])
+        for name, column in split_curves(scores.metrics, adapts).items():
+            parts.setdefault(name, []).append(column)
         labels = np.asarray(fixed.labels)
         outputs_QW = scores.outputs[0][:, : len(labels)]
         predicted = outputs_QW.argmax(-1).cpu().numpy()

@@ -41,12 +41,13 @@ def evaluate_tasks(
     shards = plan_shards(problem, split, 0, count, pieces, steps, outputs)
     adapts = problem.algorithm.inner_steps > 0
     return [
-        replace(result, metrics=_split_curves(result.metrics, adapts))
+        replace(result, metrics=split_curves(result.metrics, adapts))
         for result in pool.map(flat, shards, check)
     ]
 
 
-def _split_curves(curves: Mapping[str, np.ndarray], adapts: bool) -> dict[str, np.ndarray]:
+def split_curves(curves: Mapping[str, np.ndarray], adapts: bool) -> dict[str, np.ndarray]:
+    """Return `<name>_curve` [T, K+1], `<name>_after` [T] and, if the algorithm adapts, `<name>_before` [T]."""
     metrics = {f"{name}_curve": curve for name, curve in curves.items()}
     metrics |= {f"{name}_after": curve[:, -1] for name, curve in curves.items()}
     if adapts:

@@ -21,7 +21,7 @@ from support.ray_head import find_free_ports, start_ray_head
 
 import distmeta
 from distmeta.cluster.jobs_client import LogTail, Submission, connect, follow
-from distmeta.cluster.submit import _select_variables, build_entrypoint, submit
+from distmeta.cluster.submit import build_entrypoint, select_variables, submit
 from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
@@ -248,7 +248,7 @@ def test_mlflow_variables_are_sent_except_secrets(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     messages: list[str] = []
-    variables = _select_variables(messages.append)
+    variables = select_variables(messages.append)
     assert variables["MLFLOW_EXPERIMENT_NAME"] == "mine"
     assert variables["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
     assert "MLFLOW_TRACKING_PASSWORD is a secret" in "".join(messages)
@@ -274,7 +274,7 @@ def test_tracking_uri_is_sent_if_the_cluster_can_use_it(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     messages: list[str] = []
-    variables = _select_variables(messages.append)
+    variables = select_variables(messages.append)
     assert ("MLFLOW_TRACKING_URI" in variables) == is_sent
     assert "hunter2" not in "".join(messages) + str(variables)
 
