@@ -15,43 +15,50 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map
 
 from distmeta.compute.numerics import full_precision
-from distmeta.errors import InputError
+from distmeta.errors import InputError, first_line
 
 TOLERANCE = 1e-4
-"""Largest relative distance of a compiled result from the eager one in float32. Fused operations round otherwise."""
+"""Largest relative distance between a compiled and an eager result in float32. Fused operations round differently."""
 MOST_PROGRAMS = 16
-"""For the same shapes: what changes with every outer step would be compiled for ever."""
-SHAKES, SHAKEN = 8, 1e-6
-"""How often, and by how much of themselves, arguments are moved to learn how far a rounding may move the result."""
+"""Programs for the same shapes. An algorithm that changes with every outer step would be compiled for ever."""
+PERTURBED_RESULTS = 8
+PERTURBATION = 1e-6
+"""To learn what rounding does to the result, arguments are changed so many times by this part of themselves."""
+
+Function = Callable[..., Any]
+"""function(*arguments) -> (gradient, mask, metrics), of pytrees of tensors."""
 
 
 class Compiler:
-    """Compiles a shard's gradient once for every set of argument shapes, and checks it on the first arguments.
+    """Compiles a chunk's gradient once for every set of argument shapes, and checks it on the first arguments.
 
-    The function is traced into one graph of tensor operations with all derivatives written out (`make_fx`): whatever
-    Python an algorithm or a model has in it runs once, while tracing, and what depends on a tensor's value is
-    refused there. The graph then goes to torch.compile with static shapes. Compiled code is kept in
-    torch's own cache on disk, which all processes of a machine share.
+    The function is traced into one graph of tensor operations that contains all derivatives (`make_fx`). Python code in
+    an algorithm or a model runs only once, while tracing; code that depends on a tensor's value is refused there. The
+    graph then goes to torch.compile with static shapes. Compiled code is kept in torch's own cache on disk, which all
+    processes of a machine share.
 
     Args:
-        precision: of the job's computations. Rounding to bfloat16 alone may move the meta-gradient of a deep network by
-            a third; compiled code rounds at other places, and is then held against float32.
-        trace_only: runs the graph as it is: finds out in a second or two whether there is one.
+        precision: of the job. Rounding to bfloat16 changes the meta-gradient, and compiled code rounds at other places.
+            It is then compared with float32.
+        trace_only: run the graph as it is. This shows within a second or two whether there is one.
     """
 
     def __init__(self, precision: str, trace_only: bool = False):
-        self._reduced, self._trace_only = precision != "float32", trace_only
-        self._programs: dict[tuple[Any, ...], tuple[Callable[..., Any], Callable[..., Any]]] = {}
+        self._is_reduced = precision != "float32"
+        self._trace_only = trace_only
+        self._programs: dict[tuple[Any, ...], tuple[Function, Function]] = {}
+        """Function and program by name and shapes."""
 
-    def __call__(self, name: Any, function: Callable[..., Any], *arguments: Any) -> Any:
-        """function(*arguments) -> (gradient, mask, metrics), of pytrees of tensors.
+    def __call__(self, name: Any, function: Function, *arguments: Any) -> Any:
+        """Return function(*arguments), computed by its compiled program.
 
-        `name` tells functions apart that take the same shapes; the first of a name is compiled, and kept: the name may
-        have ids of what is in it. The mask must be the eager one; the gradient and every metric named `loss…` near it,
-        each by itself. Other metrics (accuracies) may jump with a rounding.
+        Args:
+            name: tells apart functions that take the same shapes. Only the first function of a name is compiled. It is
+                kept, because the name may contain the ids of what is in it.
 
         Raises:
-            InputError: it cannot be compiled, the compiled result is not the eager one, or there is no end of programs.
+            InputError: the function cannot be compiled, the compiled result is not the eager one, or there are too many
+                programs.
         """
         leaves = tree_leaves(arguments)
         key = (name, *((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves))
@@ -59,55 +66,70 @@ class Compiler:
             return self._programs[key][1](*arguments)
         if sum(other[1:] == key[1:] for other in self._programs) >= MOST_PROGRAMS:
             raise InputError(
-                f"compute.compile: got true, but the algorithm's at(step) asked for more than {MOST_PROGRAMS} "
-                "programs, expected one for many steps: hold the numbers that change in its attribute `scheduled`, or "
+                f"compute.compile: got true, but the algorithm's at(step) needs more than {MOST_PROGRAMS} "
+                "programs, expected one for many steps: put the values that change in its attribute `scheduled`, or "
                 "use compute.compile=false"
             )
         expected = function(*arguments)
-        try:
-            program: Callable[..., Any] = make_fx(function)(*arguments)
-            if not self._trace_only:
-                program = torch.compile(program, dynamic=False, fullgraph=True)
-            with warnings.catch_warnings():
-                # advice to compute in another precision than the job's
-                warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
-                result = program(*arguments)
-        except Exception as error:  # whatever tracing or a backend raises
-            inner = getattr(error, "inner_exception", error)  # dynamo wraps a backend's
-            if isinstance(inner, (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
-                raise inner from None  # says nothing about the program
-            reason = (str(inner).strip().splitlines() or [type(inner).__name__])[0]
-            raise InputError(
-                f"compute.compile: got true, but this cannot be compiled ({reason}): use compute.compile=false"
-            ) from error
+        program, result = self._compile(function, arguments)
         reference = expected
-        if self._reduced:
+        if self._is_reduced:
             with full_precision(leaves[0].device.type):
                 reference = function(*arguments)
-        self._check(reference, expected, result, lambda: _shaken(function, arguments))
+        self._check(reference, expected, result, lambda: _perturbed_results(function, arguments))
         self._programs[key] = (function, program)
         return result
 
-    def _check(self, reference: Any, expected: Any, result: Any, shaken: Callable[[], list[Any]]) -> None:
-        """Compares with float32's (`reference`): as near to it as the eager result is, but for a factor of 2. Where it
-        is not, also as near as eager results are to each other whose arguments are a rounding apart (`shaken`): a ReLU
-        that falls on the other side of zero moves one task's meta-gradient by a hundredth of its norm.
+    def _compile(self, function: Function, arguments: Any) -> tuple[Function, Any]:
+        """Return the program and its result."""
+        try:
+            program: Function = make_fx(function)(*arguments)
+            if not self._trace_only:
+                program = torch.compile(program, dynamic=False, fullgraph=True)
+            with warnings.catch_warnings():
+                # torch advises to compute in another precision than the job's
+                warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
+                return program, program(*arguments)
+        except Exception as error:  # whatever tracing or a backend raises
+            # torch.compile wraps what a backend raises (public attribute of torch._dynamo's BackendCompilerFailed)
+            inner = getattr(error, "inner_exception", error)
+            if isinstance(inner, (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
+                raise inner from None  # says nothing about the program
+            raise InputError(
+                f"compute.compile: got true, but this cannot be compiled ({first_line(inner)}): "
+                "use compute.compile=false"
+            ) from error
+
+    def _check(
+        self, reference: Any, expected: Any, result: Any, compute_perturbed: Callable[[], list[Any]]
+    ) -> None:
+        """Compare a compiled result with the eager one.
+
+        The masks must be equal. The gradient and every metric named `loss…` are compared one by one with `reference`,
+        the float32 result: each may be twice as far from it as the eager one. If it is farther, it may also be twice as
+        far as eager results are from each other if their arguments differ by a rounding: a ReLU that falls on the other
+        side of zero changes one task's meta-gradient by a hundredth of its norm. Other metrics (accuracies) may jump.
+
+        Raises:
+            InputError: they differ by more.
         """
-        near: list[Any] | None = None
+        perturbed: list[Any] | None = None
         for name in ["gradient", *(name for name in expected[2] if name.startswith("loss"))]:
 
-            def part(of: Any, name: str = name) -> Any:
-                return of[0] if name == "gradient" else of[2][name]
+            def select(results: Any, name: str = name) -> Any:
+                return results[0] if name == "gradient" else results[2][name]
 
-            exact, eager = part(reference), part(expected)
-            away, allowed = distance(exact, part(result)), TOLERANCE + 2 * distance(exact, eager)
-            if not away <= allowed:
-                near = shaken() if near is None else near
-                allowed += 2 * max(distance(eager, part(one)) for one in near)
-            if not away <= allowed:
+            exact = select(reference)
+            eager = select(expected)
+            distance = relative_distance(exact, select(result))
+            allowed = TOLERANCE + 2 * relative_distance(exact, eager)
+            if not distance <= allowed:
+                perturbed = compute_perturbed() if perturbed is None else perturbed
+                allowed += 2 * max(relative_distance(eager, select(one)) for one in perturbed)
+            if not distance <= allowed:
                 raise InputError(
-                    f"compute.compile: got true, but the compiled {name} differs from the eager one by {away:.1e} of "
-                    f"its norm, expected at most {allowed:.0e}: use compute.compile=false"
+                    f"compute.compile: got true, but the compiled {name} differs from the eager one by {distance:.1e} "
+                    f"of its norm, expected at most {allowed:.0e}: use compute.compile=false"
                 )
         if not torch.equal(expected[1], result[1]):
             raise InputError(
@@ -116,49 +138,59 @@ class Compiler:
             )
 
 
-def _shaken(function: Callable[..., Any], arguments: Any) -> list[Any]:
-    """Eager results of arguments whose floating numbers are moved by a rounding, at random."""
+def _perturbed_results(function: Function, arguments: Any) -> list[Any]:
+    """Return eager results of arguments whose floating-point numbers are changed at random by about a rounding."""
 
-    def moved(leaf: Any, generator: torch.Generator) -> Any:
+    def perturb(leaf: Any, generator: torch.Generator) -> Any:
         if not (isinstance(leaf, torch.Tensor) and leaf.is_floating_point()):
             return leaf
         noise = torch.randn(leaf.shape, generator=generator).to(leaf)
-        return leaf * (1 + SHAKEN * noise)
+        return leaf * (1 + PERTURBATION * noise)
 
-    generators = [torch.Generator().manual_seed(seed) for seed in range(SHAKES)]
-    return [function(*tree_map(lambda leaf, g=g: moved(leaf, g), arguments)) for g in generators]
+    results = []
+    for seed in range(PERTURBED_RESULTS):
+        generator = torch.Generator().manual_seed(seed)
+        perturbed = tree_map(lambda leaf, generator=generator: perturb(leaf, generator), arguments)
+        results.append(function(*perturbed))
+    return results
 
 
-def distance(expected: Any, result: Any) -> float:
-    """‖result − expected‖ / ‖expected‖ over two pytrees, where both are finite; infinite where one alone is."""
-    apart = size = 0.0
+def relative_distance(expected: Any, result: Any) -> float:
+    """Return ‖result − expected‖ / ‖expected‖ over two pytrees, over the numbers that are finite in both.
+
+    It is infinite if a number is finite in only one of them.
+    """
+    squared_distance = 0.0
+    squared_norm = 0.0
     for a, b in zip(tree_leaves(expected), tree_leaves(result), strict=True):
-        finite = torch.isfinite(a)
-        if not torch.equal(finite, torch.isfinite(b)):
+        is_finite = torch.isfinite(a)
+        if not torch.equal(is_finite, torch.isfinite(b)):
             return float("inf")
-        apart += float((a - b)[finite].double().square().sum())
-        size += float(a[finite].double().square().sum())
-    return (apart / size) ** 0.5 if size else apart**0.5
+        squared_distance += float((a - b)[is_finite].double().square().sum())
+        squared_norm += float(a[is_finite].double().square().sum())
+    return (squared_distance / squared_norm) ** 0.5 if squared_norm else squared_distance**0.5
 
 
 class MissingCompilerError(InputError):
-    """A machine that is to compile lacks something; its argument: what `missing` says."""
+    """A machine that has to compile lacks a tool. The argument is what `find_missing_tool` returned."""
 
     def __str__(self) -> str:
         return f"compute.compile: got true, but there is {self.args[0]}: use compute.compile=false"
 
 
-def find_missing_tool(device: str) -> str | None:
-    """What torch.compile lacks on this machine for a type of device; None: nothing.
+def find_missing_tool(device_type: str) -> str | None:
+    """Return what torch.compile lacks on this machine, as "no … on HOST"; None if nothing.
 
-    On a CPU it needs a C++ compiler, on a GPU Triton, which needs one of C.
+    On a CPU it needs a C++ compiler, on a GPU Triton, which needs a C compiler.
     """
-    compiler = os.environ.get("CXX", "g++")
-    lacking = None
-    if device == "cpu":
-        lacking = None if shutil.which(compiler) else f"C++ compiler ({compiler})"
+    cpp_compiler = os.environ.get("CXX", "g++")
+    c_compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
+    missing = None
+    if device_type == "cpu":
+        if shutil.which(cpp_compiler) is None:
+            missing = f"C++ compiler ({cpp_compiler})"
     elif find_spec("triton") is None:
-        lacking = "Triton"
-    elif not any(shutil.which(name) for name in [os.environ.get("CC", "cc"), "gcc", "clang"]):
-        lacking = "C compiler"
-    return lacking and f"no {lacking} on {socket.gethostname()}"
+        missing = "Triton"
+    elif not any(shutil.which(name) for name in c_compilers):
+        missing = "C compiler"
+    return None if missing is None else f"no {missing} on {socket.gethostname()}"

@@ -8,15 +8,15 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 from distmeta.config.job import Job
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.checkpoint import Checkpoint, Progress
+from distmeta.runtime.checkpoint import Progress
 from distmeta.runtime.failure_policy import LostShardError
 from distmeta.runtime.interruption import InterruptedRun, StopRequested
 from distmeta.runtime.parameter_server import mean_metrics
-from distmeta.runtime.problem import Problem, describe_examples, read_fingerprint
+from distmeta.runtime.problem import Problem, build_checkpoint
+from distmeta.runtime.reporter import Reporter
 from distmeta.runtime.run_folder import RunFolder
 from distmeta.runtime.scores import evaluate_tasks, find_primary_metric
 from distmeta.runtime.startup import last_step, outer_settings_at
@@ -29,15 +29,6 @@ SPIKE_WINDOW = 50
 SPIKE_LEAST = 20
 """With fewer losses before it, a loss is no spike."""
 SPIKE_FACTOR = 10.0
-
-
-class Reporter(Protocol):
-    """Is told how a run goes."""
-
-    def begin(self, folder: Path, job: Job, step: int) -> None: ...
-    def step(self, record: Mapping[str, Any]) -> None: ...
-    def report(self, text: str) -> None: ...
-    def end(self) -> None: ...
 
 
 @dataclass
@@ -202,18 +193,7 @@ class Training:
         if self.saved is not None and self.saved[0] == self.progress:
             return self.saved[1]
         self.folder.flush()
-        state = self.strategy.state()
-        constants = self.problem.model.constants
-        checkpoint = Checkpoint(
-            job=self.problem.job.to_dict(),
-            theta=state.theta,
-            constants={name: value.cpu() for name, value in constants.items()},
-            optimizer=state.optimizer,
-            outer=state.outer,
-            progress=self.progress,
-            examples=describe_examples(self.problem.family),
-            data=read_fingerprint(self.problem.family),
-        )
+        checkpoint = build_checkpoint(self.problem, self.strategy.state(), self.progress)
         path = checkpoints.save(self.folder.path, checkpoint, self.problem.job.run.keep)
         self.saved = (self.progress, path)
         failure = self.folder.publish()

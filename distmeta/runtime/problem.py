@@ -34,6 +34,7 @@ from distmeta.protocols import (
     TaskFamily,
     Theta,
 )
+from distmeta.runtime.checkpoint import Checkpoint, Progress, TrainingState
 from distmeta.seeding import task_ids, torch_generator
 from distmeta.tasks.few_shot import ClassificationScore
 
@@ -195,7 +196,7 @@ def export_constants(model: FunctionalModel) -> dict[str, Any]:
     return {name: value.detach().cpu().numpy() for name, value in model.constants.items()}
 
 
-# --- Data ---------------------------------------------------------------------------------------------------------
+# --- Data and checkpoints -----------------------------------------------------------------------------------------
 
 
 class AbsentTasks:
@@ -230,6 +231,20 @@ def read_fingerprint(family: TaskFamily) -> str | None:
     """Return what identifies the family's data, or None if it does not say."""
     fingerprint = family.fingerprint if isinstance(family, HasFingerprint) else None
     return None if fingerprint is None else str(fingerprint)
+
+
+def build_checkpoint(problem: Problem, state: TrainingState, progress: Progress) -> Checkpoint:
+    """Return what a checkpoint stores of a run: enough to continue it, and to use theta without the data."""
+    return Checkpoint(
+        job=problem.job.to_dict(),
+        theta=state.theta,
+        constants={name: value.cpu() for name, value in problem.model.constants.items()},
+        optimizer=state.optimizer,
+        outer=state.outer,
+        progress=progress,
+        examples=describe_examples(problem.family),
+        data=read_fingerprint(problem.family),
+    )
 
 
 def check_data(problem: Problem, fingerprint: str | None) -> None:

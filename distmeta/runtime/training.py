@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distmeta.config.job import Job
 from distmeta.errors import redact
 from distmeta.runtime.checkpoint import Progress
 from distmeta.runtime.interruption import catch_signals
-from distmeta.runtime.loop import Reporter, Training, is_finished
+from distmeta.runtime.loop import Training, is_finished
+from distmeta.runtime.reporter import Reporter, SilentReporter
 from distmeta.runtime.resume import find_starting_point
 from distmeta.runtime.run_folder import RunFolder, StartingPoint
 from distmeta.runtime.startup import prepare_problem, start_strategy, start_trackers
-
-
-class SilentReporter:
-    """A reporter that shows nothing."""
-
-    def begin(self, folder: Path, job: Job, step: int) -> None: ...
-    def step(self, record: Mapping[str, Any]) -> None: ...
-    def report(self, text: str) -> None: ...
-    def end(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -49,9 +39,7 @@ class Run:
         return self.uri or str(self.run)
 
 
-def train(
-    job: Job | str | Path, resume: str | Path | None = None, reporter: Reporter | None = None
-) -> Run:
+def train(job: Job | str | Path, resume: str | Path | None = None, reporter: Reporter | None = None) -> Run:
     """Train a job, or continue a run.
 
     Args:

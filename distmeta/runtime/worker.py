@@ -17,7 +17,7 @@ import torch
 from distmeta.compute.buckets import stack_if_equal
 from distmeta.compute.compiler import Compiler, MissingCompilerError, find_missing_tool
 from distmeta.compute.compression import encode
-from distmeta.compute.episodes import collect_episodes, draw_episodes
+from distmeta.compute.episodes import collect_episodes, to_device
 from distmeta.compute.execution import build_method
 from distmeta.compute.gradient import build_objective, sum_gradients
 from distmeta.compute.memory import keep_freed_memory
@@ -94,7 +94,6 @@ class Worker:
         self._problem = problem
         self._score = problem.score("train")
         self._method = build_method(problem.execution, compiler)
-        self._draws_plainly = problem.device.type == "cpu" and compute.precision != "bf16"
 
     @contextlib.contextmanager
     def hold_numerics(self) -> Iterator[None]:
@@ -204,10 +203,10 @@ class Worker:
             return collect_episodes(
                 family, problem.algorithm, theta, shard.split, ids, shard.inner_steps, problem.device
             )
-        if not self._draws_plainly:
-            return draw_episodes(family, shard.split, ids, problem.device)
         episodes = family.draw(shard.split, ids)
-        return stack_if_equal(episodes, len(ids)) if isinstance(episodes, list) else episodes
+        if isinstance(episodes, list):
+            episodes = stack_if_equal(episodes, len(ids))
+        return episodes if problem.device.type == "cpu" else to_device(episodes, problem.device)
 
 
 class LocalPool:

@@ -141,54 +141,54 @@ class CentralStep(GradientStep):
     """A step with theta, the sums and the optimizer in this process. A strategy says who computes the shards."""
 
     def __init__(self, server: ParameterServer):
-        self._server = server
-        self._mean: np.ndarray | None = None
+        self.server = server
+        self.mean: np.ndarray | None = None
         self._snapshot: tuple[np.ndarray, TrainingState] | None = None
 
     def average(self, results: list[ShardResult], tasks: int) -> bool:
         gradients = [result.gradient for result in results if result.gradient is not None]
-        self._mean = mean_vector([g if isinstance(g, np.ndarray) else decode(g) for g in gradients], tasks)
-        return is_finite(self._mean)
+        self.mean = mean_vector([g if isinstance(g, np.ndarray) else decode(g) for g in gradients], tasks)
+        return is_finite(self.mean)
 
     def apply(self) -> float:
-        assert self._mean is not None
-        norm = self._server.step(self._mean)
-        self._mean = None
+        assert self.mean is not None
+        norm = self.server.step(self.mean)
+        self.mean = None
         return norm
 
     def skip(self) -> float:
-        self._mean = None
-        return self._server.skip()
+        self.mean = None
+        return self.server.skip()
 
     def rate(self) -> float:
-        return self._server.rate()
+        return self.server.rate()
 
     def flat_for(self, shards: Sequence[Shard]) -> np.ndarray:
         """Return theta itself, which the next step changes; in later epochs followed by the snapshot's theta."""
         if self._snapshot is not None and shards[0].epoch:
-            return np.concatenate([self._server.vector(), self._snapshot[0]])
-        return self._server.vector()
+            return np.concatenate([self.server.vector(), self._snapshot[0]])
+        return self.server.vector()
 
     def take_snapshot(self) -> None:
-        self._snapshot = (self._server.flat(), self.state())
+        self._snapshot = (self.server.flat(), self.state())
 
     def end_snapshot(self, undo: bool) -> None:
         if undo and self._snapshot is not None:
-            self._server.load(*self._snapshot[1])
+            self.server.load(*self._snapshot[1])
         self._snapshot = None
 
     def flat(self) -> np.ndarray:
-        return self._server.flat()
+        return self.server.flat()
 
     def state(self) -> TrainingState:
-        return TrainingState(self._server.theta(), *self._server.state())
+        return TrainingState(self.server.theta(), *self.server.state())
 
     def load(self, state: TrainingState, outer: OuterSection) -> None:
-        self._server.retune(outer)
-        self._server.load(*state)
+        self.server.retune(outer)
+        self.server.load(*state)
 
     def retune(self, outer: OuterSection) -> None:
-        self._server.retune(outer)
+        self.server.retune(outer)
 
     def close(self) -> None:
         self.pool.close()
@@ -213,7 +213,7 @@ class Driver(CentralStep):
         compress: Compression = "none",
     ):
         super().__init__(build_server(problem, outer, state))
-        self.pool = open_pool(problem, self._server.layout, report)
+        self.pool = open_pool(problem, self.server.layout, report)
 
     def compute_shards(self, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
         return self.pool.map(self.flat_for(shards), shards, check)

@@ -26,7 +26,7 @@ from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.problem import build_problem
 from distmeta.runtime.resolve import resolve
 from distmeta.runtime.shards import Shard, ShardResult
-from distmeta.runtime.training import SilentReporter
+from distmeta.runtime.reporter import SilentReporter
 from distmeta.runtime.worker import Worker, plan_shards
 from distmeta.strategies import driver
 
