@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 
 from distmeta.compute.gradient import to_float32
 from distmeta.compute.precision import bfloat16_device, compute_in_bfloat16
-from distmeta.errors import InputError, did_you_mean
+from distmeta.errors import InputError
 from distmeta.models.head import HeadInit, find_head, prototype_head
+from distmeta.models.module import build_seeded, find_frozen, has_tied_tensors
 from distmeta.models.pretrained import load_weights
 from distmeta.protocols import Theta
 
@@ -122,9 +122,8 @@ class FunctionalModel:
     def __call__(self, phi: Mapping[str, Tensor], x: Any) -> Any:
         values = dict(self.constants)
         for name, value in phi.items():
-            if not name.startswith(PREFIX):
-                continue
-            values[name.removeprefix(PREFIX)] = value
+            if name.startswith(PREFIX):
+                values[name.removeprefix(PREFIX)] = value
         device = bfloat16_device.get()
         if device is None:
             return self._call_module(values, x)
@@ -152,37 +151,6 @@ class FunctionalModel:
 
     def _without_head(self, theta: Theta) -> Theta:
         return {name: value for name, value in theta.items() if name not in self.head}
-
-
-def build_seeded(build: Callable[[], nn.Module], generator: torch.Generator) -> nn.Module:
-    """Build the module with torch's CPU generator seeded from `generator`, and then restore torch's generator."""
-    seed = int(torch.randint(2**62, (), generator=generator))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would also seed the GPUs
-        module = build()
-    if not isinstance(module, nn.Module):
-        raise InputError(f"model.type: got {type(module).__name__}, expected a torch.nn.Module")
-    return module
-
-
-def find_frozen(parameters: Mapping[str, Tensor], freeze: str | None) -> set[str]:
-    """Return the names of the parameters that match the glob or do not require gradients."""
-    frozen = {name for name, value in parameters.items() if not value.requires_grad}
-    if freeze is not None:
-        frozen |= {name for name in parameters if fnmatchcase(name, freeze)}
-        if not frozen:
-            raise InputError(
-                f"model.freeze: got {freeze!r}, which matches no parameter; {did_you_mean(freeze, list(parameters))}"
-            )
-    return frozen
-
-
-def has_tied_tensors(module: nn.Module) -> bool:
-    """Return whether a parameter or buffer has two names. functional_call searches for these at every call if asked."""
-    for named in (module.named_parameters, module.named_buffers):
-        if len(list(named())) < len(list(named(remove_duplicate=False))):
-            return True
-    return False
 
 
 @contextmanager
