@@ -118,7 +118,7 @@ def save(run: Path, checkpoint: Checkpoint, keep: int) -> Path:
         latest = folder / "latest"
         kept = latest.read_text().strip() if latest.exists() else "none"
         raise SaveError(
-            f"{folder}: step {checkpoint.progress.step} cannot be saved ({error}); the last whole checkpoint is "
+            f"{folder}: step {checkpoint.progress.step} cannot be saved ({error}); the last complete checkpoint is "
             f"{kept}: make room, then distmeta train --resume {run}"
         ) from error
     return final
@@ -235,7 +235,7 @@ def find(path: str | Path) -> Path:
 
 
 def load_newest_intact(path: str | Path, report: Callable[[str], None]) -> tuple[Path, Checkpoint]:
-    """Load the checkpoint that a path names. For a run or its `latest`, this skips damaged checkpoints.
+    """Load the checkpoint that a path names. For a run or its `latest`, skip damaged checkpoints.
 
     A checkpoint that is named itself is loaded or refused.
 
@@ -262,8 +262,8 @@ def load_newest_intact(path: str | Path, report: Callable[[str], None]) -> tuple
             checkpoint = load(candidate)
         except InputError:
             continue
-        report(f"passed over: {damage}")
-        report(f"going on from step {checkpoint.progress.step}, the last whole checkpoint")
+        report(f"skipping a damaged checkpoint: {damage}")
+        report(f"continuing from step {checkpoint.progress.step}, the last complete checkpoint")
         return candidate, checkpoint
     raise InputError(damage)
 
@@ -303,7 +303,7 @@ def load(path: str | Path) -> Checkpoint:
     except InputError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise InputError(f"{folder}: not a whole checkpoint ({type(error).__name__}: {error})") from None
+        raise InputError(f"{folder}: not a complete checkpoint ({type(error).__name__}: {error})") from None
 
 
 def _parse_progress(plain: Any) -> Progress:

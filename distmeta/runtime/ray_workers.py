@@ -295,7 +295,7 @@ class RayWorkers:
             )
         if not what_happened:
             what_happened = f"died while starting ({error_type(reason)})"
-        self._report(f"worker {worker} {what_happened}: another is started")
+        self._report(f"worker {worker} {what_happened}: another one is started")
         return self.replace(worker, backoff(self._slots[worker].losses_in_a_row + 1))
 
     def _check_start_timeouts(self, now: float) -> None:

@@ -68,7 +68,7 @@ class Async(CentralStep):
         self._max_staleness = max_staleness
         self._staleness_aware = staleness_aware
         self._reset(problem)
-        self.pool = RayPool(problem, self._server.layout, report)
+        self.pool = RayPool(problem, self.server.layout, report)
 
     def _reset(self, problem: Problem) -> None:
         """Forget all shards that are being computed."""
@@ -102,7 +102,7 @@ class Async(CentralStep):
         """Return the next `len(shards)` results that arrive, sorted by their step and shard."""
         step = shards[0].step
         count = len(shards)
-        theta = self.pool.put(self._server.flat(), check)
+        theta = self.pool.put(self.server.flat(), check)
         left_over = self._arrived
         self._arrived = []
         for order, position, answer in left_over:
@@ -163,9 +163,9 @@ class Async(CentralStep):
         return super().average(results, tasks)
 
     def apply(self) -> float:
-        assert self._mean is not None
-        norm = self._server.step(self._mean, self._mean_weight())
-        self._mean = None
+        assert self.mean is not None
+        norm = self.server.step(self.mean, self._mean_weight())
+        self.mean = None
         return norm
 
     def _mean_weight(self) -> float:

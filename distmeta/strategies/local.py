@@ -74,7 +74,7 @@ class Local:
         averaging = OuterSection(optimizer="sgd", lr=local_lr)
         if local_momentum:
             averaging = OuterSection(optimizer="sgd", lr=local_lr, momentum=local_momentum, nesterov=True)
-        self._server = ParameterServer(problem.init(), averaging)
+        self.server = ParameterServer(problem.init(), averaging)
         self._states: list[Any] = [{} for _ in range(replicas)]
         """Each replica's state: a dict `<parameter>/<quantity>` of arrays, or a reference to one on a worker's node."""
         self._outer = outer
@@ -82,7 +82,7 @@ class Local:
         """Clock of the replicas' schedule; empty at step 0."""
         if state is not None:
             self.load(state, outer)
-        self.pool = open_pool(problem, self._server.layout, report)
+        self.pool = open_pool(problem, self.server.layout, report)
 
     @staticmethod
     def check_job(job: Any, options: Mapping[str, Any]) -> None:
@@ -102,20 +102,20 @@ class Local:
 
     def retune(self, outer: OuterSection) -> None:
         build_clock(
-            self._server.layout.names, outer, self._clock
+            self.server.layout.names, outer, self._clock
         )  # raises InputError if a rate matches nothing
         self._outer = outer
 
     def flat(self) -> np.ndarray:
-        return self._server.flat()
+        return self.server.flat()
 
     def state(self) -> TrainingState:
-        tensors, averaging = self._server.state()
+        tensors, averaging = self.server.state()
         for index, replica_state in enumerate(self._fetch(self._states)):
             for key, value in to_tensors(replica_state).items():
                 name, _, quantity = key.rpartition("/")
                 tensors[f"{name}/{replica_prefix(index)}{quantity}"] = value
-        return TrainingState(self._server.theta(), tensors, {"averaging": averaging, "replicas": self._clock})
+        return TrainingState(self.server.theta(), tensors, {"averaging": averaging, "replicas": self._clock})
 
     def load(self, state: TrainingState, outer: OuterSection) -> None:
         if state.outer.keys() != {"averaging", "replicas"}:
@@ -123,9 +123,9 @@ class Local:
         self._outer = outer
         self._clock = state.outer["replicas"]
         build_clock(
-            self._server.layout.names, outer, self._clock
+            self.server.layout.names, outer, self._clock
         )  # raises InputError if it is not this job's
-        theta = self._server.theta()
+        theta = self.server.theta()
         for index in range(self._replicas):
             replica_state = select_replica(state.optimizer, replica_prefix(index))
             check_state(replica_state, theta)
@@ -135,7 +135,7 @@ class Local:
             for key, value in state.optimizer.items()
             if not key.rpartition("/")[2].startswith("replica")
         }
-        self._server.load(state.theta, averaging_state, state.outer["averaging"])
+        self.server.load(state.theta, averaging_state, state.outer["averaging"])
 
     def close(self) -> None:
         self.pool.close()
@@ -160,12 +160,12 @@ class Local:
             if is_finite(delta):
                 finite_deltas.append(delta)
             else:
-                self._report(f"replica {index} is not finite after step {stop}: left out, begun anew")
+                self._report(f"replica {index} is not finite after step {stop}: it is left out and starts anew")
                 states[index] = {}
         if finite_deltas:
-            self._server.step(mean_vector(finite_deltas, len(finite_deltas)))
+            self.server.step(mean_vector(finite_deltas, len(finite_deltas)))
         else:
-            self._server.skip()
+            self.server.skip()
         self._states = states
         self._clock = results[0].clock
         seconds_computing = computed - started

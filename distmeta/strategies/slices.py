@@ -51,7 +51,7 @@ class Slice:
         self._received: dict[int, Vector] = {}
         """Gradient sums of the shards, by position."""
         self._attempt = 0
-        self._mean: np.ndarray | None = None
+        self.mean: np.ndarray | None = None
         self._snapshot: tuple[np.ndarray, Moments] | None = None
         self._build_optimizer(spec.outer, spec.moments)
 
@@ -80,8 +80,8 @@ class Slice:
         """
         vectors = [decode(self._received[position]) for position in range(len(self._received))]
         self._received = {}
-        self._mean = mean_vector(vectors, tasks)
-        return is_finite(self._mean), squared_block_sums(self._mean)
+        self.mean = mean_vector(vectors, tasks)
+        return is_finite(self.mean), squared_block_sums(self.mean)
 
     def step(self, factor: float | None, rates: Sequence[float]) -> np.ndarray:
         """Take one outer step on the mean gradient and return the new slice.
@@ -90,9 +90,9 @@ class Slice:
             factor: what clipping multiplies the gradient by; None: it is not clipped.
             rates: outer learning rate of each part in this step.
         """
-        assert self._mean is not None
-        gradient = self._mean if factor is None else self._mean * np.float32(factor)
-        self._mean = None
+        assert self.mean is not None
+        gradient = self.mean if factor is None else self.mean * np.float32(factor)
+        self.mean = None
         gradient_tensor = torch.from_numpy(np.ascontiguousarray(gradient))
         groups = self._optimizer.param_groups
         for group, part, (start, stop), rate in zip(groups, self._parts, self._ranges, rates, strict=True):

@@ -175,7 +175,7 @@ def test_late_worker_without_a_compiler_is_refused(
     finally:
         workers.close()
     message = (
-        r"worker \d is refused \(there is no C\+\+ compiler \(g\+\+\) on elsewhere\): another is started"
+        r"worker \d is refused \(there is no C\+\+ compiler \(g\+\+\) on elsewhere\): another one is started"
     )
     assert any(re.fullmatch(message, text) for text in reports), reports
 

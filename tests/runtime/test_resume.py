@@ -26,15 +26,15 @@ def test_damaged_checkpoint_is_skipped_by_a_resume(file: str, workplace: Path) -
         shutil.rmtree(latest)
     else:
         (latest / file).write_bytes((latest / file).read_bytes()[:-7])
-        with pytest.raises(InputError, match=r"damaged|not a whole checkpoint"):
+        with pytest.raises(InputError, match=r"damaged|not a complete checkpoint"):
             distmeta.train(Job.load(run / "job.yaml"), resume=latest)
     with pytest.raises(InputError):
         distmeta.evaluate(run)
 
     reporter = ActingReporter()
     assert distmeta.train(Job.load(run / "job.yaml"), resume=run, reporter=reporter).step == 6
-    assert reporter.reports[0].startswith("passed over: runs/mine/checkpoints/")
-    assert reporter.reports[1] == "going on from step 5, the last whole checkpoint"
+    assert reporter.reports[0].startswith("skipping a damaged checkpoint: runs/mine/checkpoints/")
+    assert reporter.reports[1] == "continuing from step 5, the last complete checkpoint"
     theta = checkpoints.load(run).theta
     expected = checkpoints.load(uninterrupted).theta
     assert all(torch.equal(theta[name], expected[name]) for name in expected)

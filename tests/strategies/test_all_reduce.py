@@ -347,18 +347,18 @@ def test_rank_computes_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from distmeta.strategies.all_reduce import rank
 
-    def fail_to_build(spec: Any) -> None:
+    def fail_to_build() -> None:
         raise InputError("tasks: not here")
 
     selected: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", selected.append)
     monkeypatch.setattr(ray.train.torch, "get_device", lambda: torch.device("cuda", 1))
-    monkeypatch.setattr(rank, "build_problem_from_spec", fail_to_build)
     monkeypatch.setattr(rank.RankLoop, "_get", lambda self, spec: spec)
     loop = rank.RankLoop.__new__(rank.RankLoop)
     for gpus in (0, 1):
-        spec = SimpleNamespace(job=Job.parse(tree(run={"gpus_per_worker": gpus})).to_dict())
+        job = Job.parse(tree(run={"gpus_per_worker": gpus})).to_dict()
+        spec = SimpleNamespace(job=job, build_problem=fail_to_build)
         assert "tasks: not here" in str(loop._build(spec))
         assert selected == [torch.device("cuda", 1)] * gpus
 

@@ -178,7 +178,7 @@ class AllReduce:
             self._lose_state(summarize_error(error))
         checksums = {answer.value[0] for answer in answers}
         if complete and len(checksums) > 1:
-            self._report("the replicas of theta differ (unlike processors?): all go on from rank 0's")
+            self._report("the replicas of theta differ (different processors?): all ranks continue from rank 0's")
             self._ask(LoadState([self._ray.put(packed)], self._outer), "load")
         return packed
 
@@ -204,7 +204,7 @@ class AllReduce:
                 return
             except LostStateError as error:
                 losses.append(str(error))
-                self._report(f"{error}, while starting: another is made")
+                self._report(f"{error}, while starting: another one is started")
         raise LostShardError(
             f"{losses[-1]}, {len(losses)} times in a row while starting: run.max_shard_failures is {len(losses)}"
         )

@@ -131,7 +131,7 @@ class ReplicatedDriver(CentralStep):
     def __init__(self, problem: Problem):
         super().__init__(build_server(problem, problem.job.outer, None))
         self._device = problem.device
-        worker = Worker(problem, self._server.layout)
+        worker = Worker(problem, self.server.layout)
         worker.start_prefetching()
         self.ranks = RankPool(worker)
         self.pool = self.ranks
@@ -140,22 +140,22 @@ class ReplicatedDriver(CentralStep):
         return self.ranks.map(self.flat_for(shards), shards, check)
 
     def average(self, results: list[ShardResult], tasks: int) -> bool:
-        own_sum = np.zeros(self._server.layout.size, np.float32)
+        own_sum = np.zeros(self.server.layout.size, np.float32)
         if self.ranks.gradients:
             own_sum = tree_sum(self.ranks.gradients)
         uses_nccl = "nccl" in distributed.get_backend_config()
         total = torch.from_numpy(own_sum).to(self._device if uses_nccl else "cpu")
         distributed.all_reduce(total)
-        self._mean = total.cpu().numpy() / np.float32(tasks)
-        return is_finite(self._mean)
+        self.mean = total.cpu().numpy() / np.float32(tasks)
+        return is_finite(self.mean)
 
     @property
     def layout(self) -> Layout:
-        return self._server.layout
+        return self.server.layout
 
     def pack(self, complete: bool) -> PackedState:
         """Return the state in the form in which it travels; only theta unless `complete`."""
-        return PackedState.from_server(self._server, complete)
+        return PackedState.from_server(self.server, complete)
 
 
 def run_rank(config: dict[str, Any]) -> None:
