@@ -34,7 +34,7 @@ class LSTMState(NamedTuple):
     """i, its last input gate, [P, 1]."""
 
 
-class LSTMLearner:
+class LSTMMetaLearner:
     """Train an LSTM as the inner optimizer: a learner's parameters are its cell state, and theta holds its gates.
 
         h_t = LSTM(x_t, h_{t−1}),   x_t = preprocessed (L_t, ∇_t),   ∇_t = ∇L_t(c_{t−1})                     (§3.2)

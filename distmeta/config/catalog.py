@@ -39,7 +39,7 @@ ALGORITHMS = {
     "matching": "distmeta.algorithms.matching:MatchingNet",
     "relation": "distmeta.algorithms.relation:RelationNet",
     "imp": "distmeta.algorithms.imp:IMP",
-    "lstm": "distmeta.algorithms.lstm:LSTMLearner",
+    "lstm": "distmeta.algorithms.lstm:LSTMMetaLearner",
     "mann": "distmeta.algorithms.memory.mann:MANN",
     "maml-rl": "distmeta.algorithms.maml_rl:PolicyMAML",
     "rl2": "distmeta.algorithms.rl2:RL2",

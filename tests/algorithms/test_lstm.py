@@ -10,7 +10,7 @@ import torch
 from conftest import CLASSES, tree
 from torch.utils._pytree import tree_map
 
-from distmeta.algorithms.lstm import LSTMLearner, flatten, preprocess, unflatten, update
+from distmeta.algorithms.lstm import LSTMMetaLearner, flatten, preprocess, unflatten, update
 from distmeta.compute.execution import Execution, shard_gradient
 from distmeta.compute.gradient import unroll
 from distmeta.config.job import Job
@@ -203,7 +203,7 @@ def test_state_starts_at_zero_in_every_task() -> None:
 
 def test_padding_is_ignored() -> None:
     problem, theta, (support, query) = build_setting({"inner_steps": 2}, **CLASSES)
-    assert isinstance(problem.algorithm, LSTMLearner)
+    assert isinstance(problem.algorithm, LSTMMetaLearner)
     filled = Batch(torch.cat([support.x, support.x[:2]]), torch.cat([support.y, torch.full((2,), -1)]))
     outputs = [
         problem.algorithm.predict(theta, unroll(problem.algorithm, theta, rows), query.x)
