@@ -40,8 +40,8 @@ class CAVIA:
     block's ReLU, as in the authors' code, but also before its pooling. The gradient is not clipped per task.
 
     Args:
-        inner_lr: α > 0. The defaults of α, K and n are the paper's for classification. For its sine waves they are
-            1.0, 1 and 5.
+        inner_lr: α > 0. The defaults of α, K and n are the paper's for classification. Its sine waves have K = 1 and
+            n = 5.
         inner_steps: K ≥ 1.
         context: n ≥ 1, the number of context parameters.
         layer: name of another layer: a linear layer, a convolution or a norm, with a bias.

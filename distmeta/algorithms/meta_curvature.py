@@ -23,7 +23,7 @@ class MetaCurvature:
     G is [out, in, filter] for a convolution (its kernel is flattened) and [out, in] for a linear layer. A vector (bias
     or norm) has an elementwise `scale`, as in the authors' code and in learn2learn. All matrices are dense and learned:
     the paper's MC2. They start as identities and the scales as ones, which is MAML. Keys:
-    `curvature.<parameter>.<out | in | filter | scale>`. M_i has the squared number of inputs as its size.
+    `curvature.<parameter>.<out | in | filter | scale>`. The size of M_i is the square of the number of inputs.
 
     A head with free ways (`model.head` shared or prototype) has no matrix over the classes: only M_i, and one scale.
 
