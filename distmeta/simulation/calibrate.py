@@ -143,7 +143,7 @@ class JobProbes:
         self._layout = Layout.from_theta(theta)
         self._pool = LocalPool(problem, self._layout)
         self._flat = self._layout.flatten(theta)
-        self._server = ParameterServer(theta, problem.job.outer)
+        self.server = ParameterServer(theta, problem.job.outer)
         self._gradient = np.full(self._layout.size, 1e-8, np.float32)
         group = problem.algorithm.group_size
         job_size = count_shard_tasks(problem)
@@ -165,8 +165,8 @@ class JobProbes:
         started = time.perf_counter()
         mean = self._gradient / np.float32(self._large)
         np.isfinite(mean).all()
-        self._server.step(mean)
-        self._server.flat()
+        self.server.step(mean)
+        self.server.flat()
         return time.perf_counter() - started
 
     def to_costs(self, seconds: Mapping[str, float]) -> JobCosts:

@@ -138,7 +138,10 @@ def plan_step(problem: Problem, step: int) -> list[Shard]:
 
 
 class CentralStep(GradientStep):
-    """A step with theta, the sums and the optimizer in this process. A strategy says who computes the shards."""
+    """A step with theta, the sums and the optimizer in this process. A strategy says who computes the shards.
+
+    `server` holds theta and the optimizer. `mean` is the mean meta-gradient between `average` and `apply`, else None.
+    """
 
     def __init__(self, server: ParameterServer):
         self.server = server
