@@ -1,5 +1,5 @@
-"""`distmeta sweep`: a job's `sweep:` section, searched by Ray Tune."""
+"""`distmeta sweep`: Ray Tune searches the space in a job's `sweep:` section."""
 
 
 class NothingFoundError(RuntimeError):
-    """No trial of a sweep came to an evaluation."""
+    """No trial of a sweep reached an evaluation."""

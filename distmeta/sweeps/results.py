@@ -1,4 +1,4 @@
-"""What a sweep found: its trials as a table, the best one as a job, and two pictures."""
+"""What a sweep found: its trials as a table, the best one as a job, and two figures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from typing import Any, NamedTuple
 from distmeta.config.job import Job
 from distmeta.config.yaml_text import parse_yaml
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.sweeps.trial import RUN, STEP, evaluations_of, failure_file, figure_of, name_of
+from distmeta.sweeps.trial import RUN, STEP, failure_path, find_score, read_evaluations, trial_name
+
+DPI = 120
+ERROR_LENGTH = 300
+"""Characters of an error of Tune's that the table has."""
+BEST_COLOR = "C3"
+OTHER_COLOR = "0.6"
 
 
-class Trial(NamedTuple):
-    """One trial, as it stands."""
+class TrialResult(NamedTuple):
+    """One trial, as far as it is."""
 
     name: str
     status: str
@@ -22,85 +28,98 @@ class Trial(NamedTuple):
     reason: str
     """Why it failed; else empty."""
     values: dict[str, Any]
-    """The point's; those of its last step where they were perturbed."""
+    """The values of the searched keys; if they changed during the trial, those of its last step."""
     steps: int
-    """Spent."""
+    """Steps taken."""
     metric: str
     value: float | None
-    """The best figure of its evaluations; None before the first."""
+    """The best value of the metric among its evaluations; None before the first."""
     sign: int
-    """1: more is better; −1: less."""
+    """1: more is better; -1: less is better."""
     best_step: int | None
     run: Path | None
+    """The run folder; None: there is none."""
     tracking_ids: Mapping[str, str]
     """The run's id in each tracker's store, by the tracker's name."""
     curve: tuple[tuple[int, float], ...]
-    """Steps and figures of its evaluations."""
+    """(step, value) of each evaluation."""
 
 
-def trials_of(results: Any, folder: Path, job: Job) -> list[Trial]:
-    """The trials of Tune's result grid, by name."""
-    found = [_trial(result, folder, job) for result in results]
-    return sorted(found, key=lambda trial: trial.name)
+def collect_trials(results: Any, folder: Path, job: Job) -> list[TrialResult]:
+    """Return the trials of Tune's result grid, sorted by name."""
+    trials = [_read_trial(result, folder, job) for result in results]
+    return sorted(trials, key=lambda trial: trial.name)
 
 
-def _trial(result: Any, folder: Path, job: Job) -> Trial:
+def _read_trial(result: Any, folder: Path, job: Job) -> TrialResult:
     assert job.sweep is not None
+    name = trial_name(Path(result.path).name)
     last = result.metrics or {}
-    name = name_of(Path(result.path).name)  # after an exploit, what was reported last is the other trial's
     run = Path(last.get(RUN, ""))
     if run.name.removeprefix(name)[:1] not in ("", "-"):
-        run, last = folder / "trials" / name, {}
-    elif RUN not in last:
+        last = {}  # the trial took over another one's checkpoint: the last report is that trial's
+    if RUN not in last:
         run = folder / "trials" / name
+    step = int(last.get(STEP, 0))
     tracking_ids: Mapping[str, str] = {}
     if (run / "checkpoints" / "latest").exists():
         tracking_ids = checkpoints.load(run).progress.tracking_ids
-    rows = [row for row in evaluations_of(run) if row["step"] <= last.get(STEP, 0)]
-    figures = [(row["step"], *figure_of(row, job.sweep.metric, job.sweep.mode)) for row in rows]
-    best = max(figures, key=lambda figure: (figure[3] * figure[2], -figure[0]), default=None)
-    failed = failure_file(folder, name)
-    reason = failed.read_text(encoding="utf-8").partition("\n")[0] if failed.exists() else ""
-    if result.error is not None or reason:
-        status, reason = "failed", reason or " ".join(str(result.error).split())[-300:]
-    elif last.get(STEP, 0) >= job.trial_steps:
+    rows = [row for row in read_evaluations(run) if row["step"] <= step]
+    scores = [(row["step"], find_score(row, job.sweep.metric, job.sweep.mode)) for row in rows]
+    best_step, best = max(
+        scores, key=lambda item: (item[1].sign * item[1].value, -item[0]), default=(None, None)
+    )
+    reason = _read_failure(result, folder, name)
+    if reason:
+        status = "failed"
+    elif step >= job.trial_steps:
         status = "finished"
     else:
         status = "stopped" if last.get("done") else "unfinished"
-    return Trial(
+    return TrialResult(
         name=name,
         status=status,
-        reason=reason if status == "failed" else "",
+        reason=reason,
         values=dict(result.config["values"]),
-        steps=int(last.get(STEP, 0)),
-        metric=best[1] if best else "",
-        value=best[2] if best else None,
-        sign=best[3] if best else 0,
-        best_step=best[0] if best else None,
+        steps=step,
+        metric=best.metric if best else "",
+        value=best.value if best else None,
+        sign=best.sign if best else 0,
+        best_step=best_step,
         run=run if run.exists() else None,
         tracking_ids=tracking_ids,
-        curve=tuple((step, value) for step, _, value, _ in figures),
+        curve=tuple((step, score.value) for step, score in scores),
     )
 
 
-def best_of(trials: Sequence[Trial]) -> Trial | None:
-    """The trial with the best figure; the first of equals. A failed one counts for what it reached."""
+def _read_failure(result: Any, folder: Path, name: str) -> str:
+    """Return why a trial failed, as one line; empty if it did not."""
+    path = failure_path(folder, name)
+    if path.exists():
+        return path.read_text(encoding="utf-8").partition("\n")[0]
+    if result.error is None:
+        return ""
+    return " ".join(str(result.error).split())[-ERROR_LENGTH:] or type(result.error).__name__
+
+
+def find_best(trials: Sequence[TrialResult]) -> TrialResult | None:
+    """Return the trial with the best value, the first of equals. A failed trial counts with what it reached."""
     scored = [trial for trial in trials if trial.value is not None and trial.run is not None]
     return max(scored, key=lambda trial: trial.sign * (trial.value or 0.0), default=None)
 
 
-def best_job(trial: Trial, job: Job) -> Job:
-    """The job that trains the best trial again, at full length: its evaluations are the trial's, to the bit."""
+def build_best_job(trial: TrialResult, job: Job) -> Job:
+    """Return the job that trains the best trial again, at full length. Its evaluations equal the trial's to the bit."""
     assert trial.run is not None
     tree = parse_yaml((trial.run / "job.yaml").read_text(encoding="utf-8"), str(trial.run))
     asked = job.to_dict()
     for key in ("steps", "checkpoint_every", "keep", "address"):
         tree["run"][key] = asked["run"][key]
-    tree["run"]["name"] = None  # the sweep's own folder has the job's
+    tree["run"]["name"] = None  # the job's own name is taken by the sweep's folder
     return Job.parse(tree | {"output": asked["output"], "tracking": asked["tracking"], "sweep": None})
 
 
-def write_table(trials: Sequence[Trial], path: Path) -> None:
+def write_table(trials: Sequence[TrialResult], path: Path) -> None:
     """Write trials.parquet, with a row per trial and a column per key of the space; and trials.json, the same table."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -122,73 +141,95 @@ def write_table(trials: Sequence[Trial], path: Path) -> None:
         }
         for trial in trials
     ]
-    columns = {name: [row[name] for row in rows] for name in (rows[0] if rows else {})}
-    pq.write_table(pa.table({name: _column(values) for name, values in columns.items()}), path)
-    table = {"columns": list(columns), "data": [list(row.values()) for row in rows]}
+    names = list(rows[0]) if rows else []
+    columns = {name: _to_column([row[name] for row in rows]) for name in names}
+    pq.write_table(pa.table(columns), path)
+    table = {"columns": names, "data": [list(row.values()) for row in rows]}
     path.with_suffix(".json").write_text(json.dumps(table), encoding="utf-8")
 
 
-def _column(values: list[Any]) -> list[Any]:
-    """As they are where they are of one kind, else as JSON: a choice may be among anything."""
-    kinds = {type(value) for value in values if value is not None}
-    plain = len(kinds) <= 1 and kinds <= {int, float, str, bool}
-    return values if plain else [json.dumps(value) for value in values]
+def _to_column(values: list[Any]) -> list[Any]:
+    """Return the values unchanged if they have one simple type, else as JSON texts. A `choice` may mix anything."""
+    types = {type(value) for value in values if value is not None}
+    is_simple = len(types) <= 1 and types <= {int, float, str, bool}
+    return values if is_simple else [json.dumps(value) for value in values]
 
 
-def draw(trials: Sequence[Trial], job: Job, folder: Path) -> list[Path]:
-    """curves.png: the figure over the steps, a line a trial; values.png: the figure over the first two numeric keys."""
+def draw_figures(trials: Sequence[TrialResult], job: Job, folder: Path) -> list[Path]:
+    """Draw curves.png, the metric against steps with a line per trial; and values.png, the metric against the values.
+
+    values.png shows the first two searched keys that are numbers. It is not drawn if there are none.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     assert job.sweep is not None
-    scored = [trial for trial in trials if trial.value is not None]
-    best = best_of(trials)
+    best = find_best(trials)
     if best is None:
         return []
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for trial in scored:
-        chosen = trial is best
-        steps, values = zip(*trial.curve, strict=True)
-        color, width = ("C3", 2.0) if chosen else ("0.6", 0.9)
-        axes.plot(steps, values, color=color, linewidth=width, marker=".", zorder=3 if chosen else 2)
-    axes.set(xlabel="step", ylabel=best.metric, title=f"{job.name}: {len(scored)} trials, best {best.name}")
-    if all(value > 0 for trial in scored for _, value in trial.curve) and best.sign < 0:
-        axes.set_yscale("log")
+    scored = [trial for trial in trials if trial.value is not None]
     paths = [folder / "curves.png"]
-    figure.savefig(paths[0], dpi=120)
-    pyplot.close(figure)
-    keys = [key for key in job.sweep.space if all(_is_number(trial.values[key]) for trial in scored)][:2]
-    if keys:
+    _draw_curves(pyplot, scored, best, job.name, paths[0])
+    numeric_keys = [key for key in job.sweep.space if all(_is_number(trial.values[key]) for trial in scored)]
+    if numeric_keys:
         paths.append(folder / "values.png")
-        _draw_values(pyplot, scored, best, keys, job.sweep.space, paths[1])
+        _draw_values(pyplot, scored, best, numeric_keys[:2], job.sweep.space, paths[1])
     return paths
 
 
-def _draw_values(
-    pyplot: Any, scored: Sequence[Trial], best: Trial, keys: list[str], space: Mapping[str, Any], path: Path
+def _draw_curves(
+    pyplot: Any, trials: Sequence[TrialResult], best: TrialResult, title: str, path: Path
 ) -> None:
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for trial in trials:
+        steps, values = zip(*trial.curve, strict=True)
+        if trial is best:
+            axes.plot(steps, values, color=BEST_COLOR, linewidth=2.0, marker=".", zorder=3)
+        else:
+            axes.plot(steps, values, color=OTHER_COLOR, linewidth=0.9, marker=".", zorder=2)
+    axes.set(xlabel="step", ylabel=best.metric, title=f"{title}: {len(trials)} trials, best {best.name}")
+    all_positive = all(value > 0 for trial in trials for _, value in trial.curve)
+    if all_positive and best.sign < 0:
+        axes.set_yscale("log")
+    figure.savefig(path, dpi=DPI)
+    pyplot.close(figure)
+
+
+def _draw_values(
+    pyplot: Any,
+    trials: Sequence[TrialResult],
+    best: TrialResult,
+    keys: list[str],
+    space: Mapping[str, Any],
+    path: Path,
+) -> None:
+    """Draw the metric against one searched key, or as the color of points over two."""
     figure, axes = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
-    figures = [trial.value for trial in scored]
-    points = [[trial.values[key] for trial in scored] for key in keys]
+    scores = [trial.value for trial in trials]
+    xs = [trial.values[keys[0]] for trial in trials]
     if len(keys) == 2:
-        sizes = [20 + 60 * trial.steps / max(t.steps for t in scored) for trial in scored]
-        shown = axes.scatter(
-            points[0], points[1], c=figures, s=sizes, cmap="viridis", edgecolors="k", linewidths=0.4
-        )
-        figure.colorbar(shown, label=best.metric)
+        ys = [trial.values[keys[1]] for trial in trials]
+        most_steps = max(trial.steps for trial in trials)
+        sizes = [20 + 60 * trial.steps / most_steps for trial in trials]
+        points = axes.scatter(xs, ys, c=scores, s=sizes, cmap="viridis", edgecolors="k", linewidths=0.4)
+        figure.colorbar(points, label=best.metric)
         axes.plot(best.values[keys[0]], best.values[keys[1]], "r*", markersize=14, label=f"best: {best.name}")
         axes.legend()
         axes.set(xlabel=keys[0], ylabel=keys[1], title="larger: trained for longer")
-        axes.set_yscale("log" if space[keys[1]].kind == "loguniform" else "linear")
+        axes.set_yscale(_choose_scale(space[keys[1]]))
     else:
-        axes.plot(points[0], figures, "o")
+        axes.plot(xs, scores, "o")
         axes.plot(best.values[keys[0]], best.value, "r*", markersize=14)
         axes.set(xlabel=keys[0], ylabel=best.metric)
-    axes.set_xscale("log" if space[keys[0]].kind == "loguniform" else "linear")
-    figure.savefig(path, dpi=120)
+    axes.set_xscale(_choose_scale(space[keys[0]]))
+    figure.savefig(path, dpi=DPI)
     pyplot.close(figure)
+
+
+def _choose_scale(domain: Any) -> str:
+    return "log" if domain.kind == "loguniform" else "linear"
 
 
 def _is_number(value: Any) -> bool:

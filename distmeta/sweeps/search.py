@@ -1,9 +1,9 @@
-"""A `sweep:` section in Ray Tune's terms: space, search, scheduler, stopper, resources."""
+"""A `sweep:` section in Ray Tune's terms: space, search algorithm, scheduler, stopper and resources."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ray import tune
@@ -19,50 +19,72 @@ from ray.tune.search.sample import Domain as TuneDomain
 from distmeta.config.job import Job
 from distmeta.config.search_space import Domain, SweepSection
 from distmeta.seeding import stream_generator
-from distmeta.sweeps.trial import RUN, SCORE, STEP, evaluations_of, figure_of
+from distmeta.sweeps.trial import RUN, SCORE, STEP, find_score, read_evaluations
+
+DEFAULT_REDUCTION = 4
+"""The reduction factor of ASHA."""
 
 
-def points(sweep: SweepSection, seed: int) -> list[dict[str, Any]]:
-    """The values of every trial of a random or grid search: draw i is a function of (seed, i) and the space.
+class Search(NamedTuple):
+    """Arguments of Tune's experiment."""
 
-    A longer list of draws starts with the shorter one.
+    space: dict[str, Any]
+    algorithm: OptunaSearch | None
+    """None: the space lists every trial."""
+    samples: int
+
+
+def build_search(sweep: SweepSection, seed: int) -> Search:
+    """Return the space and the search algorithm."""
+    if sweep.search == "tpe":
+        space = {"values": {key: to_tune_domain(domain) for key, domain in sweep.space.items()}}
+        algorithm = OptunaSearch(
+            OptunaSearch.convert_search_space(space), metric=SCORE, mode="max", seed=seed
+        )
+        return Search({}, algorithm, sweep.draws)
+    return Search({"values": tune.grid_search(draw_points(sweep, seed))}, None, 1)
+
+
+def draw_points(sweep: SweepSection, seed: int) -> list[dict[str, Any]]:
+    """Return the values of every trial of a random or grid search, by dotted key.
+
+    Draw i is a function of (seed, i) and the space, so a longer list of draws starts with the shorter one.
     """
     grid: list[dict[str, Any]] = [{}]
     for key, domain in sweep.space.items():
         if domain.kind == "grid":
             grid = [{**point, key: value} for point in grid for value in domain.values]
-    drawn = {key: domain for key, domain in sweep.space.items() if domain.kind != "grid"}
-    found = []
+    random_keys = {key: domain for key, domain in sweep.space.items() if domain.kind != "grid"}
+    points = []
     for i in range(sweep.draws):
         generator = stream_generator(seed, "sweep", i)
-        draw = {key: _plain(as_tune(domain).sample(random_state=generator)) for key, domain in drawn.items()}
-        found += [{key: {**draw, **point}[key] for key in sweep.space} for point in grid]
-    return found
+        draw = {}
+        for key, domain in random_keys.items():
+            value = to_tune_domain(domain).sample(random_state=generator)
+            draw[key] = value.item() if isinstance(value, np.generic) else value
+        for grid_point in grid:
+            point = {**draw, **grid_point}
+            points.append({key: point[key] for key in sweep.space})
+    return points
 
 
-def as_tune(domain: Domain) -> TuneDomain:
+def to_tune_domain(domain: Domain) -> TuneDomain:
+    """Return the domain as an object of Tune."""
     values = domain.values
     if domain.kind == "choice":
         return tune.choice(values)
     low, high = values
     if domain.kind == "integers":
         return tune.randint(low, high + 1)
-    return tune.loguniform(low, high) if domain.kind == "loguniform" else tune.uniform(low, high)
+    if domain.kind == "loguniform":
+        return tune.loguniform(low, high)
+    return tune.uniform(low, high)
 
 
-def search(sweep: SweepSection, seed: int) -> tuple[dict[str, Any], Any, int]:
-    """Tune's param_space, its search algorithm (None: as listed) and its number of samples."""
-    if sweep.search == "tpe":
-        space = {"values": {key: as_tune(domain) for key, domain in sweep.space.items()}}
-        algorithm = OptunaSearch(
-            OptunaSearch.convert_search_space(space), metric=SCORE, mode="max", seed=seed
-        )
-        return {}, algorithm, sweep.draws
-    return {"values": tune.grid_search(points(sweep, seed))}, None, 1
-
-
-def scheduler(sweep: SweepSection, job: Job) -> TrialScheduler:
-    settings, steps = sweep.scheduler, job.trial_steps
+def build_scheduler(sweep: SweepSection, job: Job) -> TrialScheduler:
+    """Return the scheduler of `sweep.scheduler`."""
+    settings = sweep.scheduler
+    steps = job.trial_steps
     if settings.type == "asha":
         return Asha(sweep, steps, settings.grace or job.run.eval_every)
     if settings.type == "pbt":
@@ -71,25 +93,34 @@ def scheduler(sweep: SweepSection, job: Job) -> TrialScheduler:
 
 
 class Asha(AsyncHyperBandScheduler):
-    """Tune's; it leaves a trial at its last step alone, and knows after a restart what was reported before."""
+    """Tune's ASHA, which does not stop a trial at its last step and remembers reports from before a restart.
+
+    Args:
+        steps: steps of each trial.
+        grace: steps before a trial may be stopped.
+    """
 
     def __init__(self, sweep: SweepSection, steps: int, grace: int):
-        self._section, self._steps = sweep, steps
+        self._section = sweep
+        self._steps = steps
         super().__init__(
             time_attr=STEP,
             max_t=steps + 1,
             grace_period=min(grace, steps),
-            reduction_factor=sweep.scheduler.reduction or 4,
+            reduction_factor=sweep.scheduler.reduction or DEFAULT_REDUCTION,
         )
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """What a restored trial reported before counts in the rungs: Tune keeps no scheduler's state."""
+        """Enter what a restored trial reported before. Tune (2.60) does not save the state of a scheduler."""
         super().on_trial_add(tune_controller, trial)
         last = trial.last_result or {}
-        for row in evaluations_of(Path(last[RUN])) if RUN in last else ():
+        if RUN not in last:
+            return
+        for row in read_evaluations(Path(last[RUN])):
             if row["step"] <= last[STEP]:
-                _, value, sign = figure_of(row, self._section.metric, self._section.mode)
-                self.on_trial_result(tune_controller, trial, {STEP: row["step"], SCORE: sign * value})
+                score = find_score(row, self._section.metric, self._section.mode)
+                report = {STEP: row["step"], SCORE: score.sign * score.value}
+                self.on_trial_result(tune_controller, trial, report)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         if result[STEP] >= self._steps:
@@ -98,15 +129,22 @@ class Asha(AsyncHyperBandScheduler):
 
 
 class Pbt(PopulationBasedTraining):
-    """Tune's, with values kept in their ranges; a trial at its last step is left alone."""
+    """Tune's population-based training, which keeps values in their ranges and leaves a trial at its last step alone.
+
+    Args:
+        steps: steps of each trial.
+        interval: steps between perturbations.
+    """
 
     def __init__(self, sweep: SweepSection, steps: int, interval: int):
         self._steps = steps
         super().__init__(
             time_attr=STEP,
             perturbation_interval=interval,
-            hyperparam_mutations={"values": {key: as_tune(domain) for key, domain in sweep.space.items()}},
-            custom_explore_fn=Within({key: domain.values for key, domain in sweep.space.items()}),
+            hyperparam_mutations={
+                "values": {key: to_tune_domain(domain) for key, domain in sweep.space.items()}
+            },
+            custom_explore_fn=RangeLimiter({key: domain.values for key, domain in sweep.space.items()}),
             require_attrs=False,  # a trial that fails at once has reported nothing
         )
 
@@ -116,8 +154,12 @@ class Pbt(PopulationBasedTraining):
         return super().on_trial_result(tune_controller, trial, result)
 
 
-class Within:
-    """Keeps perturbed values in their ranges."""
+class RangeLimiter:
+    """Moves perturbed values back into their ranges. A class, because Tune pickles it.
+
+    Args:
+        bounds: [low, high] by dotted key.
+    """
 
     def __init__(self, bounds: dict[str, list[Any]]):
         self.bounds = bounds
@@ -128,7 +170,7 @@ class Within:
 
 
 class Budget(tune.Stopper):
-    """Ends the sweep once its trials have spent a number of steps."""
+    """Ends the sweep when its trials have taken a number of steps together."""
 
     def __init__(self, steps: int):
         self.steps = steps
@@ -142,22 +184,20 @@ class Budget(tune.Stopper):
         return sum(self._spent.values()) >= self.steps
 
 
-def places(job: Job) -> list[dict[str, float]]:
-    """Where a trial computes: the workers that it starts with, or its own process."""
-    one = {"CPU": float(job.run.cpus_per_worker), "GPU": float(job.run.gpus_per_worker)}
-    return [{key: value for key, value in one.items() if value}] * max(job.run.min_workers, 1)
+def list_places(job: Job) -> list[dict[str, float]]:
+    """Return what each process of a trial needs: the workers that it starts with, or its own process."""
+    resources = {"CPU": float(job.run.cpus_per_worker), "GPU": float(job.run.gpus_per_worker)}
+    needed = {key: value for key, value in resources.items() if value}
+    return [needed] * max(job.run.min_workers, 1)
 
 
-def bundles(job: Job) -> list[dict[str, float]]:
-    """What Tune reserves for a trial: its process, which needs nothing where workers compute, and their places.
+def list_bundles(job: Job) -> list[dict[str, float]]:
+    """Return what Tune reserves for a trial: a bundle for its process and one per worker.
 
-    The group of `all-reduce` has its places from Ray Train, all at once or none; a byte stands for the trial here.
+    The process itself needs nothing if workers compute. The group of `all-reduce` gets its places from Ray Train, all
+    at once or none; Tune then reserves one byte of memory for the trial.
     """
     if job.strategy.type == "all-reduce":
         return [{"memory": 1.0}]
-    return [{}, *places(job)] if job.run.min_workers else places(job)
-
-
-def _plain(value: Any) -> Any:
-    """A Python number for numpy's."""
-    return value.item() if isinstance(value, np.generic) else value
+    places = list_places(job)
+    return [{}, *places] if job.run.min_workers else places

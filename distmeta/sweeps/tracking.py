@@ -13,7 +13,7 @@ from typing import Any
 
 from distmeta.config.job import Job
 from distmeta.files import write_atomically
-from distmeta.sweeps.results import Trial
+from distmeta.sweeps.results import TrialResult
 from distmeta.tracking.interface import GroupsRuns, ReadsEnvironment, Status, TrackedRun
 from distmeta.tracking.trackers import NamedTracker, Trackers, name_trackers, open_trackers
 
@@ -89,8 +89,8 @@ def tracker_environment(job: Job) -> dict[str, str]:
 def finish_tracking(
     job: Job,
     folder: Path,
-    trials: Sequence[Trial],
-    best: Trial | None,
+    trials: Sequence[TrialResult],
+    best: TrialResult | None,
     files: Sequence[Path],
     status: Status,
     report: Callable[[str], None],
@@ -125,7 +125,7 @@ def find_running_children(section: NamedTracker, sweep_id: str) -> set[str]:
         return set()
 
 
-def tag_trial_runs(section: NamedTracker, trials: Mapping[str, Trial]) -> None:
+def tag_trial_runs(section: NamedTracker, trials: Mapping[str, TrialResult]) -> None:
     """Set tags with the status of each trial, by its run's id; do nothing if the store does not answer."""
     tags: dict[str, dict[str, str]] = {}
     for run_id, trial in trials.items():
@@ -142,7 +142,7 @@ def finish_trial_run(
     sections: Mapping[str, NamedTracker],
     job: Job,
     run_id: str,
-    trial: Trial | None,
+    trial: TrialResult | None,
     report: Callable[[str], None],
 ) -> None:
     """Send the steps that a trial's run lacks, and how the trial ended.

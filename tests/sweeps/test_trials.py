@@ -1,4 +1,7 @@
-"""What becomes of trials: failed, killed, perturbed, their driver killed. A file apart, since a file is a process."""
+"""Trials that fail, are killed or change their values, and a sweep whose driver is killed.
+
+These tests are in a file of their own, because with `pytest -n` each file has one process.
+"""
 
 from __future__ import annotations
 
@@ -13,98 +16,95 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from conftest import tree
-from sweeping import RATES, bits, evaluations, runs_of, swept
+from support.small_sweeps import RATES, make_sweep, read_losses, read_mlflow_runs, read_theta
 
 import distmeta
 from distmeta.config.job import Job
 from distmeta.config.yaml_text import parse_yaml
-from distmeta.sweeps.run import NoView
-from distmeta.sweeps.trial import folder_of
+from distmeta.sweeps.trial import choose_folder
+from distmeta.sweeps.view import SilentView
 
 
-@pytest.mark.slow  # two trials; a failed one alone: test_all_trials_failed
-def test_one_failed_trial_is_marked_and_the_sweep_goes_on(
-    client: Any, workplace: Path, cluster: None
-) -> None:
+@pytest.mark.slow  # two trials; test_sweep_without_a_successful_trial_names_the_reason has one
+def test_failed_trial_is_marked_and_the_sweep_continues(client: Any, workplace: Path, cluster: None) -> None:
     space = {"algorithm.inner_lr": {"grid": [1e30, 0.05]}}
-    found = distmeta.sweep(Job.parse(swept(tracked=True, space=space, trials=1)))
+    found = distmeta.sweep(Job.parse(make_sweep(tracked=True, space=space, trials=1)))
     assert [trial.status for trial in found.trials] == ["failed", "finished"]
     assert found.trials[0].reason == "NumericsError: val_loss_after is not finite at step 2"
     table = pq.read_table(found.folder / "sweep" / "trials.parquet").to_pylist()
     assert table[0]["reason"] == found.trials[0].reason
     assert table[0]["value"] is None
-    _, children = runs_of(client)
+    _, children = read_mlflow_runs(client)
     assert [children[f"trial-0000{i}"].info.status for i in range(2)] == ["FAILED", "FINISHED"]
     assert children["trial-00000"].data.tags["distmeta.reason"] == found.trials[0].reason
     assert children["trial-00001"].data.tags["distmeta.trial"] == "finished"
 
 
-def test_a_killed_trial_goes_on_from_its_checkpoint(client: Any, workplace: Path, cluster: None) -> None:
-    class Flag(NoView):
-        def begin(self, folder: Path, count: int) -> None:
-            (workplace / "kill").touch()  # from here on: the sweep itself draws tasks before
+def test_killed_trial_continues_from_its_checkpoint(client: Any, workplace: Path, cluster: None) -> None:
+    flag = workplace / "kill"
 
-    job = swept(tracked=True, trials=2) | {
-        "tasks": {"type": "hard_cases:Lethal", "flag": str(workplace / "kill")}
-    }
-    found = distmeta.sweep(Job.parse(job), view=Flag())
-    assert not (workplace / "kill").exists(), "a trial was killed"
+    class KillingView(SilentView):
+        def begin(self, folder: Path, count: int) -> None:
+            flag.touch()  # only now, because the sweep's own process draws tasks before
+
+    job = make_sweep(tracked=True, trials=2) | {"tasks": {"type": "hard_cases:Lethal", "flag": str(flag)}}
+    found = distmeta.sweep(Job.parse(job), view=KillingView())
+    assert not flag.exists(), "no trial was killed"
     assert [trial.status for trial in found.trials] == ["finished"] * 2
-    runs_of(client)  # none has two runs
+    read_mlflow_runs(client)  # asserts that no trial has two runs
     for trial in found.trials:
         assert trial.run is not None
         alone = Job.parse(job).with_values({**trial.values, "run.name": "alone", "tracking.type": "none"})
         alone = alone.with_values({"output": trial.name})
-        assert bits(distmeta.train(alone).run) == bits(trial.run)
+        assert read_theta(distmeta.train(alone).run) == read_theta(trial.run)
 
 
 @pytest.mark.slow
-def test_population_based_training_is_replayed_from_its_job(
+def test_population_based_training_can_be_repeated_from_its_job(
     client: Any, workplace: Path, cluster: None
 ) -> None:
     scheduler = {"type": "pbt", "interval": 2}
-    job = Job.parse(swept(run={"steps": 10}, tracked=True, trials=4, scheduler=scheduler))
+    job = Job.parse(make_sweep(run={"steps": 10}, tracked=True, trials=4, scheduler=scheduler))
     found = distmeta.sweep(job)
     assert {trial.status for trial in found.trials} == {"finished"}
-    _, children = runs_of(client)
+    _, children = read_mlflow_runs(client)
     jobs = {trial.name: Job.load(trial.run / "job.yaml") for trial in found.trials if trial.run}
-    assert any(len(one.changes) > 1 for one in jobs.values()), "nobody was perturbed"
+    assert any(len(trial_job.changes) > 1 for trial_job in jobs.values()), "no values have changed"
     for trial in found.trials:
         assert trial.run is not None
-        replayed = jobs[trial.name].with_values({"output": "replays", "tracking.type": "none"})
-        run = distmeta.train(replayed).run
-        assert bits(run) == bits(trial.run)
-        assert evaluations(run) == evaluations(trial.run)
-        for key in RATES:  # its own MLflow run has the rates of every step that led to it
+        repeated = jobs[trial.name].with_values({"output": "repeated", "tracking.type": "none"})
+        run = distmeta.train(repeated).run
+        assert read_theta(run) == read_theta(trial.run)
+        assert read_losses(run) == read_losses(trial.run)
+        for key in RATES:  # the trial's MLflow run has the rates of every step that led to its theta
             history = client.get_metric_history(children[trial.run.name].info.run_id, key)
             logged = {metric.step: metric.value for metric in history}
             assert len(history) == 10
-            assert logged == {step + 1: replayed.at(step).value(key) for step in range(10)}
+            assert logged == {step + 1: repeated.at(step).value(key) for step in range(10)}
             assert trial.values[key] == logged[10]
     best = distmeta.train(Job.load(found.folder / "sweep" / "best.yaml", ["tracking.type=none"])).run
-    assert bits(best) == bits(found.best_run)
+    assert read_theta(best) == read_theta(found.best_run)
 
 
-def test_each_history_of_values_has_a_run_of_its_own(workplace: Path) -> None:
-    """A trial that goes on from the same checkpoint of a slower one twice, with other values."""
+def test_each_history_of_values_has_its_own_folder(workplace: Path) -> None:
+    """A trial may continue twice from the same checkpoint of a slower trial, with different values."""
     histories = [
         [{"step": 0, "set": {"outer.lr": 0.02}}, {"step": 2, "set": {"outer.lr": rate}}]
         for rate in (0.01, 0.03, 0.05)
     ]
     trials = workplace / "runs"
     for history, name in zip(histories[:2], ["trial-00001-2", "trial-00001-2-2"], strict=True):
-        assert folder_of(trials, "trial-00001-2", history) == trials / name
+        assert choose_folder(trials, "trial-00001-2", history) == trials / name
         distmeta.train(Job.parse(tree("maml", changes=history, run={"steps": 3, "name": name})))
-        assert folder_of(trials, "trial-00001-2", history) == trials / name, "after a lost worker"
-    assert folder_of(trials, "trial-00001-2", histories[2]) == trials / "trial-00001-2-3"
+        assert choose_folder(trials, "trial-00001-2", history) == trials / name, "after a lost worker"
+    assert choose_folder(trials, "trial-00001-2", histories[2]) == trials / "trial-00001-2-3"
 
 
 @pytest.mark.slow
-def test_a_population_survives_a_member(workplace: Path, cluster: None) -> None:
-    space = {
-        "algorithm.inner_lr": {"loguniform": [1e-2, 1e24]}
-    }  # with this seed, one draw has no finite loss
-    job = swept(space=space, trials=4, seed=217, scheduler={"type": "pbt", "interval": 2})
+def test_population_survives_a_failed_member(workplace: Path, cluster: None) -> None:
+    # with this seed, one draw is so large that no loss is finite
+    space = {"algorithm.inner_lr": {"loguniform": [1e-2, 1e24]}}
+    job = make_sweep(space=space, trials=4, seed=217, scheduler={"type": "pbt", "interval": 2})
     statuses = [trial.status for trial in distmeta.sweep(Job.parse(job)).trials]
     assert len(statuses) == 4
     assert statuses.count("finished") >= 2
@@ -112,12 +112,13 @@ def test_a_population_survives_a_member(workplace: Path, cluster: None) -> None:
 
 
 @pytest.mark.slow  # a minute and a half
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_the_driver_is_killed_and_the_sweep_goes_on(
-    how: signal.Signals, client: Any, workplace: Path
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
+def test_sweep_continues_after_its_driver_was_killed(
+    sent: signal.Signals, client: Any, workplace: Path
 ) -> None:
-    """Finished trials are kept, the others go on, no trial has two MLflow runs; the numbers are an unharmed sweep's."""
-    job = Job.parse(swept(run={"steps": 150, "eval_every": 10}, tracked=True, trials=3, concurrent=1))
+    """Finished trials are kept, the others continue, and no trial has two MLflow runs. The numbers are the same."""
+    settings = {"steps": 150, "eval_every": 10}
+    job = Job.parse(make_sweep(run=settings, tracked=True, trials=3, concurrent=1))
     (workplace / "job.yaml").write_text(job.to_yaml())
     folder = workplace / "runs" / "swept"
     command = [sys.executable, "-m", "distmeta.cli.main", "sweep"]
@@ -128,30 +129,30 @@ def test_the_driver_is_killed_and_the_sweep_goes_on(
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(how)
+    process.send_signal(sent)
     errors = process.communicate(timeout=120)[1]
-    if how == signal.SIGTERM:
+    if sent == signal.SIGTERM:
         assert process.returncode == 130, errors
         assert f"distmeta sweep --resume {folder}" in errors
-    first = (
-        folder / "trials" / "trial-00000" / "metrics.jsonl"
-    ).read_bytes()  # with the seconds of every step
-    done = subprocess.run(
+    first = folder / "trials" / "trial-00000" / "metrics.jsonl"
+    before = first.read_bytes()
+    resumed = subprocess.run(
         [*command, "--resume", str(folder), "--json"],
-        capture_output=True, text=True, timeout=300, cwd=workplace,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    (line,) = done.stdout.splitlines()
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=workplace,
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    (line,) = resumed.stdout.splitlines()
     assert json.loads(line)["trials"] == 3
-    again = (folder / "trials" / "trial-00000" / "metrics.jsonl").read_bytes()
-    assert first == again, "a finished trial is kept"
-    _, children = runs_of(client)
+    assert first.read_bytes() == before, "the finished trial was computed again"
+    _, children = read_mlflow_runs(client)
     assert sorted(children) == ["trial-00000", "trial-00001", "trial-00002"]
     for row in pq.read_table(folder / "sweep" / "trials.parquet").to_pylist():
-        alone = job.with_values(
-            {**{key: row[key] for key in RATES}, "run.name": "alone-" + row["trial"], "tracking.type": "none"}
-        )
-        assert bits(distmeta.train(alone).run) == bits(Path(row["run"]))
+        overrides = {key: row[key] for key in RATES}
+        alone = job.with_values({**overrides, "run.name": "alone-" + row["trial"], "tracking.type": "none"})
+        assert read_theta(distmeta.train(alone).run) == read_theta(Path(row["run"]))
         history = client.get_metric_history(children[row["trial"]].info.run_id, "loss_after")
         assert [metric.step for metric in history] == list(range(1, 151))
         assert children[row["trial"]].info.status == "FINISHED"

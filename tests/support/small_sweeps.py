@@ -1,4 +1,4 @@
-"""Small sweeps, and what they leave behind."""
+"""Small sweeps, and what tests read of their results."""
 
 from __future__ import annotations
 
@@ -12,29 +12,37 @@ from distmeta.runtime import checkpoint as checkpoints
 
 RUN = {"steps": 6, "eval_every": 2, "eval_tasks": 5, "name": "swept"}
 RATES = {"algorithm.inner_lr": {"loguniform": [0.01, 0.2]}, "outer.lr": {"loguniform": [1e-3, 0.05]}}
-TRACKED = {"type": "mlflow", "experiment": "sweeps"}
+EXPERIMENT = "sweeps"
 
 
-def swept(run: dict[str, Any] | None = None, tracked: bool = False, **sweep: Any) -> dict[str, Any]:
+def make_sweep(run: dict[str, Any] | None = None, tracked: bool = False, **sweep: Any) -> dict[str, Any]:
+    """Return a small job with a sweep of three trials over two rates.
+
+    Args:
+        run: further values of the `run` section.
+        tracked: whether MLflow tracks it.
+        sweep: further values of the `sweep` section.
+    """
     section = {"space": RATES, "trials": 3, "scheduler": {"type": "none"}, **sweep}
-    return tree(
-        "maml", run=RUN | (run or {}), sweep=section, tracking=TRACKED if tracked else {"type": "none"}
-    )
+    tracking = {"type": "mlflow", "experiment": EXPERIMENT} if tracked else {"type": "none"}
+    return tree("maml", run=RUN | (run or {}), sweep=section, tracking=tracking)
 
 
-def bits(run: Path) -> list[bytes]:
+def read_theta(run: Path) -> list[bytes]:
+    """Return the bytes of theta at a run's latest checkpoint."""
     theta = checkpoints.load(run).theta
     return [theta[name].numpy().tobytes() for name in sorted(theta)]
 
 
-def evaluations(run: Path) -> dict[int, float]:
+def read_losses(run: Path) -> dict[int, float]:
+    """Return a run's validation losses by step."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["val_loss_after"] for row in rows if "val_loss_after" in row}
 
 
-def runs_of(client: Any) -> tuple[Any, dict[str, Any]]:
-    """The parent run, and the children by name."""
-    experiment = client.get_experiment_by_name("sweeps").experiment_id
+def read_mlflow_runs(client: Any) -> tuple[Any, dict[str, Any]]:
+    """Return the sweep's MLflow run and its trials' runs by name. Assert that no trial has two."""
+    experiment = client.get_experiment_by_name(EXPERIMENT).experiment_id
     runs = client.search_runs([experiment])
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     children = {run.info.run_name: run for run in runs if run is not parent}
