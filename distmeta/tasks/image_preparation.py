@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from distmeta.errors import InputError, did_you_mean
+from distmeta.errors import InputError, did_you_mean, first_line
 
 Filter = Literal["lanczos", "bilinear", "box", "nearest"]
 Ink = Literal["dark", "light"]
@@ -91,8 +91,9 @@ def prepare_image(source: bytes | Image.Image, preparation: Preparation, where: 
         image.load()
         flat = _flatten(image, preparation)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{where}: got no readable image ({reason}), expected PNG or JPEG") from None
+        raise InputError(
+            f"{where}: got no readable image ({first_line(error)}), expected PNG or JPEG"
+        ) from None
     resampling = _RESAMPLING[preparation.filter]
     pixels = np.asarray(flat.resize((preparation.size, preparation.size), resampling))
     pixels_CHW = pixels[None] if preparation.channels == 1 else pixels.transpose(2, 0, 1)
