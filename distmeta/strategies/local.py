@@ -86,6 +86,7 @@ class Local:
 
     @staticmethod
     def check_job(job: Any, options: Mapping[str, Any]) -> None:
+        """Raise InputError if the replicas do not fit the job's shards, or theta is needed between two averages."""
         run = job.run
         if run.shards is not None and options["replicas"] > run.shards:
             raise InputError(
@@ -101,9 +102,8 @@ class Local:
                 )
 
     def retune(self, outer: OuterSection) -> None:
-        build_clock(
-            self.server.layout.names, outer, self._clock
-        )  # raises InputError if a rate matches nothing
+        # raises InputError if a rate in `outer.rates` matches nothing
+        build_clock(self.server.layout.names, outer, self._clock)
         self._outer = outer
 
     def flat(self) -> np.ndarray:
@@ -122,9 +122,7 @@ class Local:
             raise InputError("checkpoint: its outer state is not that of replicas")
         self._outer = outer
         self._clock = state.outer["replicas"]
-        build_clock(
-            self.server.layout.names, outer, self._clock
-        )  # raises InputError if it is not this job's
+        build_clock(self.server.layout.names, outer, self._clock)  # raises InputError if it is not this job's
         theta = self.server.theta()
         for index in range(self._replicas):
             replica_state = select_replica(state.optimizer, replica_prefix(index))
@@ -160,7 +158,9 @@ class Local:
             if is_finite(delta):
                 finite_deltas.append(delta)
             else:
-                self._report(f"replica {index} is not finite after step {stop}: it is left out and starts anew")
+                self._report(
+                    f"replica {index} is not finite after step {stop}: it is left out and starts anew"
+                )
                 states[index] = {}
         if finite_deltas:
             self.server.step(mean_vector(finite_deltas, len(finite_deltas)))

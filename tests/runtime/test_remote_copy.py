@@ -24,7 +24,8 @@ from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.remote_copy import join, local_folder, path_in_run, run_uri
-from distmeta.runtime.training import SilentReporter, Summary, train
+from distmeta.runtime.reporter import SilentReporter
+from distmeta.runtime.training import Run, train
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,7 @@ def delete_local_copies() -> None:
     shutil.rmtree(os.environ["XDG_CACHE_HOME"])
 
 
-def have_equal_theta(one: Summary, other: Summary) -> bool:
+def have_equal_theta(one: Run, other: Run) -> bool:
     first = checkpoints.load(one.place).theta
     second = checkpoints.load(other.place).theta
     return all(first[name].equal(second[name]) for name in first)

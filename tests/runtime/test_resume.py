@@ -91,8 +91,8 @@ def test_resume_cannot_change_to_a_strategy_with_other_bits(workplace: Path) -> 
 def test_resume_may_change_steps_placement_and_output(workplace: Path) -> None:
     run = train_job(tree("maml"), name="mine")
     job = Job.parse(tree("maml", run={"steps": 9, "cpus_per_worker": 0.5}, output="elsewhere"))
-    summary = distmeta.train(job, resume=run)
-    assert (summary.run, summary.step) == (run, 9)
+    result = distmeta.train(job, resume=run)
+    assert (result.run, result.step) == (run, 9)
     assert Job.load(run / "job.yaml").run.steps == 9
 
 
@@ -110,8 +110,8 @@ def test_resume_auto_starts_or_continues(workplace: Path) -> None:
 def test_checkpoint_is_named_from_within_its_folder(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train_job(tree("maml"), name="mine").resolve()
     monkeypatch.chdir(run / "checkpoints")
-    summary = distmeta.train(Job.load(run / "job.yaml", ["run.steps=7"]), resume="latest")
-    assert summary.run.resolve() == run
+    result = distmeta.train(Job.load(run / "job.yaml", ["run.steps=7"]), resume="latest")
+    assert result.run.resolve() == run
     assert checkpoints.load(run).progress.step == 7
 
 

@@ -88,9 +88,9 @@ def test_patience_stops_and_the_best_is_kept(workplace: Path) -> None:
         outer={"optimizer": "sgd", "lr": 1e-30},
         run={"steps": 50, "eval_every": 1, "eval_tasks": 5, "patience": 3},
     )
-    summary = distmeta.train(Job.parse(job))
-    assert (summary.step, summary.best_step) == (4, 1)
-    assert checkpoints.load(summary.run / "checkpoints" / "best").progress.step == 1
+    result = distmeta.train(Job.parse(job))
+    assert (result.step, result.best_step) == (4, 1)
+    assert checkpoints.load(result.run / "checkpoints" / "best").progress.step == 1
 
 
 def test_run_that_patience_stopped_stays_stopped(workplace: Path) -> None:
