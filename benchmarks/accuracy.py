@@ -164,9 +164,9 @@ def pretrain(job: Job) -> Theta:
     with numerics(job.compute.threads, deterministic=False):
         for step in range(job.run.steps):
             ids = task_ids(job.seed, "train", step, job.run.tasks_per_step)
-            support, query = problem.family.draw("train", ids)
-            x = torch.cat([support.x, query.x], dim=1).flatten(0, 1)
-            y = torch.cat([support.y, query.y], dim=1).flatten(0, 1)
+            episodes: Any = problem.family.draw("train", ids)
+            x = torch.cat([episodes.support.x, episodes.query.x], dim=1).flatten(0, 1)
+            y = torch.cat([episodes.support.y, episodes.query.y], dim=1).flatten(0, 1)
             optimizer.zero_grad()
             F.mse_loss(module(x), y).backward()
             optimizer.step()

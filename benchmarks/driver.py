@@ -121,7 +121,8 @@ def measure_step(size: int, rounds: int, worker: type[WorkerProcess]) -> dict[st
     def step(number: int) -> None:
         plan = plan_shards(problem, "train", number, SHARDS, SHARDS, 0)
         results = pool.map(theta, plan, lambda: None)
-        tree_sum([result.gradient for result in results if result.gradient is not None])
+        gradients: list[Any] = [result.gradient for result in results if result.gradient is not None]
+        tree_sum(gradients)
 
     def step_by_hand(number: int) -> None:
         sent = ray.put(theta)

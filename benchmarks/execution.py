@@ -86,7 +86,7 @@ def measure(case: Case, tasks: int, rounds: int) -> dict[str, Any]:
     problem = build_problem(Job.parse({"name": "execution", "tracking": {"type": "none"}, **case.job}))
     theta = problem.init()
     ids = task_ids(0, "train", 0, tasks)
-    episodes = problem.family.draw("train", ids)
+    episodes: Any = problem.family.draw("train", ids)
     score = problem.score("train")
 
     def processor_seconds(execution: Execution) -> float:
@@ -96,13 +96,13 @@ def measure(case: Case, tasks: int, rounds: int) -> dict[str, Any]:
         return time.process_time() - started
 
     pairs = [(processor_seconds(LOOP), processor_seconds(VECTORISED)) for _ in range(rounds + 1)][1:]
-    found = inspect_model(problem.model.module, episodes.query.x[0])
+    traits = inspect_model(problem.model.module, episodes.query.x[0])
     return {
         "model": case.title,
         "tasks": tasks,
         "loop_ms": 1e3 * statistics.median(loop for loop, _ in pairs),
         "ratio": statistics.median(loop / vectorised for loop, vectorised in pairs),
-        "largest_feature_map": found.largest_map,
+        "largest_feature_map": traits.largest_feature_map,
     }
 
 

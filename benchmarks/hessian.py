@@ -83,7 +83,7 @@ def multiply(way: str, loss: Callable[[Theta], Tensor], phi: Theta, v: Theta) ->
     gradient = torch.func.grad(loss)
     if way == FORWARD:
         return torch.func.jvp(gradient, (phi,), (v,))[1]
-    vjp = reverse_vjp if way == LOOP else torch.func.vjp
+    vjp: Any = reverse_vjp if way == LOOP else torch.func.vjp
     _, pull_back = vjp(gradient, phi)
     return pull_back(v)[0]
 

@@ -205,7 +205,9 @@ def count_correct(accuracies: np.ndarray) -> list[int]:
 def train_from_scratch(problem: Problem, split: str, tasks: int, rate: float, steps: int) -> np.ndarray:
     """Return the accuracy of the job's network, trained on each support set from a new initialisation."""
     ids = task_ids(problem.job.seed, split, 0, tasks)
-    support, query = problem.family.draw(split, ids)
+    episodes: Any = problem.family.draw(split, ids)
+    support = episodes.support
+    query = episodes.query
     module = problem.model.module
     untrained = copy.deepcopy(module.state_dict())
     accuracies = []

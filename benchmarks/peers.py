@@ -125,7 +125,7 @@ PEERS: dict[str, Callable[[nn.Module, Inner], Peer]] = {
 }
 
 
-def train_step(peer: Peer, optimizer: torch.optim.Optimizer, episodes: Episode) -> Tensor:
+def train_step(peer: Peer, optimizer: torch.optim.Optimizer, episodes: Any) -> Tensor:
     """Take one outer step and return the mean query loss."""
     optimizer.zero_grad()
     loss = peer(episodes)

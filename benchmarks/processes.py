@@ -22,7 +22,7 @@ from systems import NEAR, System, Way, Workload, draw_first_episodes, make_job, 
 from torch import Tensor, nn
 from torch.distributed import rpc
 
-from distmeta.protocols import Episode, Theta
+from distmeta.protocols import Theta
 from distmeta.runtime.problem import build_problem
 from distmeta.seeding import task_ids
 
@@ -202,12 +202,12 @@ def serve_rank(pipe: Connection, workload: Workload) -> None:
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
     steps = iter(range(10**9))
 
-    def accumulate(episodes: Episode) -> None:
+    def accumulate(episodes: Any) -> None:
         weights = Weights({name: value.view_as(value) for name, value in module.named_parameters()})
         with todist.autograd.context() as context:
             data = [*episodes.support, *episodes.query]
-            loss = sum_losses(weights, *data) / len(episodes.query.y)
-            todist.autograd.backward(context, loss)
+            total: Any = sum_losses(weights, *data)
+            todist.autograd.backward(context, total / len(episodes.query.y))
 
     def step() -> None:
         ids = task_ids(problem.job.seed, "train", next(steps), problem.job.run.tasks_per_step)

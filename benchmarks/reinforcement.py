@@ -13,7 +13,7 @@ import argparse
 import copy
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,7 @@ def with_inner_rate(problem: Problem, rate: float) -> Problem:
     return dataclasses.replace(problem, algorithm=algorithm)
 
 
-def describe_system(system: str, returns: np.ndarray, rates: dict[int, float]) -> dict[str, Any]:
+def describe_system(system: str, returns: np.ndarray, rates: Mapping[int, Any]) -> dict[str, Any]:
     updates = {str(k): interval(returns[:, k]) for k in range(UPDATES + 1)}
     return {"system": system, "updates": updates, "rates": {str(k): rate for k, rate in rates.items()}}
 

@@ -17,8 +17,8 @@ from distmeta.compute.vectors import Layout
 from distmeta.config.job import Job
 from distmeta.protocols import Theta
 from distmeta.runtime.problem import Problem
-from distmeta.runtime.scores import evaluate_tasks
 from distmeta.runtime.reporter import SilentReporter
+from distmeta.runtime.scores import evaluate_tasks
 from distmeta.runtime.worker import LocalPool
 from distmeta.seeding import task_ids
 
@@ -70,7 +70,9 @@ def score_tasks(
 
 def score_nearest_neighbour(problem: Problem, tasks: int) -> np.ndarray:
     """Return each test task's accuracy with the label of the nearest support image (Euclidean, raw pixels)."""
-    support, query = problem.family.draw("test", task_ids(problem.job.seed, "test", 0, tasks))
+    episodes: Any = problem.family.draw("test", task_ids(problem.job.seed, "test", 0, tasks))
+    support = episodes.support
+    query = episodes.query
     nearest_TQ = torch.cdist(query.x.flatten(2), support.x.flatten(2)).argmin(-1)
     return (support.y.gather(1, nearest_TQ) == query.y).double().mean(1).numpy()
 
