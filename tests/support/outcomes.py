@@ -10,7 +10,7 @@ from typing import Any
 import distmeta
 from distmeta.config.job import Job
 from distmeta.runtime import checkpoint as checkpoints
-from distmeta.runtime.training import SilentReporter
+from distmeta.runtime.reporter import SilentReporter
 
 
 class ActingReporter(SilentReporter):
