@@ -10,8 +10,9 @@ import numpy as np
 from distmeta.errors import InputError, did_you_mean
 from distmeta.protocols import SPLITS
 from distmeta.tasks.domains import pair_drawings
-from distmeta.tasks.few_shot import Count, FewShot, Order, Ways
+from distmeta.tasks.few_shot import FewShot, Order
 from distmeta.tasks.jitter import JitterLimits, JitterOptions
+from distmeta.tasks.options import Count, Ways
 from distmeta.tasks.sampling import ClassEntry
 from distmeta.tasks.store import TaskStore
 
@@ -44,8 +45,8 @@ def arrow(
     unbalanced: bool = False,
     order: Order = "shots",
     split_by: Literal["class", "group"] = "class",
-    test: float | int | list[str] | None = 0.2,
-    val: float | int | list[str] | None = 0.1,
+    test: Selection | None = 0.2,
+    val: Selection | None = 0.1,
     within_group: bool = False,
     rotations: bool = False,
     jitter: JitterOptions | None = None,

@@ -9,13 +9,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.protocols import Metrics
 from distmeta.seeding import task_generator
+from distmeta.tasks.options import Count, Fraction
 from distmeta.tasks.rollout import ActionSpace, Collector, VectorEnvironment, score_policy
 from distmeta.trajectories import Trajectories
-
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 PAYOFFS = 2**32
 """Added to the number of an inner step: the part of a task's random numbers that gives the payoffs."""
@@ -71,9 +68,7 @@ class Bandit:
         environment = make_bandits(self.draw_payoffs(ids, k, count))
         return self._collector.collect(environment, self._actions, noise, policy)
 
-    def score(self, outputs: Tensor, batch: Trajectories) -> tuple[Tensor, Metrics]:
-        """Return the policy-gradient loss and the mean return of one task."""
-        return score_policy(outputs, batch)
+    score = staticmethod(score_policy)
 
 
 def make_bandits(payoff_TNHA: Tensor) -> VectorEnvironment:

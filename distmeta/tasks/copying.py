@@ -7,19 +7,17 @@ Shapes: T tasks, L vectors of the longest sequence, B bits per vector.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, final
+from typing import Any, final
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from distmeta.errors import InputError
 from distmeta.protocols import PADDING, Batch, Episode, Metrics
 from distmeta.seeding import uniforms
-
-Count = Annotated[int, Field(ge=1)]
+from distmeta.tasks.options import Count
 
 
 @final

@@ -9,8 +9,9 @@ from pydantic import Field
 
 from distmeta.errors import InputError
 from distmeta.tasks.domains import Domain, shift_images
-from distmeta.tasks.few_shot import Count, FewShot, Order, Ways
+from distmeta.tasks.few_shot import FewShot, Order
 from distmeta.tasks.image_preparation import Preparation
+from distmeta.tasks.options import Count, Ways
 from distmeta.tasks.sampling import ClassEntry
 
 Digit = Annotated[int, Field(ge=0, le=9)]

@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Annotated, Any, Literal, final
+from typing import Any, Literal, final
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from distmeta.errors import InputError
@@ -22,8 +21,6 @@ from distmeta.tasks.image_preparation import Preparation, scale_pixels
 from distmeta.tasks.jitter import JitterLimits, jitter_images
 from distmeta.tasks.sampling import ClassEntry, ClassTable, EpisodeSettings, build_class_table, draw_rows
 
-Ways = Annotated[int, Field(ge=2)]
-Count = Annotated[int, Field(ge=1)]
 Order = Literal["shots", "random"]
 
 

@@ -10,21 +10,17 @@ import inspect
 import math
 import pkgutil
 from collections.abc import Callable
-from typing import Annotated, Any, Protocol, final, runtime_checkable
+from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from distmeta.errors import InputError, did_you_mean, summarize_error
-from distmeta.protocols import Metrics
 from distmeta.seeding import task_generator
+from distmeta.tasks.options import Count, Fraction
 from distmeta.tasks.rollout import ActionSpace, Collector, Film, VectorEnvironment, score_policy
 from distmeta.trajectories import Trajectories
-
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 ENVIRONMENTS = {
     "half-cheetah-direction": "distmeta.tasks.mujoco:make_half_cheetah_direction",
@@ -139,9 +135,7 @@ class Gym:
                 if environment not in self._reusable:
                     environment.close()
 
-    def score(self, outputs: Tensor, batch: Trajectories) -> tuple[Tensor, Metrics]:
-        """Return the policy-gradient loss and the mean return of one task."""
-        return score_policy(outputs, batch)
+    score = staticmethod(score_policy)
 
     def film(self) -> Film:
         """Return a copy of the family that films what it collects; see `tasks.rollout.Film`.

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, final
+from typing import Any, final
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from distmeta.protocols import Episode, Metrics, PerStep
+from distmeta.protocols import Episode, PerStep
 from distmeta.seeding import uniforms
+from distmeta.tasks.options import Count, Fraction
 from distmeta.tasks.rollout import ActionSpace, Collector, VectorEnvironment, score_policy
 from distmeta.trajectories import Trajectories
-
-Count = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 
 MAX_MOVE = 0.1
 """The longest move along an axis."""
@@ -84,9 +81,7 @@ class Navigation:
             axes.set(title=title, xlim=(-0.8, 0.8), ylim=(-0.8, 0.8), aspect="equal")
         return {"trajectories": figure}
 
-    def score(self, outputs: Tensor, batch: Trajectories) -> tuple[Tensor, Metrics]:
-        """Return the policy-gradient loss and the mean return of one task."""
-        return score_policy(outputs, batch)
+    score = staticmethod(score_policy)
 
 
 def make_plane(goal_T2: Tensor, copies: int) -> VectorEnvironment:
