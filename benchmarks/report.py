@@ -284,7 +284,7 @@ def execution(sections: Sections) -> Rows:
     """The smallest and the largest ratio of each kind of model."""
     kinds = {
         "MLP": lambda row: row["model"].startswith("MLP"),
-        f"convolutions up to {LARGE_MAP:,}": lambda row: 0 < row["largest_feature_map"] <= LARGE_MAP,
+        f"convolutions to {LARGE_MAP / 1e6:g} M": lambda row: 0 < row["largest_feature_map"] <= LARGE_MAP,
         "larger convolutions": lambda row: row["largest_feature_map"] > LARGE_MAP,
     }
     rows = []
@@ -392,7 +392,7 @@ TABLES = {
     "methods": Table(
         "methods",
         ("accuracy", "cost"),
-        "method|1-shot, %|5-shot, %|steps|s/step|peak MB|time/MAML|MB of 4 tasks",
+        "method|1-shot, %|5-shot, %|steps|s/step|peak MB|time/MAML|extra MB",
         methods,
     ),
     "omniglot": Table(

@@ -1,1 +1,1 @@
-"""What a step would take on a cluster that is not there: a discrete-event model, fed with costs measured here."""
+"""Predict a job's step times on other clusters: a discrete-event simulation with costs measured on this machine."""
