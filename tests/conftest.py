@@ -34,9 +34,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).parents[1]
 
 
-SHORT = ("algorithms", "tasks", "clusters")
+SHORT = ("algorithms", "clusters", "data", "tasks")
 """Folders of tests that compute for a moment."""
-LONG = ("test_submission.py", "test_jobs_run.py", "test_readme.py")
+LONG = ("test_submission.py", "test_readme.py")
 """Files that start processes, outside the folders of their kind."""
 
 
