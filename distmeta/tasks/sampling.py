@@ -80,6 +80,7 @@ def draw_rows(table: ClassTable, ids: Any, shuffle: bool, unbalanced: bool) -> R
     shots = settings.shots
     n = shots + settings.queries
     T = len(ids)
+    # Uniform numbers of a task: 1 for its group, 2 W for its classes, 2 W n for their drawings.
     group_T1, class_T2W, drawing_T2Wn = np.split(
         uniforms(ids, 1 + 2 * ways + 2 * ways * n), [1, 1 + 2 * ways], axis=1
     )
