@@ -15,7 +15,7 @@ import typer
 from distmeta.cli import data
 from distmeta.cli.check import check
 from distmeta.cli.evaluate import evaluate
-from distmeta.cli.output import fail
+from distmeta.cli.output import FAILED, INTERRUPTED, WRONG_INPUT, fail
 from distmeta.cli.simulate import simulate
 from distmeta.cli.submit import submit
 from distmeta.cli.sweep import sweep
@@ -49,8 +49,8 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
     except Exception as error:
         _handle(error, as_json)
-    if code == 130:  # typer returns it after a Ctrl-C that the command did not handle
-        fail("interrupted", as_json, 130)
+    if code == INTERRUPTED:  # typer returns it after a Ctrl-C that the command did not handle
+        fail("interrupted", as_json, INTERRUPTED)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -59,20 +59,20 @@ def _handle(error: Exception, as_json: bool) -> NoReturn:
     if isinstance(error, typer.Exit):
         sys.exit(error.exit_code)
     if isinstance(error, typer.Abort):
-        fail("interrupted", as_json, 130)
+        fail("interrupted", as_json, INTERRUPTED)
     if isinstance(error, UsageError):
         message = error.format_message()
-        fail(message, as_json, 2, quiet=not message)  # without a message typer printed the help
+        fail(message, as_json, WRONG_INPUT, quiet=not message)  # without a message typer printed the help
 
     from distmeta.errors import InputError
 
     if isinstance(error, InputError):
-        fail(str(error), as_json, 2)
+        fail(str(error), as_json, WRONG_INPUT)
     if not _is_expected(error):
         import traceback
 
         traceback.print_exc()
-    fail(f"{type(error).__name__}: {error}", as_json, 1)
+    fail(f"{type(error).__name__}: {error}", as_json, FAILED)
 
 
 def _is_expected(error: Exception) -> bool:

@@ -7,6 +7,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
+FAILED = 1
+WRONG_INPUT = 2
+INTERRUPTED = 130
+
 
 def print_json(value: Mapping[str, Any]) -> None:
     """Print one line of JSON on stdout. NaN and infinities become null."""
@@ -32,7 +36,7 @@ def fail(
 
     Args:
         as_json: print `{"error": …}` on stdout instead of a line on stderr.
-        code: 1 failed, 2 wrong input, 130 interrupted.
+        code: `FAILED`, `WRONG_INPUT` or `INTERRUPTED`.
         fields: what the JSON line contains besides the error.
         quiet: do not print the line on stderr; the user has seen the reason already.
     """

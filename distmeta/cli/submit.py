@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from distmeta.cli.options import Json, Overrides, separate_job
-from distmeta.cli.output import fail, print_json, print_log, print_note
+from distmeta.cli.output import INTERRUPTED, fail, print_json, print_log, print_note
 
 if TYPE_CHECKING:
     from distmeta.cluster.jobs_client import Submission
@@ -49,7 +49,13 @@ def submit(
         )
     except LeftRunning as left:  # typer would turn it into an exit code without a message
         print_note(f"\nno longer following; the job continues:\n{left.submission.next_steps()}")
-        fail("no longer following; the job continues", as_json, 130, _fields(left.submission), quiet=True)
+        fail(
+            "no longer following; the job continues",
+            as_json,
+            INTERRUPTED,
+            _fields(left.submission),
+            quiet=True,
+        )
     if submitted.exit_code:
         _fail_as_job(submitted, submitted.exit_code, as_json)
     if submitted.exit_code is None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distmeta.cli.options import Json, Overrides, separate_job
-from distmeta.cli.output import fail, print_json, print_note
+from distmeta.cli.output import INTERRUPTED, fail, print_json, print_note
 
 if TYPE_CHECKING:
     from distmeta.config.job import Job
@@ -39,7 +39,7 @@ def sweep(
     except InterruptedRun as interruption:  # typer would turn it into an exit code without a message
         print_note("interrupted: finished trials and checkpoints are kept; resume with:")
         print_note(f"  distmeta sweep --resume {interruption.folder}")
-        fail("interrupted", as_json, 130, {"sweep": interruption.folder}, quiet=True)
+        fail("interrupted", as_json, INTERRUPTED, {"sweep": interruption.folder}, quiet=True)
     if as_json:
         best_run = str(summary.best_run)
         print_json({"best_run": best_run, "best": summary.best, "trials": len(summary.trials)})

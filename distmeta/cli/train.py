@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from distmeta.cli.options import Json, Overrides, separate_job
-from distmeta.cli.output import fail, print_json, print_note
+from distmeta.cli.output import INTERRUPTED, fail, print_json, print_note
 
 if TYPE_CHECKING:
     from distmeta.config.job import Job
@@ -62,7 +62,7 @@ def _report_interruption(interruption: InterruptedRun, as_json: bool) -> NoRetur
     print_note(f"interrupted: the state after step {interruption.step} is saved; resume with:")
     print_note(f"  distmeta train --resume {shlex.quote(interruption.folder)}")
     fields = {"run": interruption.folder, "step": interruption.step}
-    fail(f"interrupted after step {interruption.step}", as_json, 130, fields, quiet=True)
+    fail(f"interrupted after step {interruption.step}", as_json, INTERRUPTED, fields, quiet=True)
 
 
 def _print_result(run: Run) -> None:
@@ -73,7 +73,7 @@ def _print_result(run: Run) -> None:
     result = f"done: step {run.step}, loss {loss}"
     checkpoint = run.place
     if run.best is not None:
-        result += f"; best validation figure {run.best:.4f} at step {run.best_step}"
+        result += f"; best validation score {run.best:.4f} at step {run.best_step}"
         checkpoint = join(run.place, "checkpoints", "best")
     print_note(result)
     print_note(f"next: distmeta evaluate {shlex.quote(checkpoint)}")

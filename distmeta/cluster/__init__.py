@@ -1,1 +1,1 @@
-"""Submitting jobs to a Ray cluster."""
+"""Submit jobs to a Ray cluster and follow them."""

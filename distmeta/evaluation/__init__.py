@@ -1,1 +1,1 @@
-"""Using a trained learner: evaluate, adapt, figures."""
+"""Use a trained learner: evaluate it, adapt it to a task, draw figures."""

@@ -16,7 +16,7 @@ from distmeta.compute.execution import Execution
 from distmeta.compute.scoring import Scores, score_tasks
 from distmeta.compute.vectors import Layout
 from distmeta.errors import InputError
-from distmeta.evaluation.figures import check_video, draw_curve, draw_tasks, send, write_video
+from distmeta.evaluation.figures import check_video, draw_curve, draw_tasks, write_video
 from distmeta.evaluation.learner import Learner, load
 from distmeta.evaluation.predictions import write_predictions
 from distmeta.files import to_json_value
@@ -27,6 +27,7 @@ from distmeta.runtime.problem import Problem, with_score
 from distmeta.runtime.scores import evaluate_tasks, find_primary_metric, split_curves
 from distmeta.tasks.few_shot import ClassificationScore
 from distmeta.tasks.image_preparation import Preparation
+from distmeta.tracking.trackers import attach_files, name_trackers
 
 if TYPE_CHECKING:
     from distmeta.tasks.fixed_episodes import FixedEpisode
@@ -67,8 +68,8 @@ def evaluate(
             Evaluation runs in this process unless `run.workers` is among them.
         episodes: Parquet file of fixed episodes (see `tasks.fixed_episodes`).
         predictions: Parquet file to write: episode, row, label, prediction.
-        figures: folder to write: evaluation.json, curve.png, the task family's own figures. The run's tracker gets them
-            too, as it gets the video. If it cannot be reached, that is reported and is no error.
+        figures: folder to write: evaluation.json, curve.png, the task family's own figures. The run's trackers get them
+            and the video too. If a tracker cannot be reached, that is reported and is no error.
         video: .gif or .mp4 to write: one test task before adaptation and after each inner step.
         report: is told what the user should know.
 
@@ -89,14 +90,15 @@ def evaluate(
         evaluation = _score_fixed_episodes(learner, episodes, predictions)
     files: list[Path] = []
     if figures is not None:
-        files += _write_figures(learner, evaluation, overrides, Path(figures))
+        files += _write_record(learner, evaluation, overrides, Path(figures))
         if episodes is None:
             files += draw_tasks(learner, Path(figures))
     if video is not None:
         write_video(learner, Path(video))
         files.append(Path(video))
     if files:
-        send(learner, files, report)
+        trackers = name_trackers(learner.problem.job.trackers)
+        attach_files(trackers, learner.checkpoint.progress.tracking_ids, files, "evaluation", report)
     return evaluation
 
 
@@ -109,7 +111,7 @@ def _make_folder(folder: Path) -> None:
         ) from None
 
 
-def _write_figures(
+def _write_record(
     learner: Learner, evaluation: Evaluation, overrides: Sequence[str], folder: Path
 ) -> list[Path]:
     """Write evaluation.json, and curve.png if there is more than one point. Return the files."""

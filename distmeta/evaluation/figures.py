@@ -5,7 +5,7 @@ A task family may provide `DrawsFigures` and `Films` (distmeta/protocols.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from distmeta.errors import InputError
 from distmeta.evaluation.learner import Learner
 from distmeta.protocols import DrawsFigures, Episodes, Films, TaskFamily
 from distmeta.seeding import task_ids
-from distmeta.tracking.trackers import attach_files, name_trackers
 
 FIGURE_TASKS = 6
 """Tasks in a family's figures."""
@@ -56,7 +55,7 @@ def draw_tasks(learner: Learner, folder: Path) -> list[Path]:
     if not isinstance(family, DrawsFigures):
         return []
     ids = task_ids(learner.problem.job.seed, "test", 0, FIGURE_TASKS)
-    episodes = to_device(_make_episodes(learner, learner.problem.family, ids), "cpu")
+    episodes = to_device(_make_test_episodes(learner, learner.problem.family, ids), "cpu")
     paths = []
     for name, figure in family.figures(ids, episodes).items():
         path = folder / f"{name}.png"
@@ -93,7 +92,7 @@ def write_video(learner: Learner, path: Path) -> None:
     assert isinstance(family, Films), "check_video comes first"
     film = family.film()
     ids = task_ids(learner.problem.job.seed, "test", 0, 1)
-    _make_episodes(learner, film.family, ids)
+    _make_test_episodes(learner, film.family, ids)
     frames = []
     for step, scene in enumerate(film.scenes):
         title = _title_scene(step)
@@ -107,13 +106,7 @@ def write_video(learner: Learner, path: Path) -> None:
     imageio.mimwrite(path, [np.asarray(frame) for frame in frames], fps=film.rate, macro_block_size=2)
 
 
-def send(learner: Learner, paths: Sequence[Path], report: Callable[[str], None]) -> None:
-    """Send files to the run's trackers, folder `evaluation`. If that fails, report it; it is no error."""
-    trackers = name_trackers(learner.problem.job.trackers)
-    attach_files(trackers, learner.checkpoint.progress.tracking_ids, paths, "evaluation", report)
-
-
-def _make_episodes(learner: Learner, family: TaskFamily, ids: np.ndarray) -> Episodes:
+def _make_test_episodes(learner: Learner, family: TaskFamily, ids: np.ndarray) -> Episodes:
     """Draw test episodes, or collect them with the policy as it adapts."""
     problem = learner.problem
     with learner.inference_settings():

@@ -96,7 +96,7 @@ class Learner:
         if isinstance(problem.family, CollectsData):
             raise InputError(
                 f"adapt: the tasks {problem.job.tasks.type} have no x and y, a policy collects their data: use "
-                "distmeta.evaluate, or compute.episodes.episodes_of with a family of your own"
+                "distmeta.evaluate, or compute.episodes.make_episodes with your own family"
             )
         x = _as_inputs(x, problem)
         y = _as_targets(y, len(x), problem)

@@ -69,7 +69,7 @@ def run_one_task(job: Job) -> Iterator[str]:
     yield _check_gradient(problem, *runs)
     yield _describe_execution(problem, *runs)
     peak_MiB = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    yield f"peak memory of this process {peak_MiB:.0f} MB"
+    yield f"peak memory of this process {peak_MiB:.0f} MiB"
     metrics = {name: float(value.mean()) for name, value in runs[0].result.metrics.items()}
     yield "metrics: " + ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
 
