@@ -15,9 +15,7 @@ ids = st.lists(
 
 @settings(deadline=None)
 @given(ids, st.integers(0, 40), st.integers(0, 2**33))
-def test_what_a_task_draws_does_not_depend_on_what_is_drawn_with_it(
-    ids: np.ndarray, count: int, part: int
-) -> None:
+def test_draws_of_a_task_do_not_depend_on_the_other_tasks(ids: np.ndarray, count: int, part: int) -> None:
     together = uniforms(ids, count, part)
     assert together.shape == (len(ids), count)
     for row, task_id in zip(together, ids, strict=True):
@@ -29,7 +27,7 @@ def test_what_a_task_draws_does_not_depend_on_what_is_drawn_with_it(
 def test_consecutive_tasks_are_consecutive_blocks_of_philox(
     first: int, tasks: int, count: int, part: int
 ) -> None:
-    """Salmon et al. 2011: a block is a function of counter and key alone. numpy counts up before it draws."""
+    """Salmon et al. 2011: a block is a function of counter and key. numpy counts up before it draws."""
     blocks = -(-count // 4)
     rows = uniforms([first + i for i in range(tasks)], count, part)
     for i, row in enumerate(rows):
@@ -51,16 +49,16 @@ def _words(number: int, count: int) -> np.ndarray:
 
 @settings(deadline=None)
 @given(st.integers(0, 2**63), st.integers(0, 2**36 - 1), st.integers(1, 40))
-def test_a_steps_ids_are_consecutive_and_a_longer_list_starts_with_the_shorter_one(
+def test_ids_of_a_step_are_consecutive_and_do_not_depend_on_their_count(
     seed: int, step: int, count: int
 ) -> None:
     whole = task_ids(seed, "train", step, 40)
     assert np.array_equal(task_ids(seed, "train", step, count), whole[:count])
     assert np.all(np.diff(whole) == 1)
-    assert whole[-1] < 2**63, "none begins anew at 0"
+    assert whole[-1] < 2**63, "no id wraps around to 0"
 
 
-def test_steps_streams_and_seeds_share_no_ids() -> None:
+def test_steps_streams_and_seeds_do_not_share_ids() -> None:
     firsts = np.array(
         [
             task_ids(seed, stream, step, 1)[0]
@@ -69,16 +67,16 @@ def test_steps_streams_and_seeds_share_no_ids() -> None:
             for step in (*range(50), 10**6, 10**10)
         ]
     )
-    assert np.diff(np.sort(firsts)).min() > 10**6, "no step's ids run into another's"
+    assert np.diff(np.sort(firsts)).min() > 10**6, "the ids of two steps do not overlap"
     assert len(np.unique(firsts % 2**26)) == 5 * len(STREAMS), "steps are whole multiples of 2**26 apart"
 
 
-def test_torch_seeds_of_all_steps_differ_in_the_bits_that_a_cpu_takes() -> None:
+def test_torch_seeds_of_all_steps_differ_in_their_lower_32_bits() -> None:
     seeds = {torch_seed(task_id) % 2**32 for step in range(200) for task_id in task_ids(0, "train", step, 2)}
     assert len(seeds) == 400
 
 
-def test_uniforms_are_uniform_and_tasks_parts_and_counts_are_not_alike() -> None:
+def test_uniforms_are_uniform_and_differ_between_tasks_parts_and_counts() -> None:
     ids = task_ids(0, "train", 0, 500)
     drawn = uniforms(ids, 22)
     assert drawn.min() >= 0

@@ -1,8 +1,8 @@
-"""Vectors in fewer bits, for the wire: bfloat16, or 8-bit integers with a scale for every 1,024 numbers.
+"""Compressed vectors, for slow networks: bfloat16, or 8-bit integers with a scale for every 1,024 numbers.
 
-int8 is rounded up or down at random in proportion to the distance, so that its expectation is the number itself
-(Alistarh et al. 2017, "QSGD"); without random numbers to the nearest, for whoever feeds the error back
-(Seide et al. 2014, "1-bit SGD").
+8-bit integers are rounded up or down at random, in proportion to the distance, so that their expectation is the number
+itself (Alistarh et al. 2017, "QSGD"). Without random numbers they are rounded to the nearest, for callers that add the
+error to the next vector (Seide et al. 2014, "1-bit SGD").
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from distmeta.compute.vectors import BLOCK
 Compression = Literal["none", "bf16", "int8"]
 """How a vector travels: as it is, as bfloat16, or as 8-bit integers with scales."""
 GROUP = 1_024
-"""Numbers that share a scale: a vector cut at blocks is cut between groups."""
+"""Numbers that share a scale. Blocks consist of whole groups, so a vector may be cut at blocks."""
 LEVELS = 127
 assert BLOCK % GROUP == 0
 
 
 class Coded(NamedTuple):
-    """x̂ = codes · scale of the group (int8); the upper half of a float32 (bf16, no scales)."""
+    """A compressed vector. int8: x̂ = code · scale of the group. bf16: the upper half of a float32."""
 
     codes: np.ndarray
     """int8 or int16 [N]."""
     scales: np.ndarray | None
-    """float32, one a group."""
+    """float32, one per group; None for bf16."""
 
 
 Vector = np.ndarray | Coded
@@ -38,13 +38,14 @@ Vector = np.ndarray | Coded
 
 
 def encode(vector: np.ndarray, how: str, draws: np.random.Generator | None = None) -> Vector:
-    """float32 [N] -> what travels.
+    """Compress a float32 vector [N].
 
-    |x̂ − x| ≤ 2⁻⁸ |x| (bf16), < m/127 with draws and ≤ m/254 without (int8), m the largest magnitude in x's group. What
-    is not finite makes its group NaN.
+    bf16: |x̂ − x| ≤ 2⁻⁸ |x|. int8: < m/127 with random rounding and ≤ m/254 without, where m is the largest magnitude in
+    x's group. A number that is not finite makes its group NaN.
 
     Args:
         how: none, bf16 or int8.
+        draws: for random rounding of int8; None: round to the nearest.
     """
     if how == "none":
         return vector
@@ -62,7 +63,7 @@ def encode(vector: np.ndarray, how: str, draws: np.random.Generator | None = Non
 
 
 def decode(vector: Vector) -> np.ndarray:
-    """What travelled -> float32 [N]."""
+    """Return the float32 vector [N]."""
     if isinstance(vector, np.ndarray):
         return vector
     if vector.scales is None:
@@ -73,7 +74,7 @@ def decode(vector: Vector) -> np.ndarray:
 
 
 def cut(vector: Vector, edges: Sequence[int]) -> list[Vector]:
-    """Its pieces between edges, which lie at blocks."""
+    """Return the pieces of a vector between edges, which lie at blocks."""
     if isinstance(vector, np.ndarray):
         return [vector[a:b] for a, b in pairwise(edges)]
     codes, scales = vector

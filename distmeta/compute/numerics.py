@@ -1,4 +1,4 @@
-"""What the bits of a result depend on besides its inputs: threads, kernels, reduced precision."""
+"""The numerical settings of a process, which the bits of a result depend on: threads, kernels, precision."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distmeta.compute.precision import set_model_precision
 
-# deterministic products on CUDA ask for it, and read it once: at the first product of a process
+# deterministic products on CUDA need it; it is read once, at the first product of a process
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 FULL = ("none", "ieee")
-"""What torch says of a part that computes in float32."""
+"""Values of torch's `fp32_precision` that mean float32."""
 
 
 @contextmanager
 def numerics(
     threads: int, deterministic: bool, precision: str = "float32", device: str = "cpu"
 ) -> Iterator[None]:
-    """Runs a block under the job's settings and puts the process's own back.
+    """Apply a job's settings in the block, and restore the process's own afterwards.
 
-    - `threads` for operations: the split of a sum over threads changes its bits.
-    - `precision`: `float32` means float32: no TF32 in matrix products or convolutions. `tf32`: TF32 there, on
-      GPUs that have it. `bf16`: convolutions and products inside the model compute in bfloat16, in inner and outer
+    - `threads` for operations: how a sum is split over threads changes its bits.
+    - `precision`: `float32` means no TF32 in matrix products or convolutions. `tf32` means TF32 there, on GPUs that
+      have it. `bf16`: convolutions and products inside the model compute in bfloat16, in inner and outer
       losses alike (`compute.precision`). Everything else stays float32.
-    - attention by the backend that has second derivatives (the fused ones have none).
-    - `deterministic`: deterministic kernels; torch names an operation that has none.
+    - attention uses the backend that has second derivatives (the fused ones have none).
+    - `deterministic`: deterministic kernels. torch raises an error that names an operation without one.
     """
     before = _settings()
     _apply((threads, deterministic or before[1], False))
@@ -48,15 +48,18 @@ def numerics(
 
 @contextmanager
 def full_precision(device: str) -> Iterator[None]:
-    """Float32 for a block within `numerics`."""
+    """Compute in float32 in a block within `numerics`."""
     with _tf32(False, device), set_model_precision(None):
         yield
 
 
 @contextmanager
 def _tf32(allowed: bool, device: str) -> Iterator[None]:
-    """TF32 or not, by both of torch's interfaces: its compiler asks either, and where a process has used the newer one,
-    the older reads nothing and its "not allowed" means "as elsewhere". A CPU that is in float32 is left as it is."""
+    """Allow or forbid TF32 through both of torch's interfaces.
+
+    torch's compiler reads either one. If a process has used the newer interface, the older one cannot be read, and its
+    "not allowed" means "as set elsewhere". On a CPU that computes in float32 nothing is changed.
+    """
     cudnn: Any = torch.backends.cudnn
     cpu: Any = torch.backends.mkldnn
     if device == "cpu" and all(part.fp32_precision in FULL for part in (cpu.matmul, cpu.conv, cpu.rnn)):
@@ -66,7 +69,7 @@ def _tf32(allowed: bool, device: str) -> Iterator[None]:
     before = [part.fp32_precision for part in parts]
     try:
         older = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    except RuntimeError:  # what the newer interface has set cannot be told in the older one
+    except RuntimeError:  # the older interface cannot express what the newer one has set
         older = None
     torch.set_float32_matmul_precision("high" if allowed else "highest")
     cudnn.allow_tf32 = allowed
@@ -83,7 +86,7 @@ def _tf32(allowed: bool, device: str) -> Iterator[None]:
 
 
 def _settings() -> tuple[int, bool, bool]:
-    """Those of the process that `numerics` changes, besides TF32."""
+    """Return the settings that `numerics` changes, besides TF32."""
     return (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
@@ -94,6 +97,8 @@ def _settings() -> tuple[int, bool, bool]:
 def _apply(wanted: tuple[int, bool, bool]) -> None:
     threads, deterministic, benchmark = wanted
     torch.set_num_threads(threads)
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # imports all of torch.compile, seconds
+    if (
+        deterministic != torch.are_deterministic_algorithms_enabled()
+    ):  # it imports torch.compile, which takes seconds
         torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = benchmark

@@ -1,6 +1,7 @@
-"""Every registered algorithm, and the protocol's hard cases, have a compiled gradient, and it is the eager one.
+"""Compiled gradients of every registered algorithm, and of the protocol's hard cases, equal the eager ones.
 
-`traced`: the graph that torch.compile is given, run as it is. It costs a second or two, compiled code half a minute.
+"Traced" tests run the graph that torch.compile receives, without compiling it: a second or two instead of half a
+minute.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from distmeta.runtime.problem import build_problem
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 LONG = {"mann", "mann-ntm", "mann-dnc", "matching-fce", "contrastive", "snail", "lstm"}
-"""Three to thirty seconds to trace."""
+"""Algorithms that take 3 to 30 seconds to trace."""
 VARIANTS = {
     "fomaml",
     "reptile-adam",
@@ -39,22 +40,24 @@ VARIANTS = {
     "hypernet",
 }
 VARIANTS |= {"e-maml", "meta-sgd-policy", "reptile-policy"}
-"""Of an algorithm that is traced anyway."""
+"""Variants of an algorithm that is traced anyway."""
 VECTORISED = {"protonet"}
-"""Traced under vmap, too, in every run of the tests."""
+"""Also traced under vmap in every run of the tests."""
 COMPILED = {("protonet", torch.float64)}
-"""Compiled in every run of the tests, beside that of test_execution."""
+"""Compiled in every run of the tests, as is one case of test_execution."""
 
 
-def away(given: tuple[Any, ...], execution: Execution, compiler: Compiler, step: int = 0) -> float:
-    """How far a gradient of the program itself is from the eager one, relative to that."""
+def distance_from_eager(
+    given: tuple[Any, ...], execution: Execution, compiler: Compiler, step: int = 0
+) -> float:
+    """Return the relative distance between the program's gradient and the eager one."""
     problem, theta, episodes, ids = given
     arguments = (problem.training_at(step), problem.score("train"), theta, episodes, ids, execution)
     eager = shard_gradient(*arguments).gradient
-    for _ in range(2):  # the second time no longer beside the eager one
+    for _ in range(2):  # the second time without the comparison in Compiler
         result = shard_gradient(*arguments, compiler).gradient
-    apart = sum(float((result[key] - eager[key]).double().square().sum()) for key in theta)
-    return (apart / sum(float(value.double().square().sum()) for value in eager.values())) ** 0.5
+    squared_distance = sum(float((result[key] - eager[key]).double().square().sum()) for key in theta)
+    return (squared_distance / sum(float(value.double().square().sum()) for value in eager.values())) ** 0.5
 
 
 def traced_cases() -> Iterator[Any]:
@@ -69,9 +72,9 @@ def traced_cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("name", "execution", "dtype"), list(traced_cases()))
-def test_a_traced_gradient_is_the_eager_one(name: str, execution: Execution, dtype: torch.dtype) -> None:
+def test_traced_gradient_equals_eager_gradient(name: str, execution: Execution, dtype: torch.dtype) -> None:
     compiler = Compiler("float32", trace_only=True)
-    assert away(parts(name, dtype=dtype), execution, compiler) <= TOLERANCE[dtype]
+    assert distance_from_eager(parts(name, dtype=dtype), execution, compiler) <= TOLERANCE[dtype]
 
 
 def compiled_cases() -> Iterator[Any]:
@@ -81,13 +84,13 @@ def compiled_cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("name", "dtype"), list(compiled_cases()))
-def test_a_compiled_gradient_is_the_eager_one(name: str, dtype: torch.dtype) -> None:
-    assert away(parts(name, dtype=dtype), VMAP, Compiler("float32")) <= TOLERANCE[dtype]
+def test_compiled_gradient_equals_eager_gradient(name: str, dtype: torch.dtype) -> None:
+    assert distance_from_eager(parts(name, dtype=dtype), VMAP, Compiler("float32")) <= TOLERANCE[dtype]
 
 
 @pytest.fixture
 def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Everything that has been traced."""
+    """The list of all functions that have been traced."""
     seen: list[Any] = []
     make_fx = distmeta.compute.compiler.make_fx
 
@@ -99,20 +102,20 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-def test_one_program_serves_all_steps_that_differ_in_numbers_alone(traced: list[Any]) -> None:
-    """MAML++: other weights in every step; from step 2 on exact derivatives; from 4 on the last loss alone."""
+def test_one_program_serves_all_steps_that_only_differ_in_scheduled_values(traced: list[Any]) -> None:
+    """MAML++: other weights in every step; exact derivatives from step 2 on; only the last loss from step 4 on."""
     schedule = {"msl_steps": 4, "first_order_steps": 2, "inner_steps": 2}
     job = tree({"type": "maml-plus-plus", "inner_lr": 0.05, **schedule}, model={"type": "mlp", "hidden": [4]})
     given = parts(job, tasks=1)
     compiler = Compiler("float32", trace_only=True)
     programs = []
     for step in range(6):
-        assert away(given, LOOP, compiler, step) <= 1e-5
+        assert distance_from_eager(given, LOOP, compiler, step) <= 1e-5
         programs.append(len(traced))
     assert programs == [1, 1, 2, 2, 3, 3]
 
 
-def test_what_changes_elsewhere_would_be_compiled_for_ever_and_says_so() -> None:
+def test_too_many_programs_are_refused() -> None:
     compiler = Compiler("float32", trace_only=True)
 
     def function(x: torch.Tensor) -> Any:
@@ -125,22 +128,22 @@ def test_what_changes_elsewhere_would_be_compiled_for_ever_and_says_so() -> None
         compiler(MOST_PROGRAMS, function, torch.ones(3))
 
 
-def test_what_one_program_serves_is_told_by_values_and_objects() -> None:
+def test_structure_of_an_algorithm_is_compared_by_value_and_identity() -> None:
     plus = build_problem(Job.parse(tree("maml-plus-plus"))).algorithm
     assert describe_structure(plus.at(0)) == describe_structure(plus.at(1))
-    assert describe_structure(plus.at(0)) != describe_structure(plus)  # the last loss alone
+    assert describe_structure(plus.at(0)) != describe_structure(plus)  # only the last loss
     assert with_scheduled(plus, (1,)).scheduled == (1,)
     other = copy.copy(plus)
     other.model = copy.copy(plus.model)
     assert describe_structure(other) != describe_structure(plus)
     plain = build_problem(Job.parse(tree("maml"))).algorithm
     assert isinstance(plain, MAML)
-    assert describe_structure(plain) != describe_structure(copy.copy(plain))  # without `at`: itself
+    assert describe_structure(plain) != describe_structure(copy.copy(plain))  # without `at`: by identity
     assert with_scheduled(plain, ()) is plain
 
 
 @pytest.mark.slow
-def test_an_algorithm_with_a_schedule_is_trained_compiled(workplace: Any) -> None:
+def test_algorithm_with_a_schedule_trains_compiled(workplace: Any) -> None:
     algorithm = {"type": "maml-plus-plus", "inner_lr": 0.05, "inner_steps": 2, "msl_steps": 2}
     losses = []
     for compiled in (False, True):

@@ -52,7 +52,7 @@ EXACT = (
     "pairwise",
     "policy-gradient",
 )
-"""Those whose meta-gradient is the plain derivative of their meta-loss."""
+"""Algorithms whose meta-gradient is the derivative of their meta-loss."""
 LOOP, VMAP = Execution("loop", 1), Execution("vmap", 2**31)
 OTHERS = (
     VMAP,
@@ -61,7 +61,7 @@ OTHERS = (
 )
 
 
-def test_every_registered_algorithm_is_here() -> None:
+def test_every_registered_algorithm_is_tested() -> None:
     assert {case["type"] for case in ALGORITHMS.values()} == set(REGISTERED)
 
 
@@ -89,8 +89,8 @@ def gradient(
     return torch.cat([result.gradient[key].flatten() for key in theta])
 
 
-by_loop = cache(partial(gradient, execution=LOOP))
-"""What the others are held against: computed once for them all."""
+loop_gradient = cache(partial(gradient, execution=LOOP))
+"""The gradient that all others are compared with, computed once."""
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,7 +108,7 @@ def test_pure_and_deterministic(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_gradient_has_thetas_keys_shapes_and_dtypes(name: str) -> None:
+def test_gradient_has_the_keys_shapes_and_dtypes_of_theta(name: str) -> None:
     problem, theta, episodes, ids = parts(name)
     result = shard_gradient(problem.algorithm, problem.score("train"), theta, episodes, ids, LOOP)
     assert {k: (v.shape, v.dtype) for k, v in result.gradient.items()} == {
@@ -125,17 +125,16 @@ def test_gradient_has_thetas_keys_shapes_and_dtypes(name: str) -> None:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])
 @pytest.mark.parametrize("execution", OTHERS, ids=lambda e: f"{e.mode}-{e.differentiation}")
 @pytest.mark.parametrize("name", CASES)
-def test_execution_and_differentiation_do_not_matter(
+def test_every_execution_and_differentiation_gives_the_same_gradient(
     name: str, execution: Execution, dtype: torch.dtype, tolerance: float
 ) -> None:
-    loop, other = by_loop(name, dtype=dtype), gradient(name, execution, dtype)
+    loop, other = loop_gradient(name, dtype=dtype), gradient(name, execution, dtype)
     assert float((loop - other).norm() / loop.norm()) <= tolerance
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_all_is_on_one_device(name: str) -> None:
-    """A tensor that an algorithm, a model or a score makes on the CPU would meet those of a GPU: shapes alone, on the
-    device `meta`, where fake tensors look at their neighbours' devices."""
+def test_everything_is_on_one_device(name: str) -> None:
+    """Nothing creates tensors on the CPU that would meet those of a GPU. Fake tensors on the device `meta` check it."""
     problem, theta, episodes, _ = parts(name, tasks=2)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     problem.model.to("meta")
@@ -174,7 +173,7 @@ def test_gradient_equals_finite_differences(name: str) -> None:
         return shard_gradient(problem.algorithm, problem.score("train"), moved, episodes, ids, LOOP)
 
     def total(scale: float) -> float:
-        if name == "pairwise":  # its loss is more than the query losses in its metrics
+        if name == "pairwise":  # its loss is not the sum of the query losses in its metrics
             moved = {k: v + scale * direction[k] for k, v in theta.items()}
             return pairwise_total(problem, moved, episodes)
         return replayed_loss(problem, {k: v + scale * direction[k] for k, v in theta.items()}, episodes)
@@ -186,7 +185,7 @@ def test_gradient_equals_finite_differences(name: str) -> None:
 
 
 def replayed_loss(problem: Problem, theta: Theta, episodes: Episode) -> float:
-    """Σ over tasks of the query loss after the inner loop, by the protocol's four functions alone."""
+    """Return the sum of the tasks' query losses after the inner loop, using only the protocol's four functions."""
     algorithm, score, total = problem.algorithm, problem.score("train"), 0.0
     for t in range(4):
         episode = tree_map(lambda leaf, t=t: leaf[t], episodes)
@@ -214,7 +213,7 @@ def test_algorithm_survives_pickling(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["maml", "fomaml", "reptile", "imaml", "memory"])
-def test_improves_a_toy_task_family(name: str) -> None:
+def test_training_improves_a_toy_task_family(name: str) -> None:
     tasks = {
         "type": "linear",
         "shots": 5,

@@ -1,4 +1,4 @@
-"""theta is the same to the bit: in-process, on any number of workers, with one killed, after a resume."""
+"""theta is the same to the bit in one process, with any number of workers, with a killed worker, and after a resume."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from distmeta.errors import NumericsError
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.problem import build_problem
+from distmeta.runtime.reporter import SilentReporter
 from distmeta.runtime.resolve import resolve
 from distmeta.runtime.shards import Shard, ShardResult
-from distmeta.runtime.reporter import SilentReporter
 from distmeta.runtime.worker import Worker, plan_shards
 from distmeta.strategies import driver
 
@@ -60,43 +60,43 @@ if find_spec("mujoco"):
     CASES["gym"] = tree("maml-rl", tasks=GYM, run=RUN)
 
 WITH_RAY = {"maml": (1, 4)}
-"""Cases that meet so many Ray workers in every run of the tests; the others meet two hosts, or workers by hand."""
+"""Cases that run on these numbers of Ray workers in every run of the tests. The others run on two hosts."""
 
 
-def trained(job: dict[str, Any], **run: Any) -> Path:
+def train_job(job: dict[str, Any], **run: Any) -> Path:
     return distmeta.train(Job.parse(job | {"run": job["run"] | run})).run
 
 
-def bits(run: Path) -> bytes:
+def theta_bytes(run: Path) -> bytes:
     theta = checkpoints.load(run).theta
     return b"".join(name.encode() + theta[name].numpy().tobytes() for name in sorted(theta))
 
 
-def steps_of(name: str) -> list[int]:
+def list_steps(name: str) -> list[int]:
     return list(range(1, CASES[name]["run"]["steps"] + 1))
 
 
-def lines(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tasks_per"))} for row in rows]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The run of a case in this process, made once."""
+    """A function that trains a case in this process, once, and returns its run folder."""
     runs: dict[str, Path] = {}
 
-    def run_of(name: str) -> Path:
+    def train_once(name: str) -> Path:
         if name not in runs:
-            runs[name] = trained(CASES[name] | {"output": str(tmp_path_factory.mktemp("alone"))})
+            runs[name] = train_job(CASES[name] | {"output": str(tmp_path_factory.mktemp("alone"))})
         return runs[name]
 
-    return run_of
+    return train_once
 
 
-class Flag(SilentReporter):
-    """Puts a file up once training begins: before that, this process itself draws tasks."""
+class FlagReporter(SilentReporter):
+    """Creates a file when training begins. Before that, this process itself draws tasks."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -113,15 +113,15 @@ class Flag(SilentReporter):
         if name in WITH_RAY or name not in ALGORITHMS
     ],
 )
-def test_any_number_of_workers(
+def test_any_number_of_workers_gives_the_same_theta(
     name: str, workplace: Path, cluster: None, alone: Callable[[str], Path]
 ) -> None:
     assert Job.load(alone(name) / "job.yaml").compute.compile == (name == "compiled")
-    assert [row["step"] for row in lines(alone(name))] == steps_of(name)
+    assert [row["step"] for row in read_metrics(alone(name))] == list_steps(name)
     for workers in WITH_RAY.get(name, (3,)):
-        run = trained(CASES[name], workers=workers)
-        assert bits(run) == bits(alone(name)), workers
-        assert lines(run) == lines(alone(name))
+        run = train_job(CASES[name], workers=workers)
+        assert theta_bytes(run) == theta_bytes(alone(name)), workers
+        assert read_metrics(run) == read_metrics(alone(name))
 
 
 @pytest.fixture(scope="module")
@@ -135,32 +135,32 @@ def hosts(cluster: None) -> Iterator[list[Any]]:
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in {*WITH_RAY, "compiled"}])
-def test_in_other_processes(
+def test_other_processes_give_the_same_theta(
     name: str,
     workplace: Path,
     hosts: list[Any],
     alone: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """All numbers are those of this process, in two others; RayPool's own ways are tested above."""
+    """Train with two other processes. How RayPool distributes shards is tested above."""
     here = alone(name)
     monkeypatch.setattr(driver, "open_pool", partial(JobWorkerPool, hosts))
-    run = trained(CASES[name])
-    assert bits(run) == bits(here)
-    assert lines(run) == lines(here)
+    run = train_job(CASES[name])
+    assert theta_bytes(run) == theta_bytes(here)
+    assert read_metrics(run) == read_metrics(here)
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "compiled" else name for name in CASES]
 )
-def test_stopped_and_resumed(name: str, workplace: Path, alone: Callable[[str], Path]) -> None:
-    short = trained(CASES[name], steps=3, name="stopped")
-    # stopping at 3 evaluated there, as a last step is; that line is not part of the comparison
-    distmeta.train(Job.load(short / "job.yaml", [f"run.steps={steps_of(name)[-1]}"]), resume=short)
-    assert bits(short) == bits(alone(name))
-    without = [[row for row in lines(run) if row["step"] != 3] for run in (short, alone(name))]
+def test_resume_gives_the_same_theta(name: str, workplace: Path, alone: Callable[[str], Path]) -> None:
+    short = train_job(CASES[name], steps=3, name="stopped")
+    # the short run evaluates its last step, 3: that line is not compared
+    distmeta.train(Job.load(short / "job.yaml", [f"run.steps={list_steps(name)[-1]}"]), resume=short)
+    assert theta_bytes(short) == theta_bytes(alone(name))
+    without = [[row for row in read_metrics(run) if row["step"] != 3] for run in (short, alone(name))]
     assert without[0] == without[1]
-    assert [row["step"] for row in lines(short)] == steps_of(name)
+    assert [row["step"] for row in read_metrics(short)] == list_steps(name)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
@@ -175,24 +175,24 @@ def test_resume_restores_every_optimizer_and_schedule(optimizer: str, schedule: 
     if optimizer in ("sgd", "rmsprop"):
         outer["momentum"] = 0.9
     job = tree("maml", outer=outer, run={"steps": 12, "tasks_per_step": 2, "shards": 1})
-    alone = trained(job)
-    short = trained(job, steps=5, name="stopped")
+    alone = train_job(job)
+    short = train_job(job, steps=5, name="stopped")
     distmeta.train(Job.load(short / "job.yaml", ["run.steps=12"]), resume=short)
-    assert bits(short) == bits(alone)
+    assert theta_bytes(short) == theta_bytes(alone)
 
 
-def test_a_killed_workers_shard_is_computed_again(workplace: Path, cluster: None) -> None:
-    """On workers that draw ahead."""
+def test_shard_of_a_killed_worker_is_computed_again(workplace: Path, cluster: None) -> None:
+    """The workers prefetch tasks."""
     job = tree("maml", tasks={"type": "hard_cases:Lethal", "flag": str(workplace / "kill")})
-    calm = trained(job)
+    calm = train_job(job)
     lethal = Job.parse(job).replace(run={"workers": 2}, compute={"draw_ahead": True})
-    shaken = distmeta.train(lethal, reporter=Flag(workplace / "kill")).run
+    shaken = distmeta.train(lethal, reporter=FlagReporter(workplace / "kill")).run
     assert not (workplace / "kill").exists(), "a worker was killed"
-    assert bits(shaken) == bits(calm)
-    assert lines(shaken) == lines(calm)
+    assert theta_bytes(shaken) == theta_bytes(calm)
+    assert read_metrics(shaken) == read_metrics(calm)
 
 
-def test_a_shard_that_kills_every_worker_stops_the_run_with_a_checkpoint(
+def test_shard_that_kills_every_worker_stops_the_run_with_a_checkpoint(
     workplace: Path, cluster: None
 ) -> None:
     from distmeta.runtime.failure_policy import LostShardError
@@ -200,27 +200,27 @@ def test_a_shard_that_kills_every_worker_stops_the_run_with_a_checkpoint(
     tasks = {"type": "hard_cases:Lethal", "flag": str(workplace / "kill"), "always": True}
     job = Job.parse(tree("maml", tasks=tasks, run={"workers": 2, "name": "doomed", "max_shard_failures": 2}))
     with pytest.raises(LostShardError, match=r"shard \d \(tasks \d to \d\) lost 2 workers"):
-        distmeta.train(job, reporter=Flag(workplace / "kill"))
+        distmeta.train(job, reporter=FlagReporter(workplace / "kill"))
     assert checkpoints.load(workplace / "runs" / "doomed").progress.step == 0
 
 
-def test_what_the_computation_raises_is_raised_here(workplace: Path, cluster: None) -> None:
+def test_error_on_a_worker_is_raised_in_the_driver(workplace: Path, cluster: None) -> None:
     tasks = {"type": "hard_cases:Vanishing", "flag": str(workplace / "gone")}
     job = Job.parse(tree("maml", tasks=tasks, run={"workers": 1, "name": "gone"}))
     with pytest.raises(distmeta.errors.InputError, match=r"^tasks.path: the store is gone$"):
-        distmeta.train(job, reporter=Flag(workplace / "gone"))
+        distmeta.train(job, reporter=FlagReporter(workplace / "gone"))
     assert checkpoints.load(workplace / "runs" / "gone").progress.step == 0
 
 
-def test_too_few_resources_say_so(workplace: Path, cluster: None) -> None:
+def test_too_few_resources_are_reported(workplace: Path, cluster: None) -> None:
     with pytest.raises(distmeta.errors.InputError, match=r"run.workers: got 9 .* the cluster has 4 CPU"):
-        trained(tree("maml"), workers=9, start_timeout=3)
+        train_job(tree("maml"), workers=9, start_timeout=3)
     assert not (workplace / "runs").exists()
 
 
 def test_non_finite_tasks_are_dropped_and_counted(workplace: Path) -> None:
-    run = trained(tree("maml", tasks={"type": "hard_cases:Poisoned"}, run={"tasks_per_step": 16}))
-    rows = lines(run)
+    run = train_job(tree("maml", tasks={"type": "hard_cases:Poisoned"}, run={"tasks_per_step": 16}))
+    rows = read_metrics(run)
     assert sum(row["tasks_dropped"] for row in rows) > 0
     for row in rows:
         assert row["tasks"] + row["tasks_dropped"] == 16
@@ -229,29 +229,29 @@ def test_non_finite_tasks_are_dropped_and_counted(workplace: Path) -> None:
     assert all(np.isfinite(value.numpy()).all() for value in checkpoints.load(run).theta.values())
 
 
-def test_a_step_with_no_finite_task_changes_nothing(workplace: Path) -> None:
+def test_step_without_a_finite_task_changes_nothing(workplace: Path) -> None:
     job = tree(
         "maml", tasks={"type": "hard_cases:AllBad"}, run={"steps": 3, "keep": 9, "checkpoint_every": 1}
     )
-    run = trained(job)
+    run = train_job(job)
     states = [checkpoints.load(run / "checkpoints" / f"step-{step:08d}") for step in (0, 3)]
     assert all(np.array_equal(states[0].theta[n], states[1].theta[n]) for n in states[0].theta)
     assert states[1].optimizer == {}
-    assert lines(run)[0]["loss_after"] is None
-    assert lines(run)[0]["grad_norm"] is None
+    assert read_metrics(run)[0]["loss_after"] is None
+    assert read_metrics(run)[0]["grad_norm"] is None
 
 
-def test_finite_gradients_whose_sum_is_not_never_reach_theta(workplace: Path) -> None:
+def test_infinite_sum_of_finite_gradients_never_reaches_theta(workplace: Path) -> None:
     tasks = {"type": "hard_cases:Huge"}
-    run = trained(tree("maml", tasks=tasks, outer={"clip_norm": 1.0}, run={"steps": 2}))
-    assert [(row["tasks"], row["tasks_dropped"]) for row in lines(run)] == [(0, 8), (0, 8)]
+    run = train_job(tree("maml", tasks=tasks, outer={"clip_norm": 1.0}, run={"steps": 2}))
+    assert [(row["tasks"], row["tasks_dropped"]) for row in read_metrics(run)] == [(0, 8), (0, 8)]
     assert all(np.isfinite(value.numpy()).all() for value in checkpoints.load(run).theta.values())
 
 
-def test_a_mistake_that_shows_on_workers_alone_is_one_line(workplace: Path, cluster: None) -> None:
+def test_mistake_that_only_workers_see_is_one_line(workplace: Path, cluster: None) -> None:
     tasks = {"type": "hard_cases:OnlyHere", "pid": os.getpid()}
     with pytest.raises(distmeta.errors.InputError, match=r"^tasks.path: not on this node$"):
-        trained(tree("maml", tasks=tasks), workers=1)
+        train_job(tree("maml", tasks=tasks), workers=1)
     assert not (workplace / "runs").exists()
 
 
@@ -262,7 +262,7 @@ def test_stop_at_a_non_finite_gradient(workplace: Path) -> None:
     assert checkpoints.load(workplace / "runs" / "bad").progress.step == 0
 
 
-def test_a_worker_without_the_trajectories_collects_them_again() -> None:
+def test_worker_without_the_trajectories_collects_them_again() -> None:
     problem = resolve(build_problem(Job.parse(CASES["outer-epochs"])))
     server = ParameterServer(problem.init(), problem.job.outer)
     first = server.flat()
@@ -278,10 +278,8 @@ def test_a_worker_without_the_trajectories_collects_them_again() -> None:
     assert not np.array_equal(results[0], gradient)
 
 
-def test_what_stops_a_step_between_its_epochs_undoes_them(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calm = trained(CASES["outer-epochs"], steps=3, eval_every=0)
+def test_error_between_outer_epochs_undoes_them(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = train_job(CASES["outer-epochs"], steps=3, eval_every=0)
     compute = Worker.compute
 
     def stopping(worker: Worker, flat: np.ndarray, shard: Shard, out: Buffer | None) -> ShardResult:
@@ -293,21 +291,21 @@ def test_what_stops_a_step_between_its_epochs_undoes_them(
         monkeypatch.setattr(Worker, "compute", stopping)
         name = f"stopped-{stop}"
         with pytest.raises(NumericsError):
-            trained(CASES["outer-epochs"], steps=3, eval_every=0, name=name)
+            train_job(CASES["outer-epochs"], steps=3, eval_every=0, name=name)
         monkeypatch.setattr(Worker, "compute", compute)
         run = workplace / "runs" / name
         assert checkpoints.load(run).progress.step == stop
         distmeta.train(Job.load(run / "job.yaml"), resume=run)
-        assert bits(run) == bits(calm)
+        assert theta_bytes(run) == theta_bytes(calm)
 
 
 @pytest.mark.parametrize("execution", ["loop", "vmap"])
-def test_scores_before_adaptation_are_taken_as_often_as_asked_and_change_no_bit(
+def test_scores_before_adaptation_follow_before_every_and_change_no_bit(
     workplace: Path, execution: str
 ) -> None:
     job = tree("maml", compute={"execution": execution}, run={"steps": 5})
-    runs = {every: trained(job, name=f"every-{every}", before_every=every) for every in (1, 3, 0)}
-    assert len({bits(run) for run in runs.values()}) == 1
+    runs = {every: train_job(job, name=f"every-{every}", before_every=every) for every in (1, 3, 0)}
+    assert len({theta_bytes(run) for run in runs.values()}) == 1
     rows = {
         every: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         for every, run in runs.items()
