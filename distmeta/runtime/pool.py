@@ -71,7 +71,8 @@ class WorkOrder:
 
     shards: list[Any]
     theta: Sequence[Any]
-    """References to the Ray objects that are theta: a flat vector in any number of pieces."""
+    """What the worker receives besides the unit: references to theta as a flat vector in any number of consecutive
+    pieces, or the further arguments of `function`."""
     edges: Sequence[int] = ()
     """Where to cut the gradients into separate Ray objects; empty: they come back with the results."""
     queue: bool = False
@@ -117,31 +118,24 @@ class RayPool:
         self._may_compile = problem.job.compute.compile
         self._calls: dict[Any, _Call] = {}
         self._times: dict[ShardKind, deque[float]] = {}
-        self._workers: RayWorkers | None = None
+        self._workers = RayWorkers(self._ray, self._run, report)
         report(f"starting {describe_number(self._run.min_workers, self._run.max_workers, 'Ray worker')} …")
         cpus = math.ceil(self._run.min_workers * self._run.cpus_per_worker)
         self._disconnect = connect(self._ray, self._run.address, cpus)
         try:
-            spec = self._ray.put(WorkerSpec.from_problem(problem, layout))
-            self._workers = RayWorkers(self._ray, self._run, spec, report)
-            self._workers.start()
+            self._workers.start(self._ray.put(WorkerSpec.from_problem(problem, layout)))
         except BaseException:
             self.close()
             raise
 
     @property
-    def workers(self) -> RayWorkers:
-        assert self._workers is not None
-        return self._workers
-
-    @property
     def size(self) -> int:
-        return max(self.workers.size, 1)
+        return max(self._workers.size, 1)
 
     @property
     def node_ids(self) -> list[str]:
         """Ids of the nodes that workers are on."""
-        return self.workers.node_ids()
+        return self._workers.node_ids()
 
     def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
         order = WorkOrder(list(shards), [self.put(flat, check)], queue=True)
@@ -159,7 +153,7 @@ class RayPool:
 
     def resume(self) -> None:
         """Call this before the first `work` after a pause."""
-        self.workers.resume()
+        self._workers.resume()
 
     def work(self, orders: Sequence[WorkOrder]) -> None:
         """Hand out shards and collect answers for a moment (`POLL_SECONDS`). The first order has priority.
@@ -167,15 +161,14 @@ class RayPool:
         Raises:
             LostShardError: a shard has cost too many workers, or no worker is left.
         """
-        self.workers.update()
+        self._workers.update()
         self._hand_out(orders)
-        for call in self.workers.wait(list(self._calls)):
+        for call in self._workers.wait(list(self._calls)):
             self._collect(call)
         self._replace_hung_workers()
 
     def close(self) -> None:
-        if self._workers is not None:
-            self._workers.close()
+        self._workers.close()
         self._disconnect()
 
     def put(self, flat: np.ndarray, check: Callable[[], None]) -> Any:
@@ -206,7 +199,7 @@ class RayPool:
 
         The last shards are not queued: they go to whichever worker is free first.
         """
-        for worker in self.workers.idle():
+        for worker in self._workers.idle():
             order, position = self._next_shard(orders, time.monotonic())
             if order is None:
                 return
@@ -216,9 +209,9 @@ class RayPool:
                 )
             self._submit(worker, order, position)
         for order in orders:
-            for worker in self.workers.without_queue():
+            for worker in self._workers.without_queue():
                 position = order.pending.next_unassigned()
-                if position is not None and order.queue and order.pending.unassigned > self.workers.size:
+                if position is not None and order.queue and order.pending.unassigned > self._workers.size:
                     self._submit(worker, order, position)
 
     def _next_shard(self, orders: Sequence[WorkOrder], now: float) -> tuple[WorkOrder | None, int]:
@@ -237,7 +230,7 @@ class RayPool:
         shard = order.shards[position]
         order.pending.assign(position, time.monotonic())
         method, arguments, outputs = order.call()
-        call, *pieces = self.workers.submit(worker, method, shard, arguments, outputs)
+        call, *pieces = self._workers.submit(worker, method, shard, arguments, outputs)
         self._calls[call] = _Call(worker, shard, position, order.pending, pieces)
 
     def _collect(self, finished: Any) -> None:
@@ -255,10 +248,10 @@ class RayPool:
         except worker_failures(self._ray) as error:
             return self._handle_loss(call.worker, summarize_error(error))
         del self._calls[finished]
-        seconds = time.monotonic() - self.workers.busy_since(call.worker)
+        seconds = time.monotonic() - self._workers.busy_since(call.worker)
         self._recent_times(call.shard.kind).append(seconds)
         call.pending.answer(call.position, ShardAnswer(call.shard, result, call.pieces))
-        return self.workers.finish(call.worker)
+        return self._workers.finish(call.worker)
 
     def _handle_loss(self, worker: int, reason: str) -> None:
         """Replace a lost worker. Its unanswered shards go to other workers; the one that it computed takes the blame.
@@ -270,7 +263,7 @@ class RayPool:
         current, *queued = [self._calls.pop(reference) for reference in lost]
         for call in reversed(queued):
             call.pending.lose(call.position, blamed=False)
-        blamed = not self.workers.is_node_dead(worker)
+        blamed = not self._workers.is_node_dead(worker)
         failures = current.pending.lose(current.position, blamed)
         is_unanswered = current.position not in current.pending.results
         if blamed and is_unanswered:
@@ -280,15 +273,15 @@ class RayPool:
         cause = error_type(reason) if blamed else "its node is gone"
         consequence = f": its shard {current.shard.index} is computed again" if is_unanswered else ""
         self._report(f"lost worker {worker} ({cause}){consequence}")
-        delay = backoff(self.workers.losses_in_a_row(worker) + 1) if blamed else 0.0
-        self.workers.replace(worker, delay, blamed)
+        delay = backoff(self._workers.losses_in_a_row(worker) + 1) if blamed else 0.0
+        self._workers.replace(worker, delay, blamed)
 
     def _replace_hung_workers(self) -> None:
         """Treat workers that do not answer for too long as lost."""
         now = time.monotonic()
         current_calls = {call.worker: call for call in reversed(self._calls.values())}
         for worker, call in current_calls.items():
-            silent = now - self.workers.busy_since(worker)
+            silent = now - self._workers.busy_since(worker)
             failures = call.pending.failures[call.position]
             # the first shard of a worker may take a minute longer, for compiling
             peer_seconds = () if self._may_compile else self._recent_times(call.shard.kind)

@@ -102,10 +102,10 @@ class RayWorkers:
     An actor is requested for every empty slot, even if the cluster has no room: an autoscaler acts on such requests.
     """
 
-    def __init__(self, ray: Any, run: RunSection, spec: Any, report: Callable[[str], None]):
+    def __init__(self, ray: Any, run: RunSection, report: Callable[[str], None]):
         self._ray = ray
         self._run = run
-        self._spec = spec
+        self._spec: Any = None
         self._report = report
         self._slots = [_Slot() for _ in range(run.max_workers)]
         self._nodes = Nodes(ray)
@@ -140,14 +140,18 @@ class RayWorkers:
         """Return how many workers were lost in this slot since one of them computed a shard."""
         return self._slots[worker].losses_in_a_row
 
-    def start(self) -> None:
+    def start(self, spec: Any) -> None:
         """Wait until `run.min_workers` workers are ready.
+
+        Args:
+            spec: a reference to the `WorkerSpec`.
 
         Raises:
             InputError: the cluster cannot place them within `run.start_timeout` seconds, or the job cannot be built.
             LostShardError: they die while starting.
         """
         run = self._run
+        self._spec = spec
         started = time.monotonic()
         while self.size < run.min_workers:
             if time.monotonic() - started > run.start_timeout:

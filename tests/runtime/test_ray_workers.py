@@ -163,9 +163,9 @@ def test_late_worker_without_a_compiler_is_refused(
     monkeypatch.setattr(ray_workers, "WorkerProcess", SelectiveProcess)
     reports: list[str] = []
     run = Job.parse(tree(run={"workers": {"min": 1, "max": 2}, "cpus_per_worker": 0.5})).run
-    workers = ray_workers.RayWorkers(ray, run, ray.put(None), reports.append)
+    workers = ray_workers.RayWorkers(ray, run, reports.append)
     try:
-        workers.start()
+        workers.start(ray.put(None))
         deadline = time.monotonic() + 60
         while not any("is refused" in text for text in reports):
             assert time.monotonic() < deadline, reports
