@@ -103,8 +103,8 @@ def _check_gradient(problem: Problem, first: GradientRun, second: GradientRun) -
     tolerance = 0.0 if is_exact else TOLERANCE
     if vector_norm(first.flat - second.flat) > tolerance * vector_norm(first.flat):
         raise InputError(
-            "purity: the same task gave two different gradients: the model or algorithm keeps state or draws random "
-            "numbers of its own; expected pure functions of their arguments"
+            "purity: the same task gave two different gradients: the model or algorithm keeps state or draws unseeded "
+            "random numbers, expected pure functions of their arguments"
         )
     if first.result.dropped:
         raise InputError(
