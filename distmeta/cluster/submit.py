@@ -15,16 +15,17 @@ from typing import Any
 
 from distmeta.cluster.jobs_client import Submission, connect, explain_errors, find_dashboard, follow
 from distmeta.cluster.packaging import build_package
+from distmeta.config.catalog import TRACKERS
 from distmeta.config.job import Job
+from distmeta.config.parts import import_part
 from distmeta.errors import InputError, redact
+from distmeta.tracking.interface import KeepsLocalStore, ReadsEnvironment
 
 STOP_SECONDS = 60
 """Time between the SIGTERM and the SIGKILL of `ray job stop`, to save a checkpoint. Ray's own default is 3 s."""
 ROOT = '"${DISTMETA_HOME:-$HOME/distmeta}"'
 """Shell text: the folder on the driver's node that relative run folders are in. Ray deletes a job's working folder."""
 SECRET_VARIABLE = re.compile("PASSWORD|TOKEN|SECRET|KEY|CREDENTIAL")
-LOCAL_STORE = re.compile(r"sqlite:///(?!/)|file:(?!/)|(?!/|databricks)[^:]*$")
-"""MLflow's tracking URIs that mean a file relative to the working folder."""
 
 
 def submit(
@@ -72,7 +73,7 @@ def submit(
         submission_id = client.submit_job(
             entrypoint=build_entrypoint(file, overrides, loaded, resume, sweep),
             submission_id=_new_id("resumed" if loaded is None else loaded.name),
-            runtime_env={"working_dir": str(package.path), "env_vars": select_variables(show)},
+            runtime_env={"working_dir": str(package.path), "env_vars": select_variables(loaded, show)},
             entrypoint_num_cpus=driver_cpus or None,
         )
     show(f"submitted {submission_id} to {redact(url)}: {len(package.files)} files of {folder.resolve()}\n")
@@ -105,9 +106,18 @@ def build_entrypoint(
         is_relative = resume != "auto" and not _is_absolute(resume)
         folder = '"$root"/' if is_relative else ""
         line += f" --resume {folder}{shlex.quote(resume)}"
-    database = "${MLFLOW_TRACKING_URI:-sqlite:///$root/mlflow.db}"
+    stores = [part.default_store("$root") for part in list_trackers(job) if isinstance(part, KeepsLocalStore)]
+    exports = "".join(f'export {name}="${{{name}:-{value}}}"; ' for name, value in stores)
     # exec: the driver itself receives the signal of `ray job stop`, and Ray sees its exit code
-    return f'root={ROOT}; mkdir -p "$root"; export MLFLOW_TRACKING_URI="{database}"; exec {line}'
+    return f'root={ROOT}; mkdir -p "$root"; {exports}exec {line}'
+
+
+def list_trackers(job: Job | None) -> list[Any]:
+    """Return the classes of the shipped trackers and of the job's own."""
+    types = dict.fromkeys(TRACKERS)
+    if job is not None:
+        types |= dict.fromkeys(section.type for section in job.trackers)
+    return [import_part("tracking.type", kind, TRACKERS) for kind in types]
 
 
 def _describe_command(
@@ -223,15 +233,19 @@ def _is_absolute(path: str) -> bool:
     return path.startswith("/") or "://" in path
 
 
-def select_variables(show: Callable[[str], None]) -> dict[str, str]:
-    """Return the job's environment: our MLflow variables, except secrets, because Ray shows and logs the variables."""
+def select_variables(job: Job | None, show: Callable[[str], None]) -> dict[str, str]:
+    """Return the job's environment: the variables of trackers, except secrets, because Ray shows and logs them."""
     stop_seconds = os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", str(STOP_SECONDS))
     selected = {"RAY_JOB_STOP_WAIT_TIME_S": stop_seconds}
-    for name in sorted(name for name in os.environ if name.startswith("MLFLOW_")):
+    trackers = list_trackers(job)
+    configured = [part for part in trackers if isinstance(part, ReadsEnvironment)]
+    prefixes = tuple(prefix for part in configured for prefix in part.environment_prefixes)
+    local_stores = [part for part in trackers if isinstance(part, KeepsLocalStore)]
+    for name in sorted(name for name in os.environ if name.startswith(prefixes)):
         value = os.environ[name]
         if SECRET_VARIABLE.search(name) or redact(value) != value:
             show(f"{name} is a secret and not sent: set it in the environment of the cluster's nodes\n")
-        elif name == "MLFLOW_TRACKING_URI" and LOCAL_STORE.match(value):
+        elif any(part.is_local(name, value) for part in local_stores):
             show(f"{name} is a file on this machine and not sent\n")
         else:
             selected[name] = value

@@ -168,7 +168,28 @@ class GroupsRuns(Protocol):
 
 @runtime_checkable
 class ReadsEnvironment(Protocol):
-    """A tracker configured by environment variables. Sweeps and submitted jobs pass them on to their processes."""
+    """A tracker that is configured by environment variables. `distmeta sweep` and `submit` pass them on.
+
+    They ask the class; no tracker is built for this.
+    """
 
     environment_prefixes: tuple[str, ...]
-    """Beginnings of the variables' names. An attribute of the class."""
+    """Beginnings of the variables' names."""
+
+
+@runtime_checkable
+class KeepsLocalStore(Protocol):
+    """A tracker whose store is a file, unless a variable names another store. `distmeta submit` asks the class.
+
+    The submitted job runs on another machine, in a working folder that is deleted afterwards.
+    """
+
+    @staticmethod
+    def is_local(variable: str, value: str) -> bool:
+        """Return whether a variable names a file of this machine. It is not passed on."""
+        ...
+
+    @staticmethod
+    def default_store(folder: str) -> tuple[str, str]:
+        """Return the variable, and its value, that put the store into a folder. A variable that is set stays."""
+        ...

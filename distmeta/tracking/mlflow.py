@@ -26,6 +26,8 @@ PARENT_TAG = "mlflow.parentRunId"
 """The tag by which MLflow shows a run under another."""
 TABLES_TAG = "mlflow.loggedArtifacts"
 """The tag by which MLflow shows artifacts as tables."""
+LOCAL_STORE = re.compile(r"sqlite:///(?!/)|file:(?!/)|(?!/|databricks)[^:]*$")
+"""Addresses of stores that are files relative to the working folder."""
 MAX_METRICS = 1000  # MLflow's limits on one call
 MAX_PARAMS = 100
 MAX_VALUE = 6000  # characters
@@ -42,6 +44,14 @@ class MlflowTracker:
     """
 
     environment_prefixes = ("MLFLOW_",)
+
+    @staticmethod
+    def is_local(variable: str, value: str) -> bool:
+        return variable == "MLFLOW_TRACKING_URI" and LOCAL_STORE.match(value) is not None
+
+    @staticmethod
+    def default_store(folder: str) -> tuple[str, str]:
+        return "MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db"
 
     def __init__(self, run: TrackedRun, experiment: str | None = None, parent: str | None = None):
         self.run_id = run.run_id

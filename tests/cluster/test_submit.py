@@ -243,12 +243,27 @@ def test_absolute_paths_in_the_entrypoint_stay() -> None:
     assert line.endswith("exec distmeta sweep job.yaml run.address=null --resume auto")
 
 
+def test_the_default_mlflow_store_outlives_the_job() -> None:
+    line = build_entrypoint("job.yaml", [], Job.parse(small_job()), None)
+    assert '; export MLFLOW_TRACKING_URI="${MLFLOW_TRACKING_URI:-sqlite:///$root/mlflow.db}"; exec ' in line
+
+
+def test_wandb_variables_are_sent_except_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("WANDB_API_KEY", "hunter2")
+    messages: list[str] = []
+    variables = select_variables(Job.parse(small_job()), messages.append)
+    assert variables["WANDB_PROJECT"] == "mine"
+    assert "WANDB_API_KEY is a secret" in "".join(messages)
+    assert "hunter2" not in "".join(messages) + str(variables)
+
+
 def test_mlflow_variables_are_sent_except_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
     messages: list[str] = []
-    variables = select_variables(messages.append)
+    variables = select_variables(None, messages.append)
     assert variables["MLFLOW_EXPERIMENT_NAME"] == "mine"
     assert variables["MLFLOW_TRACKING_URI"] == "http://mlflow:5000"
     assert "MLFLOW_TRACKING_PASSWORD is a secret" in "".join(messages)
@@ -274,7 +289,7 @@ def test_tracking_uri_is_sent_if_the_cluster_can_use_it(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     messages: list[str] = []
-    variables = select_variables(messages.append)
+    variables = select_variables(None, messages.append)
     assert ("MLFLOW_TRACKING_URI" in variables) == is_sent
     assert "hunter2" not in "".join(messages) + str(variables)
 
