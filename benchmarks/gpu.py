@@ -20,8 +20,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -114,8 +114,15 @@ def make_systems(workload: Workload, compiled: bool) -> tuple[list[System], Rows
     """Make all systems and compute each once. Return those that work, and a row with the reason for each other one."""
     precision = workload.tree["compute"]["precision"]
 
-    def apply_numerics(problem: Problem) -> Any:
-        return apply_job_numerics(problem.job, problem.device)
+    @contextmanager
+    def apply_numerics(problem: Problem) -> Iterator[None]:
+        """The settings of the job. In bfloat16 a peer computes under autocast, as its users would write it."""
+        device = problem.device
+        autocast = torch.autocast(
+            device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=False
+        )
+        with apply_job_numerics(problem.job, device), autocast:
+            yield
 
     makers: dict[str, Callable[[], System]] = {}
     for name, title in PEERS.items():
