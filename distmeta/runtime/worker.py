@@ -1,6 +1,6 @@
 """Computes shards: plans them, draws their tasks, and takes their gradients or scores.
 
-`LocalPool` does so in this process. A Ray actor holds a `Worker` in a process of its own (`runtime.ray_workers`).
+`LocalPool` does so in this process. In a Ray worker an actor holds a `Worker` (`runtime.ray_workers`).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Worker:
 
     @classmethod
     def from_spec(cls, spec: WorkerSpec) -> Worker:
-        """Build a worker in a process of its own. It may draw tasks ahead, in a second thread."""
+        """Build a worker in its own process. It may draw tasks ahead, in a second thread."""
         worker = cls(spec.build_problem(), spec.layout)
         worker.start_prefetching()
         return worker

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in real processes: saved, exit 130, and resumed as if nothing had happened."""
+"""Ctrl-C and SIGTERM in real processes: the run is saved, exits with 130, and a resume gives the same theta."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distmeta.runtime import checkpoint as checkpoints
 
 
 def start(job: dict[str, Any], *words: str) -> subprocess.Popen[str]:
-    """`distmeta train` in a process group of its own, as a shell starts it."""
+    """Start `distmeta train` in a new process group, as a shell does."""
     Path("job.yaml").write_text(yaml.safe_dump(job))
     return subprocess.Popen(
         [sys.executable, "-m", "distmeta.cli.main", "train", "job.yaml", *words],
@@ -49,7 +49,7 @@ def bits(run: Path) -> bytes:
 @pytest.mark.parametrize(
     ("workers", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT)], ids=["in-process", "ray"]
 )
-def test_saved_and_resumed(workers: int, number: signal.Signals, workplace: Path) -> None:
+def test_interrupted_run_is_saved_and_resumed(workers: int, number: signal.Signals, workplace: Path) -> None:
     job = tree("maml", run={"steps": 100_000, "name": "long", "workers": workers})
     process = start(job)
     run = workplace / "runs" / "long"
@@ -68,7 +68,7 @@ def test_saved_and_resumed(workers: int, number: signal.Signals, workplace: Path
     assert steps == list(range(1, step + 4))
 
 
-def test_a_second_signal_exits_at_once(workplace: Path) -> None:
+def test_second_signal_exits_at_once(workplace: Path) -> None:
     job = tree("maml", tasks={"type": "hard_cases:Slow", "seconds": 60.0}, run={"name": "slow"})
     process = start(job)
     wait_for(workplace / "runs" / "slow" / "checkpoints" / "latest", 1, process)

@@ -22,7 +22,7 @@ from distmeta.runtime.worker import Worker, plan_shards
 
 
 def build_worker(**compute: Any) -> tuple[Worker, np.ndarray]:
-    """Return a worker as in a process of its own, and theta."""
+    """Return a worker as it is in a Ray actor, and theta."""
     problem = resolve(build_problem(Job.parse(tree("maml", compute=compute))))
     server = ParameterServer(problem.init(), problem.job.outer)
     return Worker.from_spec(WorkerSpec.from_problem(problem, server.layout)), server.flat()
