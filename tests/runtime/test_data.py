@@ -16,8 +16,8 @@ from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.problem import build_problem
-from distmeta.runtime.shards import WorkerSpec
 from distmeta.runtime.reporter import SilentReporter
+from distmeta.runtime.shards import WorkerSpec
 from distmeta.runtime.worker import Worker
 from distmeta.tasks.image_preparation import Preparation
 from distmeta.tasks.store import write_store

@@ -1,6 +1,6 @@
 """Several hosts on one machine: network namespaces, joined by veth pairs to a bridge in the head's namespace.
 
-Processes are known by pid. The machine's own network does not change, and the namespaces are deleted when the test ends.
+Processes are known by pid. The machine's own network does not change. The namespaces are deleted at the end.
 """
 
 from __future__ import annotations

@@ -178,7 +178,9 @@ class AllReduce:
             self._lose_state(summarize_error(error))
         checksums = {answer.value[0] for answer in answers}
         if complete and len(checksums) > 1:
-            self._report("the replicas of theta differ (different processors?): all ranks continue from rank 0's")
+            self._report(
+                "the replicas of theta differ (different processors?): all ranks continue from rank 0's"
+            )
             self._ask(LoadState([self._ray.put(packed)], self._outer), "load")
         return packed
 
