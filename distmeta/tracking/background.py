@@ -39,7 +39,7 @@ class BackgroundTracker:
     """Runs a tracker in a daemon thread of its own.
 
     Args:
-        name: the tracker's name in messages: the job's `type`.
+        name: the tracker's name in messages (`trackers.name_trackers`).
     """
 
     def __init__(self, name: str, tracker: Tracker, report: Callable[[str], None]):

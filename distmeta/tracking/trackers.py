@@ -105,9 +105,7 @@ def open_trackers(sections: Mapping[str, NamedTracker], run: TrackedRun, ids: Ma
         name: section.part(replace(run, run_id=ids.get(name)), **section.options)
         for name, section in sections.items()
     }
-    started = {
-        name: BackgroundTracker(section.type, built[name], run.report) for name, section in sections.items()
-    }
+    started = {name: BackgroundTracker(name, tracker, run.report) for name, tracker in built.items()}
     trackers = Trackers(started)
     deadline = time.monotonic() + background.OPEN_SECONDS
     try:
@@ -135,7 +133,7 @@ def attach_files(
         failure = _attach_with_timeout(section.part(run, **section.options), paths, folder)
         if failure:
             names = ", ".join(path.name for path in paths)
-            report(f"tracking: {names} not sent to {section.type} ({failure})")
+            report(f"tracking: {names} not sent to {name} ({failure})")
 
 
 def _attach_with_timeout(tracker: AttachesFiles, paths: Sequence[Path], folder: str) -> str | None:
