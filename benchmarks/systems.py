@@ -13,7 +13,6 @@ import numpy as np
 import peers
 import torch
 from raw_results import count_cores
-from torch.utils._pytree import tree_map
 
 from distmeta.compute.compiler import Compiler
 from distmeta.compute.compression import decode
@@ -27,6 +26,7 @@ from distmeta.runtime.problem import Problem, apply_job_numerics, build_problem
 from distmeta.runtime.resolve import resolve
 from distmeta.runtime.worker import plan_shards
 from distmeta.seeding import task_ids, torch_generator
+from distmeta.trees import tree_map
 
 NEAR = 5e-3
 """Relative distance below which two float32 meta-gradients are the same. A ReLU may be on the other side of zero:

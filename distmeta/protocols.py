@@ -102,7 +102,7 @@ def ways_of(score: Score) -> int | None:
 
 
 class Model(Protocol):
-    """A network as a pure function of its parameters (`models.functional.FunctionalModel` wraps a `torch.nn.Module`)."""
+    """A network as a pure function of its parameters (`models.functional.FunctionalModel`)."""
 
     head: tuple[str, ...]
     """Keys of the last linear layer in theta; empty if there is none."""
@@ -348,7 +348,7 @@ class StrategyClass(Protocol):
     requires_workers: bool
     """Whether the strategy needs Ray workers."""
     equals_driver: bool
-    """Whether theta and the optimizer state are those of `driver` to the bit. A resume may move between such strategies."""
+    """Whether theta and the optimizer state are those of `driver` to the bit. A resume may change between these."""
 
 
 CAPABILITIES: dict[str, tuple[type, ...]] = {

@@ -34,9 +34,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 REPOSITORY = Path(__file__).parents[1]
 
 
-SHORT = ("algorithms", "clusters", "data", "tasks")
+SHORT = ("algorithms", "benchmarks", "clusters", "config", "data", "models", "tasks")
 """Folders of tests that compute for a moment."""
-LONG = ("test_submission.py", "test_readme.py")
+LONG = ("test_notebooks.py",)
 """Files that start processes, outside the folders of their kind."""
 
 

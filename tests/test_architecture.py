@@ -15,7 +15,7 @@ PACKAGE = REPOSITORY / "distmeta"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "seeding"},
+    {"errors", "seeding", "trees"},
     {"protocols", "files"},
     {"trajectories"},
     {"compute"},

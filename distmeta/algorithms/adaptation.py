@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from distmeta.errors import InputError, did_you_mean
 from distmeta.protocols import PADDING, Batch, MayLackClasses, Model, Score, Theta, ways_of
+from distmeta.trees import tree_leaves, tree_map
 
 OptimizerName = Literal["sgd", "momentum", "adam"]
 Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from distmeta.algorithms.adaptation import begin_phi, select_adapted, sqrt_or_zero, support_gradient
 from distmeta.protocols import Episode, Metrics, Model, Score, Theta, Unroll
+from distmeta.trees import tree_map
 
 
 class Contrastive:

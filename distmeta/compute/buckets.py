@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map
 
 from distmeta.errors import InputError
 from distmeta.protocols import Episode, Episodes
+from distmeta.trees import tree_flatten, tree_map
 
 
 class Bucket(NamedTuple):

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_leaves, tree_map
 
 from distmeta.compute.numerics import full_precision
 from distmeta.errors import InputError, first_line
+from distmeta.trees import tree_leaves, tree_map
 
 TOLERANCE = 1e-4
 """Largest relative distance between a compiled and an eager result in float32. Fused operations round differently."""

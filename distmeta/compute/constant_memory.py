@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from distmeta.compute.gradient import detach_tree, support_at
 from distmeta.errors import InputError
 from distmeta.protocols import Algorithm, State, Theta, Unroll
+from distmeta.trees import tree_flatten, tree_map, tree_unflatten
 
 Loss = Callable[[Theta, Unroll], tuple[Tensor, Any]]
 """(theta, unroll) -> (meta-loss of a group, its metrics)."""

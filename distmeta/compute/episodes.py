@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map
 
 from distmeta.compute.buckets import stack_if_equal
 from distmeta.compute.gradient import detach_tree, to_float32
@@ -26,6 +25,7 @@ from distmeta.protocols import (
     TaskFamily,
     Theta,
 )
+from distmeta.trees import tree_map
 
 
 def make_episodes(

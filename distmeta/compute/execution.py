@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_map
 
 from distmeta.compute.compiler import Compiler
 from distmeta.compute.constant_memory import constant_memory, reverse_vjp
@@ -30,6 +29,7 @@ from distmeta.compute.gradient import (
 )
 from distmeta.compute.schedules import describe_structure, scheduled_values, with_scheduled
 from distmeta.protocols import Algorithm, Episode, Episodes, Metrics, Score, Theta
+from distmeta.trees import tree_map
 
 WHOLE_SHARD = 2**31
 """More groups than any shard has: one chunk per shard."""

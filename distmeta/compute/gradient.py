@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from distmeta.compute.buckets import Bucket, group_by_shape
 from distmeta.errors import InputError
@@ -31,6 +30,7 @@ from distmeta.protocols import (
     Unroll,
 )
 from distmeta.seeding import torch_seed
+from distmeta.trees import tree_map
 
 # --- One task -----------------------------------------------------------------------------------------------------
 

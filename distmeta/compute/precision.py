@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from distmeta.compute.gradient import to_float32
+from distmeta.trees import tree_map_only
 
 FLOAT32_FUNCTIONS = frozenset(
     [

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 
 from distmeta.compute.execution import Execution, build_method
 from distmeta.compute.gradient import (
@@ -24,6 +23,7 @@ from distmeta.compute.gradient import (
 )
 from distmeta.errors import InputError
 from distmeta.protocols import Algorithm, Episode, Episodes, Metrics, PerStep, Score, Theta
+from distmeta.trees import tree_leaves, tree_map
 
 
 class Scores(NamedTuple):

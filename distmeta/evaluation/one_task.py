@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from torch.utils._pytree import tree_leaves
 
 from distmeta.compute.compiler import Compiler
 from distmeta.compute.episodes import make_episodes
@@ -22,6 +21,7 @@ from distmeta.runtime.parameter_server import vector_norm
 from distmeta.runtime.problem import Problem, apply_job_numerics, build_problem, choose_device
 from distmeta.runtime.resolve import resolve
 from distmeta.seeding import task_ids
+from distmeta.trees import tree_leaves
 
 TOLERANCE = 1e-4
 """Relative distance of two gradients of a task on a GPU, whose kernels may add in any order."""

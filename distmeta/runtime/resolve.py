@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from torch.utils._pytree import tree_map
-
 from distmeta.compute.buckets import group_by_shape
 from distmeta.compute.choose_execution import (
     MANY_STEPS,
@@ -28,6 +26,7 @@ from distmeta.errors import InputError
 from distmeta.protocols import CollectsData, Episode, ScoresPerSplit, Theta
 from distmeta.runtime.problem import Problem
 from distmeta.seeding import task_ids
+from distmeta.trees import tree_map
 
 
 def resolve(problem: Problem, report: Callable[[str], None] = lambda text: None) -> Problem:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from conftest import tree
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from distmeta.compute.execution import Execution, shard_gradient
 from distmeta.compute.gradient import unroll
@@ -17,6 +16,7 @@ from distmeta.config.job import Job
 from distmeta.protocols import Episode, Theta
 from distmeta.runtime.problem import Problem, build_problem
 from distmeta.seeding import task_ids
+from distmeta.trees import tree_map
 
 LOOP = Execution("loop", 1)
 VMAP = Execution("vmap", 2**31)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from conftest import CLASSES, tree
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from distmeta.algorithms.hypernet import Hypernet
 from distmeta.compute.execution import Execution
@@ -20,6 +19,7 @@ from distmeta.protocols import Algorithm, Batch, Episode, Theta
 from distmeta.runtime.problem import Problem, build_problem, with_score
 from distmeta.seeding import task_ids
 from distmeta.tasks.few_shot import ClassificationScore
+from distmeta.trees import tree_map
 
 WEIGHT = "model.3.weight"
 BIAS = "model.3.bias"

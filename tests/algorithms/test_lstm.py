@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import CLASSES, tree
-from torch.utils._pytree import tree_map
 
 from distmeta.algorithms.lstm import LSTMMetaLearner, flatten, preprocess, unflatten, update
 from distmeta.compute.execution import Execution, shard_gradient
@@ -18,6 +17,7 @@ from distmeta.protocols import Batch, Episode, Theta
 from distmeta.runtime.problem import Problem, build_problem, with_score
 from distmeta.seeding import task_ids
 from distmeta.tasks.few_shot import ClassificationScore
+from distmeta.trees import tree_map
 
 LOOP = Execution("loop", 1)
 

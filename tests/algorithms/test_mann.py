@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import REPOSITORY, tree
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 import distmeta
 from distmeta.algorithms.memory.mann import MANN, accuracy_by_instance
@@ -25,6 +24,7 @@ from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.problem import build_problem
 from distmeta.seeding import task_ids
 from distmeta.tasks.few_shot import ClassificationScore
+from distmeta.trees import tree_map
 
 KINDS = ("lrua", "ntm", "dnc")
 DOUBLE = torch.float64

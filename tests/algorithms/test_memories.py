@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 
 from distmeta.algorithms.memory import dnc as memory_dnc
 from distmeta.algorithms.memory import lrua as memory_lrua
 from distmeta.algorithms.memory import ntm as memory_ntm
 from distmeta.algorithms.memory.addressing import address_by_content, cosine_similarity
 from distmeta.algorithms.memory.mann import build_memory
+from distmeta.trees import tree_leaves, tree_map
 
 DOUBLE = torch.float64
 

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as functional
 from conftest import CLASSES, tree
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from distmeta.algorithms.snail import SNAIL, convolve
 from distmeta.config.job import Job
@@ -19,6 +18,7 @@ from distmeta.protocols import Algorithm, Batch, Episode, Theta
 from distmeta.runtime.problem import Problem, build_problem, with_score
 from distmeta.seeding import task_ids
 from distmeta.tasks.few_shot import ClassificationScore
+from distmeta.trees import tree_map
 
 SMALL = {"length": 8, "filters": 5, "attention": [[6, 4], [7, 3], [5, 2]], "embedding": 6}
 REGRESSION = {

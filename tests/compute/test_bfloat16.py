@@ -18,7 +18,6 @@ from conftest import tree
 from support.bfloat16_kernels import KERNELS, EmulatedKernels
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from distmeta.compute.execution import WHOLE_SHARD, Execution, shard_gradient
 from distmeta.compute.numerics import numerics
@@ -27,12 +26,13 @@ from distmeta.models.functional import FunctionalModel
 from distmeta.protocols import Theta
 from distmeta.runtime.problem import build_problem
 from distmeta.seeding import task_ids
+from distmeta.trees import tree_leaves
 
 EXECUTIONS = {"loop": Execution("loop", 1), "vmap": Execution("vmap", WHOLE_SHARD)}
 SEEDS = range(5)
 LARGEST_FACTOR = 8.0
-"""Error of bfloat16 in units of the problem's sensitivity. Medians over 3 seeds were 1 to 4. A kernel that is wrong, not
-just inexact, gives hundreds."""
+"""Error of bfloat16 in units of the problem's sensitivity. Medians over 3 seeds were 1 to 4. A kernel that is wrong,
+not just inexact, gives hundreds."""
 PRODUCTS = {"convolution", "convolution_backward", "mm", "bmm", "addmm"}
 COPIES = {
     "_to_copy",

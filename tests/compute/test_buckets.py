@@ -24,6 +24,7 @@ from distmeta.evaluation.one_task import run_one_task
 from distmeta.protocols import Episode
 from distmeta.runtime.problem import build_problem
 from distmeta.runtime.resolve import resolve
+from distmeta.trees import tree_map
 
 UNEQUAL = {"type": "hard_cases:Unequal"}
 IDS = np.array([4, 0, 1, 6, 2, 10, 3, 5], np.uint64)
@@ -35,7 +36,7 @@ def parts(algorithm: Any = "maml", dtype: torch.dtype = torch.float64, **tasks: 
     """Return the algorithm, the score, theta and the episodes of the tasks IDS."""
     problem = build_problem(Job.parse(tree(algorithm, tasks=UNEQUAL | tasks)))
     episodes = draw_episodes(problem.family, "train", IDS)
-    episodes = torch.utils._pytree.tree_map(lambda leaf: leaf.to(dtype), episodes)
+    episodes = tree_map(lambda leaf: leaf.to(dtype), episodes)
     theta = {name: value.to(dtype) for name, value in problem.init().items()}
     return problem.algorithm, problem.score("train"), theta, episodes
 

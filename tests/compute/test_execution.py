@@ -35,6 +35,7 @@ from distmeta.runtime.resolve import resolve
 from distmeta.runtime.shards import WorkerSpec
 from distmeta.runtime.worker import Worker
 from distmeta.seeding import task_ids
+from distmeta.trees import tree_map
 
 LOOP, VMAP = Execution("loop", 1), Execution("vmap", WHOLE_SHARD)
 CONV = {
@@ -50,9 +51,7 @@ def gradient(
     theta = {name: value.to(dtype) for name, value in problem.init().items()}
     ids = task_ids(0, "train", 0, 4)
     episodes = problem.family.draw("train", ids)
-    episodes = torch.utils._pytree.tree_map(
-        lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, episodes
-    )
+    episodes = tree_map(lambda leaf: leaf.to(dtype) if leaf.is_floating_point() else leaf, episodes)
     arguments = (problem.algorithm, problem.score("train"), theta, episodes, ids, execution, compiled)
     result = shard_gradient(*arguments)
     again = shard_gradient(*arguments)  # only the compiled program, no longer compared with the eager one

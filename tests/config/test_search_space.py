@@ -102,7 +102,12 @@ def test_a_pure_grid_is_run_once() -> None:
     section = job({"outer.lr": {"grid": [0.1, 0.2]}, "algorithm.inner_steps": {"grid": [1, 2]}}).sweep
     assert section is not None
     assert section.count == 4
-    assert [tuple(point.values()) for point in draw_points(section, 7)] == [(0.1, 1), (0.1, 2), (0.2, 1), (0.2, 2)]
+    assert [tuple(point.values()) for point in draw_points(section, 7)] == [
+        (0.1, 1),
+        (0.1, 2),
+        (0.2, 1),
+        (0.2, 2),
+    ]
 
 
 @settings(max_examples=40, deadline=None)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import ALGORITHMS, tree
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from distmeta.compute.episodes import make_episodes
 from distmeta.compute.execution import Execution, compute_groups, shard_gradient
@@ -24,6 +23,7 @@ from distmeta.protocols import Episode, Theta
 from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.problem import Problem, build_problem
 from distmeta.seeding import task_ids
+from distmeta.trees import tree_leaves, tree_map
 
 HARD = {
     "memory": tree({"type": "hard_cases:Memory"}),

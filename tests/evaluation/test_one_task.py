@@ -36,7 +36,11 @@ def check(job: dict[str, Any]) -> str:
     ("job", "algorithm", "tasks"),
     [
         (tree("maml"), "FirstOrder, ScoresSupport", "none"),
-        (tree("protonet"), "ScoresSupport", "ScoresPerSplit, HasFingerprint, HasEvaluationWays, HasPreparation"),
+        (
+            tree("protonet"),
+            "ScoresSupport",
+            "ScoresPerSplit, HasFingerprint, HasEvaluationWays, HasPreparation",
+        ),
         (tree("rl2"), "ActsWithMemory, ScoresSupport", "CollectsData"),
     ],
     ids=["maml", "protonet", "rl2"],

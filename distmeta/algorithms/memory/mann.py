@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from distmeta.algorithms.class_features import check_ways, embed_together, find_head_shape
 from distmeta.algorithms.memory.addressing import Memory
@@ -32,6 +31,7 @@ from distmeta.protocols import (
     one_hot,
     ways_of,
 )
+from distmeta.trees import tree_map
 
 Size = Annotated[int, Field(ge=1)]
 INSTANCES = {1: "1st", 2: "2nd", 5: "5th", 10: "10th"}
