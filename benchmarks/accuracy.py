@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from raw_results import ROOT, describe_environment, interval, save_section
 from training import note, relative_distance, score_nearest_neighbour, score_tasks, train_job
 
-from distmeta.compute.numerics import numerics
+from distmeta.compute.numerics import apply_numerics
 from distmeta.config.job import Job
 from distmeta.protocols import Theta
 from distmeta.runtime.problem import Problem, build_problem
@@ -91,7 +91,7 @@ def train_peer(job: Job, name: str) -> tuple[Theta, float]:
     peer = peers.PEERS[name](module, peers.inner_loop(problem, F.cross_entropy))
     optimizer = torch.optim.Adam(module.parameters(), lr=job.outer.lr)
     started = time.perf_counter()
-    with numerics(job.compute.threads, deterministic=False):
+    with apply_numerics(job.compute.threads, deterministic=False):
         for step in range(job.run.steps):
             ids = task_ids(job.seed, "train", step, job.run.tasks_per_step)
             loss = peers.train_step(peer, optimizer, problem.family.draw("train", ids))
@@ -161,7 +161,7 @@ def pretrain(job: Job) -> Theta:
     problem = build_problem(job)
     module = peers.peer_module(problem)
     optimizer = torch.optim.Adam(module.parameters(), lr=job.outer.lr)
-    with numerics(job.compute.threads, deterministic=False):
+    with apply_numerics(job.compute.threads, deterministic=False):
         for step in range(job.run.steps):
             ids = task_ids(job.seed, "train", step, job.run.tasks_per_step)
             episodes: Any = problem.family.draw("train", ids)

@@ -22,7 +22,7 @@ from typing import Any
 from raw_results import ROOT, count_cores, describe_environment, interval, save_section
 from training import StepTimes, note, score_nearest_neighbour, score_tasks, train_job
 
-from distmeta.compute.numerics import numerics
+from distmeta.compute.numerics import apply_numerics
 from distmeta.config.job import Job
 from distmeta.runtime.problem import build_problem
 from distmeta.tasks.store import TaskStore
@@ -79,7 +79,7 @@ def run_fold(given: argparse.Namespace, number: int, held_out: list[str]) -> Non
     rows: list[dict[str, Any]] = []
     for alphabet in held_out:
         problem = build_problem(load_job(given, [alphabet]))
-        with numerics(job.compute.threads, deterministic=False):
+        with apply_numerics(job.compute.threads, deterministic=False):
             accuracies = score_tasks(problem, theta, "accuracy", "test", given.tasks, 0)[:, -1]
             nearest = score_nearest_neighbour(problem, given.tasks)
         error = interval(1 - accuracies)

@@ -32,7 +32,7 @@ from systems import NEAR, System, Way, Workload, distmeta_gradient, peer_gradien
 from throughput import SAME, image_store, measure_rates, relative_distance
 from torch.utils.flop_counter import FlopCounterMode
 
-from distmeta.compute.numerics import numerics
+from distmeta.compute.numerics import apply_numerics
 from distmeta.errors import InputError
 from distmeta.protocols import Theta
 from distmeta.runtime.problem import Problem, apply_job_numerics
@@ -228,7 +228,7 @@ def measure_matrix_rates(
     """Return operations per second of products of square matrices, by side."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     rates = {}
-    with numerics(1, deterministic=False, precision="tf32" if precision == "tf32" else "float32"):
+    with apply_numerics(1, deterministic=False, precision="tf32" if precision == "tf32" else "float32"):
         for side in sides:
             a = torch.randn(side, side, device=device).to(dtype)
             b = torch.randn(side, side, device=device).to(dtype)

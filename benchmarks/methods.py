@@ -35,7 +35,7 @@ from training import StepTimes, note, score_nearest_neighbour, score_tasks, trai
 
 from distmeta.compute.episodes import make_episodes
 from distmeta.compute.execution import shard_gradient
-from distmeta.compute.numerics import numerics
+from distmeta.compute.numerics import apply_numerics
 from distmeta.config.job import Job
 from distmeta.runtime.problem import Problem, build_problem
 from distmeta.runtime.resolve import resolve
@@ -172,7 +172,7 @@ def train_and_score(given: argparse.Namespace) -> dict[str, Any]:
     steps = max(2, int(60 * given.minutes / seconds))
     times = StepTimes()
     problem, theta, _ = train_job(job.replace(run={"steps": steps}), times)
-    with numerics(1, deterministic=False):
+    with apply_numerics(1, deterministic=False):
         curve = score_tasks(problem, theta, "accuracy", "test", given.tasks, problem.eval_steps)
     return {
         "before": float(curve[:, 0].mean()) if problem.algorithm.inner_steps else None,

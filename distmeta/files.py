@@ -42,7 +42,7 @@ def lock_folder(folder: Path, lock_dir: Path) -> IO[str]:
 
     Args:
         folder: the run folder; the error names it.
-        lock_dir: where the lock file is: the run folder itself, or its parent if the folder may be replaced as a whole.
+        lock_dir: folder of the lock file: the run folder itself, or its parent if the run folder may be replaced.
 
     Raises:
         FolderInUseError: another process holds the lock.
@@ -59,7 +59,7 @@ def lock_folder(folder: Path, lock_dir: Path) -> IO[str]:
 
 
 def to_json_value(value: Any) -> Any:
-    """Return the value with null in place of numbers that JSON does not have (NaN, infinities)."""
+    """Return the value with None in place of numbers that JSON does not have (NaN, infinities)."""
     if isinstance(value, dict):
         return {key: to_json_value(item) for key, item in value.items()}
     if isinstance(value, list):

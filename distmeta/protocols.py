@@ -38,8 +38,8 @@ PADDING = -1
 class Batch(NamedTuple):
     """Examples of one task: `x` [N, ...] and `y`, class indices [N] or targets [N, D].
 
-    If tasks differ in size, rows with the class index `PADDING` fill the smaller ones. They count nowhere except in the
-    statistics of a batch norm.
+    If tasks differ in size, rows with the class index `PADDING` fill the smaller ones. They have no effect except on
+    the statistics of a batch norm.
     """
 
     x: Any
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
 class Episode(NamedTuple):
     """The data drawn for one task. In `Episodes` of several tasks every tensor has a leading task axis, [T, ...].
 
-    `support` is a pytree, usually a `Batch`, that every inner step sees as a whole; or `PerStep`.
+    `support` is a pytree, usually a `Batch`, that every inner step sees as a whole; or it is a `PerStep`.
     """
 
     support: Any
@@ -73,8 +73,8 @@ Unroll = Callable[..., Any]
 """unroll(algorithm, theta, support, steps=None, detach=False, every=False) -> the state after the inner loop.
 
 With `every` it returns the list of states after each step; with `detach` the states are constants. A `meta_loss` runs
-its inner loops only through this function, from the theta that it was given, and always the same loops. How they are
-differentiated is not its concern.
+its inner loops only through this function, from the theta that it was given, and always the same loops. The caller
+decides how they are differentiated.
 """
 
 
@@ -93,7 +93,7 @@ class MayLackClasses(Protocol):
     absent: bool
 
 
-def ways_of(score: Score) -> int | None:
+def find_ways(score: Score) -> int | None:
     """Return the number of classes of the scored task, or None if its targets are not classes."""
     return score.ways if isinstance(score, HasWays) else None
 
@@ -168,7 +168,7 @@ class Algorithm(Protocol):
 
 @runtime_checkable
 class HasMetaLoss(Protocol):
-    """An algorithm with a meta-loss of its own. `compute.gradient` calls it instead of the query loss after adaptation.
+    """An algorithm that defines its own meta-loss. `compute.gradient` calls it instead of the default, the query loss.
 
     If the meta-gradient is not the derivative of a loss (Reptile, iMAML), the meta-loss is a surrogate whose gradient
     is right. Its metrics then hold the true query loss as `loss`.
@@ -337,7 +337,7 @@ class ChecksJob(Protocol):
 
     @staticmethod
     def check_job(job: Any, options: Mapping[str, Any]) -> None:
-        """Raise `InputError` if the part, with these options, does not go with the rest of the job."""
+        """Raise `InputError` if the part, with these options, does not fit the rest of the job."""
         ...
 
 
@@ -374,7 +374,7 @@ CAPABILITIES: dict[str, tuple[type, ...]] = {
 """The optional capabilities by the section of the job whose part may provide them."""
 
 
-def provided_capabilities(section: str, part: Any) -> list[str]:
+def list_capabilities(section: str, part: Any) -> list[str]:
     """Return the names of the capabilities that a part of this section provides."""
     return [capability.__name__ for capability in CAPABILITIES[section] if isinstance(part, capability)]
 

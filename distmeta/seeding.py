@@ -3,7 +3,7 @@
 No generator state exists between steps, so none is saved in checkpoints, and it does not matter which worker draws a
 task. A task's id counts steps and tasks from a number that `numpy.random.SeedSequence` hashes from seed and stream.
 Task families draw from Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a fixed count of
-numbers from the blocks that the id counts (`uniforms`), any count from a generator with the id as its key
+numbers from the blocks that the id counts (`draw_uniforms`), any count from a generator with the id as its key
 (`task_generator`).
 """
 
@@ -60,7 +60,7 @@ def torch_seed(task_id: int | np.integer) -> int:
     return int(task_generator(task_id, DROPOUT).integers(2**63))
 
 
-def uniforms(ids: Sequence[Any] | np.ndarray, count: int, part: int = 0) -> np.ndarray:
+def draw_uniforms(ids: Sequence[Any] | np.ndarray, count: int, part: int = 0) -> np.ndarray:
     """Return `count` uniform numbers in [0, 1) for each task, float64 [T, count].
 
     Task i uses the Philox blocks of four numbers i·B + 1 … (i + 1)·B, B = ⌈count / 4⌉, with the key (B, part + 2⁶³),

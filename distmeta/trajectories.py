@@ -125,7 +125,7 @@ def estimate_advantages(
     next_value = torch.zeros_like(reward[..., 0])
     backwards = []
     for t in reversed(range(reward.shape[-1])):
-        taken = real[..., t] > 0  # steps after an end leave what follows the last step at 0
+        taken = real[..., t] > 0  # steps after an end leave next_advantage and next_value at 0
         advantage = reward[..., t] + discount * next_value - value[..., t] + discount * lam * next_advantage
         next_advantage = torch.where(taken, advantage, next_advantage)
         next_value = torch.where(taken, value[..., t], next_value)
@@ -143,8 +143,8 @@ def estimate_advantages(
 def fit_baseline(x: Tensor, reward: Tensor, real: Tensor, discount: float, ridge: float = 1e-5) -> Tensor:
     """Fit V(x_t), the expected discounted sum of rewards from step t on, and return its values [..., N, H].
 
-    Least squares on the features [x, x², t, t², t³, 1] with t in hundreds of steps, in float64, for each task by
-    itself. Reference: Duan et al. 2016, arXiv 1604.06778 (`LinearFeatureBaseline` in its code).
+    Least squares on the features [x, x², t, t², t³, 1] with t in hundreds of steps, in float64, separately for
+    each task. Reference: Duan et al. 2016, arXiv 1604.06778 (`LinearFeatureBaseline` in its code).
     """
     reward_to_go = torch.zeros_like(reward[..., 0])
     backwards = []

@@ -79,7 +79,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def client(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Of an MLflow store of its own, which what runs in this process writes to."""
+    """A client of a new MLflow store, to which this process writes its runs."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{workplace}/mlflow.db")
     from distmeta.tracking.mlflow import import_mlflow
 

@@ -1,4 +1,4 @@
-"""Hard cases of the protocol, as users would write them. Jobs in tests name them as `hard_cases:Name`."""
+"""Difficult algorithms, models and task families. Jobs in tests name them as `hard_cases:Name`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from distmeta.protocols import Batch, Episode, Metrics, Model, Score, Theta, Unr
 from distmeta.seeding import task_generator
 
 
-class Memory:
-    """A memory-augmented regressor: a recurrent cell writes each support pair into a memory, which a query reads.
+class MemoryRegressor:
+    """A recurrent cell writes each support pair into a memory, which a query reads.
 
-    It has no inner loop, and does not use a model.
+    It has no inner loop and does not use a model.
     """
 
     group_size = 1
@@ -51,7 +51,7 @@ class Memory:
         return read @ theta["read.weight"]
 
 
-class Pairwise:
+class PairwiseMAML:
     """MAML with a loss that compares two tasks: it pushes their adapted parameters apart, up to a margin."""
 
     group_size = 2
@@ -91,7 +91,7 @@ class Pairwise:
         return rows.mean() + torch.relu(self.margin - distance), {"loss": rows}
 
 
-class Trajectories(NamedTuple):
+class Pulls(NamedTuple):
     """Pulls of a bandit."""
 
     x: Tensor
@@ -104,7 +104,7 @@ class Trajectories(NamedTuple):
     """[N]."""
 
 
-class Bandit:
+class TwoArmedBandit:
     """Two-armed Bernoulli bandits, which collect data with the policy. Their noise derives from the task id."""
 
     in_shape = (1,)
@@ -113,7 +113,7 @@ class Bandit:
     def __init__(self, pulls: int = 20):
         self.pulls = pulls
 
-    def collect(self, split: str, ids: Any, k: int, policy: Any) -> Trajectories:
+    def collect(self, split: str, ids: Any, k: int, policy: Any) -> Pulls:
         x = torch.ones(len(ids), self.pulls, 1)
         probability = policy(x).softmax(-1)[..., 1]
         noise = np.stack([task_generator(i).random((k + 1, 2 * self.pulls + 1))[-1] for i in ids])
@@ -122,28 +122,28 @@ class Bandit:
         action = (noise[:, : self.pulls] < probability).long()
         hit = torch.from_numpy(better)[:, None] == (action == 1)
         payoff = (noise[:, self.pulls : -1] < torch.where(hit, 0.9, 0.1)).float()
-        return Trajectories(x, action, payoff - payoff.mean(1, keepdim=True), payoff)
+        return Pulls(x, action, payoff - payoff.mean(1, keepdim=True), payoff)
 
-    def score(self, outputs: Tensor, batch: Trajectories) -> tuple[Tensor, Metrics]:
+    def score(self, outputs: Tensor, batch: Pulls) -> tuple[Tensor, Metrics]:
         log_p = outputs.log_softmax(-1).gather(-1, batch.action[..., None])[..., 0]
         return -(log_p * batch.advantage).mean(), {"return": batch.payoff.mean()}
 
 
-class Dropout(nn.Sequential):
+class DropoutNet(nn.Sequential):
     """A model that uses random numbers."""
 
     def __init__(self, in_shape: tuple[int, ...], out_features: int):
         super().__init__(nn.Linear(in_shape[0], 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, out_features))
 
 
-class RunningNorm(nn.Sequential):
+class RunningStatisticsNet(nn.Sequential):
     """A model that changes its buffers."""
 
     def __init__(self, in_shape: tuple[int, ...], out_features: int):
         super().__init__(nn.Linear(in_shape[0], 4), nn.BatchNorm1d(4), nn.Linear(4, out_features))
 
 
-class Branching(nn.Linear):
+class BranchingNet(nn.Linear):
     """A model whose control flow depends on the data. vmap cannot run it."""
 
     def __init__(self, in_shape: tuple[int, ...], out_features: int):
@@ -155,7 +155,7 @@ class Branching(nn.Linear):
         return super().forward(2 * x)
 
 
-class Attention(nn.Module):
+class AttentionNet(nn.Module):
     """A model with fused attention, which has no second derivative."""
 
     def __init__(self, in_shape: tuple[int, ...], out_features: int):
@@ -168,7 +168,7 @@ class Attention(nn.Module):
         return self.out(nn.functional.scaled_dot_product_attention(q, k, v)[0, 0])
 
 
-class Unequal:
+class UnequalTasks:
     """Sine-like tasks with 3 to 5 support rows and 2 to 3 query rows, depending on the id.
 
     Args:
@@ -203,16 +203,14 @@ class Unequal:
         return (outputs - batch.y).square().mean(), {}
 
 
-class Poisoned:
-    """Sine-like tasks. One in four training tasks contains a NaN."""
+class SineTasks:
+    """Sine-like tasks. The base class of the families that misbehave."""
 
     in_shape = (1,)
     out_features = 1
 
     def draw(self, split: str, ids: Any) -> Episode:
         values = np.stack([task_generator(i).random((4, 5, 1)) for i in ids]).astype(np.float32)
-        if split == "train":
-            values[np.asarray(ids) % 4 == 0, 1, 0, 0] = np.nan
         x_s, y_s, x_q, y_q = torch.from_numpy(values).unbind(1)
         return Episode(Batch(x_s, y_s), Batch(x_q, y_q))
 
@@ -220,8 +218,18 @@ class Poisoned:
         return (outputs - batch.y).square().mean(), {}
 
 
-class AllBad(Poisoned):
-    """Tasks whose support targets are all NaN in training."""
+class SomeTasksWithNaN(SineTasks):
+    """One in four training tasks has a NaN among its support targets."""
+
+    def draw(self, split: str, ids: Any) -> Episode:
+        episode = super().draw(split, ids)
+        if split == "train":
+            episode.support.y[np.asarray(ids) % 4 == 0, 0, 0] = torch.nan
+        return episode
+
+
+class AllTasksWithNaN(SineTasks):
+    """All support targets of training tasks are NaN."""
 
     def draw(self, split: str, ids: Any) -> Episode:
         episode = super().draw(split, ids)
@@ -230,8 +238,8 @@ class AllBad(Poisoned):
         return episode
 
 
-class Lethal(Poisoned):
-    """A family whose draw kills the process if a flag file exists. It removes the flag first, unless `always`."""
+class TasksThatKillTheProcess(SineTasks):
+    """A draw kills the process if the file `flag` exists. It removes the file first, unless `always`."""
 
     def __init__(self, flag: str, always: bool = False):
         self.flag = flag
@@ -242,17 +250,15 @@ class Lethal(Poisoned):
             if not self.always:
                 os.remove(self.flag)
             os.kill(os.getpid(), signal.SIGKILL)
-        values = np.stack([task_generator(i).random((4, 5, 1)) for i in ids]).astype(np.float32)
-        x_s, y_s, x_q, y_q = torch.from_numpy(values).unbind(1)
-        return Episode(Batch(x_s, y_s), Batch(x_q, y_q))
+        return super().draw(split, ids)
 
 
 def is_ray_worker() -> bool:
     return sys.argv[0].endswith("default_worker.py")
 
 
-class Faulty(Lethal):
-    """A family that misbehaves on workers, `times` times in total. Files in `folder` count, for all workers.
+class FaultyTasksOnWorkers(SineTasks):
+    """Misbehaves on Ray workers, `times` times in total. Files in `folder` count the times of all workers.
 
     Args:
         kill: kill the process at "build", or at the draw of this split.
@@ -270,7 +276,6 @@ class Faulty(Lethal):
         times: int = 0,
         after: int = 0,
     ):
-        super().__init__("/nonexistent")
         self.folder = folder
         self.kill = kill
         self.fail = fail
@@ -308,11 +313,10 @@ class Faulty(Lethal):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-class Paced(Lethal):
-    """A family whose draws take `seconds` on Ray workers, so that a run lasts long enough to be disturbed."""
+class SlowTasksOnWorkers(SineTasks):
+    """A draw on a Ray worker takes `seconds`, so that a run lasts long enough to be disturbed."""
 
     def __init__(self, seconds: float):
-        super().__init__("/nonexistent")
         self.seconds = seconds
 
     def draw(self, split: str, ids: Any) -> Episode:
@@ -321,11 +325,10 @@ class Paced(Lethal):
         return super().draw(split, ids)
 
 
-class Slow(Lethal):
-    """A family that takes `seconds` for every draw except the first."""
+class SlowTasks(SineTasks):
+    """Every draw except the first takes `seconds`."""
 
     def __init__(self, seconds: float):
-        super().__init__("/nonexistent")
         self.seconds = seconds
         self.draws = 0
 
@@ -336,8 +339,11 @@ class Slow(Lethal):
         return super().draw(split, ids)
 
 
-class Vanishing(Lethal):
-    """A family whose data are gone if a flag file exists."""
+class TasksThatVanish(SineTasks):
+    """A draw fails if the file `flag` exists, as if the data were gone."""
+
+    def __init__(self, flag: str):
+        self.flag = flag
 
     def draw(self, split: str, ids: Any) -> Episode:
         if os.path.exists(self.flag):
@@ -345,26 +351,22 @@ class Vanishing(Lethal):
         return super().draw(split, ids)
 
 
-class OnlyHere(Lethal):
-    """A family that only the process `pid` can build, as if other nodes lacked the data."""
+class TasksOfOneProcess(SineTasks):
+    """Only the process `pid` can build this family, as if other nodes lacked the data."""
 
     def __init__(self, pid: int):
-        super().__init__("/nonexistent")
         if os.getpid() != pid:
             raise InputError("tasks.path: not on this node")
 
 
-class Huge(Lethal):
-    """Tasks with finite gradients whose sum overflows float32."""
-
-    def __init__(self):
-        super().__init__("/nonexistent")
+class TasksWithOverflowingSum(SineTasks):
+    """Every task has a finite gradient, but their sum overflows float32."""
 
     def score(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Metrics]:
         return outputs.mean() * 1e38, {}
 
 
-class Tokens(nn.Module):
+class TokenNet(nn.Module):
     """A model whose inputs are integers."""
 
     def __init__(self, in_shape: tuple[int, ...], out_features: int):
@@ -376,7 +378,7 @@ class Tokens(nn.Module):
         return self.out(self.embed(x).mean(1))
 
 
-class Sums:
+class DigitSumTasks:
     """Tasks that ask for the sum of three digits, which are given as tokens."""
 
     in_shape = (3,)
@@ -391,8 +393,8 @@ class Sums:
         return (outputs - batch.y).square().mean(), {}
 
 
-class LargeImages:
-    """Tasks with feature maps that are too large to compute several tasks at once on a CPU."""
+class LargeImageTasks:
+    """Images so large that a CPU should compute their feature maps task by task."""
 
     in_shape = (1, 600, 600)
     out_features = 1

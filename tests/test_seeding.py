@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distmeta.seeding import STREAMS, task_generator, task_ids, torch_seed, uniforms
+from distmeta.seeding import STREAMS, draw_uniforms, task_generator, task_ids, torch_seed
 
 ids = st.lists(
     st.integers(0, 2**64 - 1) | st.integers(2**64 - 3, 2**64 - 1) | st.integers(0, 3), max_size=8
@@ -16,10 +16,10 @@ ids = st.lists(
 @settings(deadline=None)
 @given(ids, st.integers(0, 40), st.integers(0, 2**33))
 def test_draws_of_a_task_do_not_depend_on_the_other_tasks(ids: np.ndarray, count: int, part: int) -> None:
-    together = uniforms(ids, count, part)
+    together = draw_uniforms(ids, count, part)
     assert together.shape == (len(ids), count)
     for row, task_id in zip(together, ids, strict=True):
-        assert np.array_equal(uniforms([task_id], count, part)[0], row)
+        assert np.array_equal(draw_uniforms([task_id], count, part)[0], row)
 
 
 @settings(deadline=None)
@@ -29,7 +29,7 @@ def test_consecutive_tasks_are_consecutive_blocks_of_philox(
 ) -> None:
     """Salmon et al. 2011: a block is a function of counter and key. numpy counts up before it draws."""
     blocks = -(-count // 4)
-    rows = uniforms([first + i for i in range(tasks)], count, part)
+    rows = draw_uniforms([first + i for i in range(tasks)], count, part)
     for i, row in enumerate(rows):
         for b in range(blocks):
             philox = np.random.Philox(key=0)
@@ -78,14 +78,18 @@ def test_torch_seeds_of_all_steps_differ_in_their_lower_32_bits() -> None:
 
 def test_uniforms_are_uniform_and_differ_between_tasks_parts_and_counts() -> None:
     ids = task_ids(0, "train", 0, 500)
-    drawn = uniforms(ids, 22)
+    drawn = draw_uniforms(ids, 22)
     assert drawn.min() >= 0
     assert drawn.max() < 1
     counted = np.histogram(drawn, 20, (0, 1))[0]
     assert ((counted - 550) ** 2 / 550).sum() < 43.8, (
         "chi squared with 19 degrees of freedom: one in a thousand"
     )
-    others = [uniforms(ids, 22, 1), uniforms(ids, 25)[:, :22], uniforms(task_ids(0, "train", 1, 500), 22)]
+    others = [
+        draw_uniforms(ids, 22, 1),
+        draw_uniforms(ids, 25)[:, :22],
+        draw_uniforms(task_ids(0, "train", 1, 500), 22),
+    ]
     others.append(np.roll(drawn, 1, axis=0))
     others.append(np.stack([task_generator(i).random(22) for i in ids]))
     for other in others:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from distmeta.errors import InputError, did_you_mean
-from distmeta.protocols import PADDING, Batch, MayLackClasses, Model, Score, Theta, ways_of
+from distmeta.protocols import PADDING, Batch, MayLackClasses, Model, Score, Theta, find_ways
 from distmeta.trees import tree_leaves, tree_map
 
 OptimizerName = Literal["sgd", "momentum", "adam"]
@@ -93,7 +93,7 @@ def begin_phi(model: Model, score: Score, theta: Theta, support: Any) -> Theta:
     """Return φ_0: the parameters `model.*` of theta, with a head for the task's number of classes."""
     if model.head_init == "linear":  # the head does not depend on the task
         return model.begin(theta, support)
-    return model.begin(theta, support, ways_of(score))
+    return model.begin(theta, support, find_ways(score))
 
 
 def select_adapted(model: Model, adapt: str) -> tuple[str, ...]:

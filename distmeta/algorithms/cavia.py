@@ -79,7 +79,7 @@ class CAVIA:
             layer = choose_layer(model, parameters)
         else:
             check_layer(model, parameters, layer)
-        self.weight, self.bias = layer_keys(layer)
+        self.weight, self.bias = build_layer_keys(layer)
         self.uses_film = not isinstance(model.module.get_submodule(layer), nn.Linear)
 
     def init(self, generator: torch.Generator) -> Theta:
@@ -161,13 +161,13 @@ def check_layer(model: Model, parameters: Theta, layer: str) -> None:
 
 def can_take_context(parameters: Theta, name: str) -> bool:
     """Return whether the layer has a trainable bias and a trainable weight whose first axis is the output."""
-    weight, bias = layer_keys(name)
+    weight, bias = build_layer_keys(name)
     if weight not in parameters or bias not in parameters:
         return False
     return parameters[bias].shape == parameters[weight].shape[:1]
 
 
-def layer_keys(name: str) -> tuple[str, str]:
+def build_layer_keys(name: str) -> tuple[str, str]:
     """Return the keys of a layer's weight and bias. The name of the model itself is empty."""
     prefix = f"model.{name}." if name else "model."
     return prefix + "weight", prefix + "bias"

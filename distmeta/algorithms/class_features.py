@@ -10,7 +10,7 @@ from torch import Tensor
 
 from distmeta.compute.gradient import to_float32
 from distmeta.errors import InputError
-from distmeta.protocols import Batch, Model, Score, Theta, one_hot, ways_of
+from distmeta.protocols import Batch, Model, Score, Theta, find_ways, one_hot
 
 
 def require_ways(score: Score, method: str) -> int:
@@ -19,7 +19,7 @@ def require_ways(score: Score, method: str) -> int:
     Raises:
         InputError: the tasks have no classes.
     """
-    ways = ways_of(score)
+    ways = find_ways(score)
     if ways is None:
         raise InputError(
             f"algorithm.type: got {method} for tasks without classes, expected tasks whose score has `ways` "
@@ -30,7 +30,7 @@ def require_ways(score: Score, method: str) -> int:
 
 def check_ways(score: Score, outputs: int, method: str) -> None:
     """Refuse tasks with more classes than a method with a fixed number of outputs was trained with."""
-    ways = ways_of(score) or 0
+    ways = find_ways(score) or 0
     if ways > outputs:
         raise InputError(
             f"ways: got {ways}, expected at most {outputs} (the outputs that {method} was trained with): train with "
@@ -66,7 +66,7 @@ def mask_logits(logits: Tensor, keep: Tensor) -> Tensor:
 
 
 def lowest_logit(dtype: torch.dtype) -> float:
-    """Return a logit with probability 0. Unlike −∞, it gives no NaN if all logits are this low."""
+    """Return a logit whose probability is 0. Unlike −∞, it gives no NaN if all logits are this low."""
     return torch.finfo(dtype).min / 2
 
 
@@ -104,8 +104,8 @@ def find_head_shape(model: Model, method: str) -> tuple[int, int]:
 def squared_distances(a_NF: Tensor, b_MF: Tensor) -> Tensor:
     """Return ‖a − b‖² of every pair of rows, [N, M].
 
-    The sum of squared differences is exact where ‖a‖² − 2a·b + ‖b‖² cancels: for rows that are close to each other
-    and far from zero.
+    Unlike ‖a‖² − 2a·b + ‖b‖², the sum of squared differences does not cancel for rows that are close to each other and
+    far from zero.
     """
     return (a_NF[:, None] - b_MF).square().sum(-1)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distmeta.algorithms.adaptation import select_adapted
 from distmeta.algorithms.class_features import class_means, find_head_shape, mask_absent_classes
-from distmeta.protocols import Batch, Model, Score, Theta, select_prefix, ways_of
+from distmeta.protocols import Batch, Model, Score, Theta, find_ways, select_prefix
 
 
 class HypernetState(NamedTuple):
@@ -74,7 +74,7 @@ class Hypernet:
     def init(self, generator: torch.Generator) -> Theta:
         theta = self.model.init_body()
         row = self.features + len(self.model.head) - 1  # one more for the bias, if the head has one
-        if ways_of(self.score) is None:
+        if find_ways(self.score) is None:
             hidden = [self.hidden] * 3
             sizes = [self.features + self.targets, *hidden, self.targets * row]
         else:
@@ -89,7 +89,7 @@ class Hypernet:
 
     def begin(self, theta: Theta, support: Batch) -> HypernetState:
         features_SF = self.model.features(theta, support.x)
-        ways = ways_of(self.score)
+        ways = find_ways(self.score)
         if ways is None:
             counts_W = None
             rows = generate_regressor(theta, features_SF, support.y)

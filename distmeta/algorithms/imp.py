@@ -121,7 +121,7 @@ def infer_clusters(
     labels_C = torch.cat([torch.arange(ways, device=y.device), y])
     same_class_SC = (y[:, None] == labels_C) & (y != PADDING)[:, None]
     distance_SC = squared_distances(constant_SF, starts_CF)
-    limit = distance_limit(means_WF.detach(), counts_W, sigma, concentration)
+    limit = compute_distance_limit(means_WF.detach(), counts_W, sigma, concentration)
     exists_C = open_clusters(distance_SC, same_class_SC, counts_W > 0, limit, max_clusters)
     may_join_SC = same_class_SC & exists_C
     share_SC = mask_logits(-distance_SC / (2 * sigma), may_join_SC).softmax(-1) * may_join_SC
@@ -130,7 +130,7 @@ def infer_clusters(
     return Clusters(centres_CF, labels_C, exists_C & (total_C > SMALLEST_CLUSTER))
 
 
-def distance_limit(means_WF: Tensor, counts_W: Tensor, sigma: Tensor, concentration: float) -> Tensor:
+def compute_distance_limit(means_WF: Tensor, counts_W: Tensor, sigma: Tensor, concentration: float) -> Tensor:
     """Return λ, [1]. ρ is the variance of the means of the classes that have rows, averaged over features."""
     present_W1 = (counts_W > 0).to(means_WF.dtype)[:, None]
     centre_F = (means_WF * present_W1).sum(0) / present_W1.sum()

@@ -105,9 +105,11 @@ class LSTMMetaLearner:
         phi = state.phi
         if self.first_order:
             phi = {name: value.detach() for name, value in phi.items()}
-        gradient, loss = torch.func.grad_and_value(lambda p: self.score(self.model(p, batch.x), batch)[0])(
-            phi
-        )
+
+        def support_loss(p: Theta) -> Tensor:
+            return self.score(self.model(p, batch.x), batch)[0]
+
+        gradient, loss = torch.func.grad_and_value(support_loss)(phi)
         if self.first_order:
             gradient = {name: g.detach() for name, g in gradient.items()}
             loss = loss.detach()
@@ -150,7 +152,7 @@ def preprocess(x: Tensor) -> Tensor:
     Reference: Andrychowicz et al. 2016, arXiv 1606.04474, appendix A.
     """
     is_large = x.abs() >= math.exp(-PREPROCESSING_P)
-    # Where log|x| is not used, it is taken at 1, so its derivative is finite there.
+    # For small x the logarithm is not used. It is taken at 1 instead, so that its derivative is finite.
     log = torch.where(is_large, x.abs(), 1.0).log() / PREPROCESSING_P
     magnitude = torch.where(is_large, log, -1.0)
     sign = torch.where(is_large, x.sign(), math.exp(PREPROCESSING_P) * x)

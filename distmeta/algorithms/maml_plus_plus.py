@@ -68,7 +68,7 @@ class MAMLPlusPlus:
             raise InputError(
                 "model.type: got only norm layers, expected parameters that an inner loop can change"
             )
-        self.scheduled = step_weights(msl_steps, inner_steps, msl_steps)
+        self.scheduled = compute_step_weights(msl_steps, inner_steps, msl_steps)
         """w, [K], float64."""
         self.multi_step = False
         self.first_order = False
@@ -107,7 +107,7 @@ class MAMLPlusPlus:
     def at(self, step: int) -> MAMLPlusPlus:
         """Return the algorithm with the loss weights and the order of derivatives of outer step `step`."""
         algorithm = copy.copy(self)
-        algorithm.scheduled = step_weights(step, self.inner_steps, self.msl_steps)
+        algorithm.scheduled = compute_step_weights(step, self.inner_steps, self.msl_steps)
         algorithm.multi_step = step < self.msl_steps
         algorithm.first_order = step < self.first_order_steps
         return algorithm
@@ -116,7 +116,7 @@ class MAMLPlusPlus:
         return {name: theta[norm_key(name)][min(k, self.inner_steps)] for name in self.norms}
 
 
-def step_weights(step: int, inner_steps: int, msl_steps: int) -> Tensor:
+def compute_step_weights(step: int, inner_steps: int, msl_steps: int) -> Tensor:
     """Return w, [K], float64: the weights of the query losses after inner steps 1 … K in outer step `step`.
 
     They are annealed over `msl_steps` outer steps. Their sum is 1.

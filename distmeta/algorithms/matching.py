@@ -20,7 +20,7 @@ from distmeta.algorithms.class_features import (
     mask_logits,
 )
 from distmeta.algorithms.protonet import init_scale, read_scale
-from distmeta.protocols import PADDING, Batch, Model, Score, Theta, one_hot, ways_of
+from distmeta.protocols import PADDING, Batch, Model, Score, Theta, find_ways, one_hot
 
 
 class MatchingNet:
@@ -91,7 +91,7 @@ class MatchingNet:
         return state
 
     def predict(self, theta: Theta, state: Batch, x: Tensor) -> Tensor:
-        ways = ways_of(self.score)
+        ways = find_ways(self.score)
         features_SF, features_QF = embed_together(self.model, theta, state, x)
         real_S = torch.ones_like(features_SF[:, 0], dtype=torch.bool) if ways is None else state.y != PADDING
         if self.full_context:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.algorithms.adaptation import begin_phi, select_adapted, support_gradient
-from distmeta.algorithms.learned_rates import inner_lr_key, parameter_shape, rate_shapes
+from distmeta.algorithms.learned_rates import choose_rate_shapes, find_parameter_shape, inner_lr_key
 from distmeta.protocols import Model, Score, Theta, select_prefix
 
 
@@ -56,8 +56,8 @@ class MetaCurvature:
     def init(self, generator: torch.Generator) -> Theta:
         theta = self.model.init(generator)
         curvature: Theta = {}
-        for name, shape in rate_shapes(self.model, theta, self.names).items():
-            has_free_ways = shape != parameter_shape(self.model, name)
+        for name, shape in choose_rate_shapes(self.model, theta, self.names).items():
+            has_free_ways = shape != find_parameter_shape(self.model, name)
             identity = build_identity(shape, has_free_ways)
             curvature |= {f"{curvature_prefix(name)}{mode}": value for mode, value in identity.items()}
         theta = theta | curvature

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.algorithms.adaptation import begin_phi, select_adapted, support_gradient
-from distmeta.algorithms.learned_rates import inner_lr_key, rate_shapes
+from distmeta.algorithms.learned_rates import choose_rate_shapes, inner_lr_key
 from distmeta.protocols import Model, Score, Theta
 
 SMALLEST_RATE = 0.005
@@ -54,7 +54,7 @@ class MetaSGD:
         theta = self.model.init(generator)
         drawn = float(torch.empty(()).uniform_(SMALLEST_RATE, LARGEST_RATE, generator=generator))
         value = drawn if self.inner_lr is None else self.inner_lr
-        shapes = rate_shapes(self.model, theta, self.names)
+        shapes = choose_rate_shapes(self.model, theta, self.names)
         return theta | {inner_lr_key(name): torch.full(shape, value) for name, shape in shapes.items()}
 
     def begin(self, theta: Theta, support: Any) -> Theta:

@@ -82,7 +82,7 @@ class ProtoNet:
 
 
 def init_scale(scale: float, learn: bool) -> Theta:
-    """Return the entry of theta for a learned scale; its logarithm, so that it stays positive. None if it is fixed."""
+    """Return the entry of theta for a learned scale, as its logarithm so that it stays positive; {} if it is fixed."""
     return {LOG_SCALE: torch.tensor([math.log(scale)])} if learn else {}
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.algorithms.class_features import check_ways, embed_together, find_head_shape
-from distmeta.protocols import PADDING, Batch, Model, Score, Theta, one_hot, ways_of
+from distmeta.protocols import PADDING, Batch, Model, Score, Theta, find_ways, one_hot
 
 Size = Annotated[int, Field(ge=1)]
 Attention = Annotated[list[Annotated[list[Size], Field(min_length=2, max_length=2)]], Field(min_length=1)]
@@ -92,8 +92,8 @@ class SNAIL:
         return theta
 
     def begin(self, theta: Theta, support: Batch) -> Batch:
-        """Return the support set with rows of padding first, where no real row sees them."""
-        if ways_of(self.score) is None:
+        """Return the support set with rows of padding first. There they act like the zeros before a sequence."""
+        if find_ways(self.score) is None:
             return support
         check_ways(self.score, self.outputs, "snail")
         order = torch.argsort((support.y != PADDING).int(), stable=True)
@@ -106,7 +106,7 @@ class SNAIL:
         features_SF, features_QF = embed_together(self.model, theta, state, x)
         embedded_SC = apply_linear(theta, "snail.embedding", features_SF)
         embedded_QC = apply_linear(theta, "snail.embedding", features_QF)
-        if ways_of(self.score) is None:
+        if find_ways(self.score) is None:
             labels = state.y
             real_S = torch.ones_like(state.y[:, 0], dtype=torch.bool)
         else:

@@ -95,11 +95,11 @@ def _require_simpy() -> None:
 def _choose_strategy_options(job: Job, given: Mapping[str, int | None]) -> dict[str, Any]:
     """Return the options of the simulated strategies: from the command line, else the job's, else their defaults."""
     from distmeta.config.catalog import STRATEGIES
-    from distmeta.config.parts import default_options, import_part
+    from distmeta.config.parts import import_part, list_default_options
 
     options: dict[str, Any] = {}
     for name in ("sharded", "async", "local"):
-        options |= default_options(import_part("strategy.type", name, STRATEGIES))
+        options |= list_default_options(import_part("strategy.type", name, STRATEGIES))
     options |= job.strategy.options
     options |= {key: value for key, value in given.items() if value is not None}
     return {key: options[key] for key in given}

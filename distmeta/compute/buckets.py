@@ -1,4 +1,4 @@
-"""Tasks of unequal shapes: those of one shape are computed together."""
+"""Tasks of unequal shapes: tasks of the same shape are computed together."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ LARGE_FEATURE_MAP = 1_200_000
 """Elements of one task's query feature map above which a CPU computes convolutions task by task: the feature maps of
 several tasks at once no longer fit its cache (benchmarks/execution.py)."""
 MANY_STEPS = 16
-"""From this many inner steps on, a convolutional network holds one step's graph, not all of them."""
+"""From this many inner steps on, auto keeps one step's graph of a convolutional network in memory, not all of them."""
 CONVOLUTIONS = (
     nn.Conv1d,
     nn.Conv2d,
@@ -63,7 +63,7 @@ def inspect_model(module: nn.Module, inputs: Tensor) -> ModelTraits:
         random_state_before = _random_state(inputs)
         try:
             feature_maps = _run_and_record_feature_maps(module, inputs)
-        except Exception:  # whatever a user's model raises on inputs that are not its own
+        except Exception:  # a user's model may raise anything on inputs that it does not accept
             return ModelTraits(has_dropout(module), has_convolutions)
         states = zip(random_state_before, _random_state(inputs), strict=True)
         uses_random_numbers = any(not torch.equal(before, after) for before, after in states)
@@ -120,12 +120,12 @@ def _restore_buffers(module: nn.Module, before: dict[str, Tensor]) -> list[str]:
 # --- Execution ----------------------------------------------------------------------------------------------------
 
 Trial = Callable[[Execution], object]
-"""Computes the gradient of the job's own first tasks in this way."""
+"""trial(execution) computes the gradient of some of the job's tasks in this way."""
 
 
 def choose_execution(
     asked: Execution,
-    inspect_model: ModelTraits,
+    traits: ModelTraits,
     on_gpu: bool,
     precision: str,
     try_two_groups: Trial,
@@ -135,9 +135,10 @@ def choose_execution(
     """Decide `compute.execution` (`asked.mode`) and, if it is measured, `compute.chunk`.
 
     - auto: `loop` for a model that draws random numbers or that `torch.func.vmap` cannot run; on a CPU also for
-      convolutions with large feature maps or in bfloat16 (measured only on processors with bfloat16 instructions).
+      convolutions with large feature maps, or in bfloat16 (a rule from measurements on processors with bfloat16
+      instructions).
       Otherwise `vmap`.
-    - measure: the fastest on a whole shard of the loop, vmap over all of it, and vmap over chunks of it.
+    - measure: compute a whole shard by the loop, by vmap over all of it and by vmap over chunks; take the fastest.
 
     Args:
         try_two_groups: shows whether vmap works at all.
@@ -150,15 +151,15 @@ def choose_execution(
     vmap = asked._replace(mode="vmap")
     if asked.mode == "loop":
         return loop
-    if inspect_model.uses_random_numbers:
+    if traits.uses_random_numbers:
         if asked.mode == "vmap":
             raise InputError(
                 "compute.execution: got vmap for a model that draws random numbers (dropout), which are seeded per "
                 "task: use compute.execution=loop"
             )
         return loop
-    fits_cache = precision == "float32" and 0 < inspect_model.largest_feature_map <= LARGE_FEATURE_MAP
-    if asked.mode == "auto" and inspect_model.has_convolutions and not fits_cache and not on_gpu:
+    fits_cache = precision == "float32" and 0 < traits.largest_feature_map <= LARGE_FEATURE_MAP
+    if asked.mode == "auto" and traits.has_convolutions and not fits_cache and not on_gpu:
         return loop
     try:
         try_two_groups(vmap)
@@ -167,7 +168,7 @@ def choose_execution(
     except (RuntimeError, ValueError, TypeError) as error:
         if asked.mode == "vmap":
             raise InputError(
-                f"compute.execution: got vmap, which this model or algorithm cannot run under "
+                f"compute.execution: got vmap, but this model or algorithm does not run under vmap "
                 f"({first_line(error)}): use compute.execution=loop"
             ) from error
         return loop
@@ -181,7 +182,7 @@ def choose_execution(
 def find_fastest(executions: Sequence[Execution], trial: Trial) -> Execution:
     """Return the execution with the shortest of three trials, after one trial that does not count (compilation).
 
-    Those for which a GPU lacks memory are left out. The first one needs least.
+    Executions that run out of GPU memory are left out. The first one needs the least memory.
     """
     seconds: dict[Execution, float] = {}
     for execution in executions:
@@ -199,7 +200,7 @@ def find_fastest(executions: Sequence[Execution], trial: Trial) -> Execution:
 # --- Differentiation ----------------------------------------------------------------------------------------------
 
 
-def choose_differentiation(asked: str, inspect_model: ModelTraits, has_long_graphs: bool) -> str:
+def choose_differentiation(asked: str, traits: ModelTraits, has_long_graphs: bool) -> str:
     """Decide `compute.differentiation`.
 
     auto is `constant-memory` if the meta-gradient goes back through many inner steps of a convolutional network
@@ -208,14 +209,14 @@ def choose_differentiation(asked: str, inspect_model: ModelTraits, has_long_grap
     Raises:
         InputError: constant-memory, which computes a step twice, for a model that draws random numbers in it.
     """
-    if asked == "constant-memory" and inspect_model.uses_random_numbers:
+    if asked == "constant-memory" and traits.uses_random_numbers:
         raise InputError(
             "compute.differentiation: got constant-memory, which computes every step twice, for a model that draws "
             "random numbers (dropout): use compute.differentiation=reverse"
         )
     if asked != "auto":
         return asked
-    return "constant-memory" if has_long_graphs and not inspect_model.uses_random_numbers else "reverse"
+    return "constant-memory" if has_long_graphs and not traits.uses_random_numbers else "reverse"
 
 
 def holds_graphs(algorithm: Algorithm, score: Score, theta: Theta, group: Episode) -> bool:

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from distmeta.compute.numerics import full_precision
+from distmeta.compute.numerics import compute_in_float32
 from distmeta.errors import InputError, first_line
 from distmeta.trees import tree_leaves, tree_map
 
 TOLERANCE = 1e-4
 """Largest relative distance between a compiled and an eager result in float32. Fused operations round differently."""
 MOST_PROGRAMS = 16
-"""Programs for the same shapes. An algorithm that changes with every outer step would be compiled for ever."""
+"""Programs for the same shapes. Otherwise an algorithm that changes in every outer step would be compiled in each."""
 PERTURBED_RESULTS = 8
 PERTURBATION = 1e-6
-"""To learn what rounding does to the result, arguments are changed so many times by this part of themselves."""
+"""The effect of rounding is measured on so many copies of the arguments, with relative changes of this size."""
 
 Function = Callable[..., Any]
 """function(*arguments) -> (gradient, mask, metrics), of pytrees of tensors."""
@@ -38,9 +38,9 @@ class Compiler:
     processes of a machine share.
 
     Args:
-        precision: of the job. Rounding to bfloat16 changes the meta-gradient, and compiled code rounds at other places.
-            It is then compared with float32.
-        trace_only: run the graph as it is. This shows within a second or two whether there is one.
+        precision: of the job. Compiled code rounds to bfloat16 at other places than eager code, so in `bf16` both are
+            compared with a float32 result.
+        trace_only: run the traced graph without compiling it. This shows within seconds whether tracing works.
     """
 
     def __init__(self, precision: str, trace_only: bool = False):
@@ -54,7 +54,7 @@ class Compiler:
 
         Args:
             name: tells apart functions that take the same shapes. Only the first function of a name is compiled. It is
-                kept, because the name may contain the ids of what is in it.
+                kept in memory, because the name may contain `id`s of its objects, which Python could reuse.
 
         Raises:
             InputError: the function cannot be compiled, the compiled result is not the eager one, or there are too many
@@ -74,9 +74,9 @@ class Compiler:
         program, result = self._compile(function, arguments)
         reference = expected
         if self._is_reduced:
-            with full_precision(leaves[0].device.type):
+            with compute_in_float32(leaves[0].device.type):
                 reference = function(*arguments)
-        self._check(reference, expected, result, lambda: _perturbed_results(function, arguments))
+        self._check(reference, expected, result, lambda: _compute_perturbed_results(function, arguments))
         self._programs[key] = (function, program)
         return result
 
@@ -94,7 +94,7 @@ class Compiler:
             # torch.compile wraps what a backend raises (public attribute of torch._dynamo's BackendCompilerFailed)
             inner = getattr(error, "inner_exception", error)
             if isinstance(inner, (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)):
-                raise inner from None  # says nothing about the program
+                raise inner from None  # a machine's failure says nothing about the program
             raise InputError(
                 f"compute.compile: got true, but this cannot be compiled ({first_line(inner)}): "
                 "use compute.compile=false"
@@ -107,8 +107,9 @@ class Compiler:
 
         The masks must be equal. The gradient and every metric named `loss…` are compared one by one with `reference`,
         the float32 result: each may be twice as far from it as the eager one. If it is farther, it may also be twice as
-        far as eager results are from each other if their arguments differ by a rounding: a ReLU that falls on the other
-        side of zero changes one task's meta-gradient by a hundredth of its norm. Other metrics (accuracies) may jump.
+        far as eager results are from each other if their arguments differ by a rounding. (If rounding puts the input of
+        one ReLU on the other side of zero, one task's meta-gradient changes by a hundredth of its norm.) Other metrics
+        are not compared, because accuracies jump.
 
         Raises:
             InputError: they differ by more.
@@ -121,11 +122,11 @@ class Compiler:
 
             exact = select(reference)
             eager = select(expected)
-            distance = relative_distance(exact, select(result))
-            allowed = TOLERANCE + 2 * relative_distance(exact, eager)
+            distance = measure_distance(exact, select(result))
+            allowed = TOLERANCE + 2 * measure_distance(exact, eager)
             if not distance <= allowed:
                 perturbed = compute_perturbed() if perturbed is None else perturbed
-                allowed += 2 * max(relative_distance(eager, select(one)) for one in perturbed)
+                allowed += 2 * max(measure_distance(eager, select(one)) for one in perturbed)
             if not distance <= allowed:
                 raise InputError(
                     f"compute.compile: got true, but the compiled {name} differs from the eager one by {distance:.1e} "
@@ -138,7 +139,7 @@ class Compiler:
             )
 
 
-def _perturbed_results(function: Function, arguments: Any) -> list[Any]:
+def _compute_perturbed_results(function: Function, arguments: Any) -> list[Any]:
     """Return eager results of arguments whose floating-point numbers are changed at random by about a rounding."""
 
     def perturb(leaf: Any, generator: torch.Generator) -> Any:
@@ -155,7 +156,7 @@ def _perturbed_results(function: Function, arguments: Any) -> list[Any]:
     return results
 
 
-def relative_distance(expected: Any, result: Any) -> float:
+def measure_distance(expected: Any, result: Any) -> float:
     """Return ‖result − expected‖ / ‖expected‖ over two pytrees, over the numbers that are finite in both.
 
     It is infinite if a number is finite in only one of them.

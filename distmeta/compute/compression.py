@@ -17,7 +17,7 @@ import torch
 from distmeta.compute.vectors import BLOCK
 
 Compression = Literal["none", "bf16", "int8"]
-"""How a vector travels: as it is, as bfloat16, or as 8-bit integers with scales."""
+"""How a vector is sent: unchanged, as bfloat16, or as 8-bit integers with scales."""
 GROUP = 1_024
 """Numbers that share a scale. Blocks consist of whole groups, so a vector may be cut at blocks."""
 LEVELS = 127
@@ -34,7 +34,7 @@ class Coded(NamedTuple):
 
 
 Vector = np.ndarray | Coded
-"""A float32 vector as it travels."""
+"""A float32 vector as it is sent."""
 
 
 def encode(vector: np.ndarray, how: str, draws: np.random.Generator | None = None) -> Vector:

@@ -52,13 +52,13 @@ class _InnerLoop(NamedTuple):
         return states if self.every else states[-1]
 
 
-def constant_memory(loss: Loss, theta: Theta, vjp: Vjp) -> tuple[Theta, Any]:
+def differentiate_in_constant_memory(loss: Loss, theta: Theta, vjp: Vjp) -> tuple[Theta, Any]:
     """Return ∇_θ of a loss that unrolls inner loops from theta, and its metrics.
 
     The loss is computed twice. The first time is without a graph, to run its inner loops.
 
     Raises:
-        InputError: the loss unrolls from something else than its theta, whose gradient would be lost.
+        InputError: the loss unrolls from anything but its theta. That part of the gradient would be lost.
     """
     loops: list[_InnerLoop] = []
     constants = detach_tree(theta)
@@ -77,8 +77,8 @@ def constant_memory(loss: Loss, theta: Theta, vjp: Vjp) -> tuple[Theta, Any]:
         is_own_theta = theta.keys() == constants.keys() and all(theta[n] is constants[n] for n in constants)
         if not detach and not is_own_theta:
             raise InputError(
-                "compute.differentiation: got constant-memory, but meta_loss unrolls from other than its own theta: "
-                "use reverse, or unroll from theta itself or with detach=True"
+                "compute.differentiation: got constant-memory, but meta_loss unrolls from something other than its "
+                "theta: use reverse, or unroll from theta itself or with detach=True"
             )
         returned = list(range(1, count + 1)) if every else [count]
         loop = _InnerLoop(algorithm, support, states, returned, detach, every)
@@ -89,7 +89,7 @@ def constant_memory(loss: Loss, theta: Theta, vjp: Vjp) -> tuple[Theta, Any]:
         loss(constants, record)
 
     def loss_of_states(theta: Theta, leaves: list[list[list[Tensor]]]) -> tuple[Tensor, Any]:
-        """The loss as a function of theta and of the states that it receives from its inner loops."""
+        """Return the loss as a function of theta and of the states that it receives from its inner loops."""
         remaining = iter(zip(loops, leaves, strict=True))
 
         def replay(*_: Any, **__: Any) -> Any:
@@ -169,7 +169,7 @@ def _is_float(leaf: Any) -> bool:
 
 
 def reverse_vjp(function: Callable[..., Any], *primals: Any, has_aux: bool = False) -> tuple[Any, ...]:
-    """Do what `torch.func.vjp` does by plain autograd, which costs less on a CPU.
+    """Do the same as `torch.func.vjp` with plain autograd, which costs less on a CPU.
 
     vmap cannot run it, and `pull_back` may be called only once.
     """

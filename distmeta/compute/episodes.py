@@ -135,8 +135,6 @@ def _build_policy_with_memory(algorithm: Any, theta: Theta, state: State | None)
 
 def to_device(tree: Any, device: torch.device | str) -> Any:
     """Move the tensors of a pytree to a device."""
-    if isinstance(
-        tree, torch.Tensor
-    ):  # walking a tree takes as long as a layer, once per time step of a policy
+    if isinstance(tree, torch.Tensor):  # the common case in a policy's time step; walking a tree is slow
         return tree.to(device)
     return tree_map(lambda leaf: leaf.to(device), tree)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from distmeta.compute.compiler import Compiler
-from distmeta.compute.constant_memory import constant_memory, reverse_vjp
+from distmeta.compute.constant_memory import differentiate_in_constant_memory, reverse_vjp
 from distmeta.compute.episodes import to_device
 from distmeta.compute.gradient import (
     ChunkSum,
@@ -23,11 +23,11 @@ from distmeta.compute.gradient import (
     build_objective,
     compute_group,
     group_loss,
-    scores_before_adaptation,
+    score_before_adaptation,
     sum_gradients,
     sum_groups,
 )
-from distmeta.compute.schedules import describe_structure, scheduled_values, with_scheduled
+from distmeta.compute.schedules import describe_structure, get_scheduled_values, replace_scheduled_values
 from distmeta.protocols import Algorithm, Episode, Episodes, Metrics, Score, Theta
 from distmeta.trees import tree_map
 
@@ -104,13 +104,13 @@ def _compute_gradient(
 ) -> tuple[Theta, Metrics]:
     """Return the gradient of one group's meta-loss, leaves [G, ...], and the metrics of its tasks, [G] each."""
     if differentiation == "constant-memory":
-        gradient, metrics = constant_memory(
+        gradient, metrics = differentiate_in_constant_memory(
             lambda theta, unroll: group_loss(objective, theta, group, unroll), theta, vjp
         )
     else:
         loss, pull_back, metrics = vjp(lambda theta: group_loss(objective, theta, group), theta, has_aux=True)
         (gradient,) = pull_back(torch.ones_like(loss))
-    return gradient, metrics | scores_before_adaptation(objective, theta, group)
+    return gradient, metrics | score_before_adaptation(objective, theta, group)
 
 
 def compute_compiled(
@@ -120,10 +120,12 @@ def compute_compiled(
     algorithm = objective.algorithm
 
     def compute(theta: Theta, chunk: Episode, values: Any) -> tuple[Any, ...]:
-        current = build_objective(with_scheduled(algorithm, values), objective.score, objective.scores_before)
+        current = build_objective(
+            replace_scheduled_values(algorithm, values), objective.score, objective.scores_before
+        )
         return tuple(compute_groups(execution, current, theta, chunk, is_traced=True))
 
     device = next(iter(theta.values())).device
-    values = to_device(scheduled_values(algorithm), device)
+    values = to_device(get_scheduled_values(algorithm), device)
     name = (describe_structure(algorithm), execution, objective.scores_before)
     return ChunkSum(*compiler(name, compute, theta, chunk, values))

@@ -122,7 +122,7 @@ def group_loss(
     return loss, {f"{name}_after": value.detach().reshape(-1) for name, value in metrics.items()}
 
 
-def scores_before_adaptation(objective: Objective, theta: Theta, group: Episode) -> Metrics:
+def score_before_adaptation(objective: Objective, theta: Theta, group: Episode) -> Metrics:
     """Return the metrics `*_before` of the predictions before any inner step, [G] each; {} if not asked for."""
     if not objective.scores_before:
         return {}
@@ -159,7 +159,7 @@ def differentiate(
 
 
 class ChunkSum(NamedTuple):
-    """What comes of the groups that are computed at once."""
+    """The result for groups that are computed at once."""
 
     gradient: Theta
     """Sum over the finite groups, each counted once per task."""
@@ -173,7 +173,7 @@ def compute_group(objective: Objective, theta: Theta, chunk: Episode) -> ChunkSu
     """Compute the gradient of a chunk that is a single group, leaves [1, G, ...]."""
     group = tree_map(lambda leaf: leaf[0], chunk)
     gradient, metrics = differentiate(lambda theta: group_loss(objective, theta, group), theta)
-    metrics |= scores_before_adaptation(objective, theta, group)
+    metrics |= score_before_adaptation(objective, theta, group)
     gradients = {name: value[None] for name, value in gradient.items()}
     return sum_groups(gradients, metrics, objective.algorithm.group_size)
 
@@ -182,7 +182,7 @@ def sum_groups(gradients: Theta, metrics: Metrics, group_size: int, is_traced: b
     """Add the gradients of groups, leaves [groups, ...]; leave out those that are not finite.
 
     Args:
-        is_traced: for a compiler, which cannot look at values: choose number by number. On a GPU a look would wait.
+        is_traced: whether a compiler traces this. It cannot branch on values; a GPU would have to be waited for.
     """
     is_finite = find_finite_groups(gradients)
     if is_traced or is_finite.is_cuda or not bool(is_finite.all()):
@@ -203,7 +203,7 @@ def find_finite_groups(gradients: Theta) -> Tensor:
         if value.numel() == 0:
             continue
         rows = value.reshape(len(value), -1)
-        # the minimum of numbers with a NaN among them is NaN (`aminmax` over one axis takes ten times as long)
+        # the minimum of numbers is NaN if any of them is (`aminmax` over one axis takes ten times as long)
         found.append(torch.isfinite(rows.amin(1)) & torch.isfinite(rows.amax(1)))
     return torch.stack(found).all(0)
 
@@ -212,7 +212,7 @@ def find_finite_groups(gradients: Theta) -> Tensor:
 
 
 class ShardGradient(NamedTuple):
-    """What comes of a shard."""
+    """The result for a shard."""
 
     gradient: Theta
     """Sum over the shard's finite tasks."""
@@ -267,7 +267,7 @@ def sum_gradients(
                     value.add_(result.gradient[name]) if results else value.copy_(result.gradient[name])
             results.append(result)
             positions += chunk.positions
-    # the only look at values: a GPU is waited for here
+    # values are read only here, where a GPU is waited for
     is_finite = np.repeat(torch.cat([result.is_finite for result in results]).cpu().numpy(), size)
     dropped = sorted(np.asarray(positions)[~is_finite].tolist())
     columns = join_metrics([result.metrics for result in results], positions)

@@ -1,4 +1,4 @@
-"""What is computed in bfloat16 under `compute.precision: bf16`: convolutions and matrix products inside the model.
+"""`compute.precision: bf16`: convolutions and matrix products inside the model are computed in bfloat16.
 
 Everything else stays float32: norm layers, softmax, the model's head, losses, inner updates, distances, and whatever an
 algorithm computes outside the model. Autocast is on only while the model's forward pass runs. A derivative has the type
@@ -76,7 +76,7 @@ def compute_in_bfloat16(device: str, head_weight: Tensor | None) -> Iterator[Non
         device: type of device, "cpu" or "cuda".
         head_weight: weight of the model's head, which stays float32.
     """
-    # cached casts would be those of another transform's parameters
+    # No cache: it could return a cast parameter of another function transform.
     autocast = torch.autocast(device, torch.bfloat16, cache_enabled=False)
     with autocast, _Float32Functions(device, head_weight):
         yield

@@ -1,6 +1,6 @@
-"""What an algorithm changes from one outer step to the next, as compiled code sees it: values and structure.
+"""Algorithms that change from one outer step to the next, in compiled code.
 
-The values are in its attribute `scheduled` and enter a program as arguments. Anything else that differs needs another
+Values in the attribute `scheduled` enter a program as arguments. A difference in any other attribute needs another
 program.
 """
 
@@ -15,12 +15,12 @@ from distmeta.protocols import Algorithm, ChangesOverTraining, ScheduledValues
 PLAIN_TYPES = (bool, int, float, str, bytes, type(None))
 
 
-def scheduled_values(algorithm: Algorithm) -> Any:
+def get_scheduled_values(algorithm: Algorithm) -> Any:
     """Return the algorithm's scheduled values, a pytree of tensors; () if it has none."""
     return algorithm.scheduled if isinstance(algorithm, ScheduledValues) else ()
 
 
-def with_scheduled(algorithm: Algorithm, values: Any) -> Algorithm:
+def replace_scheduled_values(algorithm: Algorithm, values: Any) -> Algorithm:
     """Return the algorithm with other scheduled values, if it has any."""
     if not isinstance(algorithm, ScheduledValues):
         return algorithm
@@ -32,8 +32,8 @@ def with_scheduled(algorithm: Algorithm, values: Any) -> Algorithm:
 def describe_structure(algorithm: Algorithm) -> Hashable:
     """Return a key that is equal for algorithms that one program can serve.
 
-    These are the algorithms that `at` returned with equal attributes, except for `scheduled`. Plain values are compared
-    by value, anything else by identity. Keep the algorithm as long as the key: an id may be reused later.
+    Their classes and attributes are equal, except for `scheduled`. Plain values are compared by value, other objects by
+    identity. Keep the algorithm as long as the key, because Python may reuse the id of a deleted object.
     """
     if not isinstance(algorithm, ChangesOverTraining):
         return id(algorithm)

@@ -27,6 +27,8 @@ from distmeta.trees import tree_leaves, tree_map
 
 
 class Scores(NamedTuple):
+    """What `score_tasks` returns."""
+
     metrics: dict[str, np.ndarray]
     """float64 [T, K+1]: after 0 … K inner steps; [T, 1] without an inner loop."""
     outputs: Any
@@ -117,7 +119,8 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
 def predict_labels(episodes: Episodes, outputs: Any, ways: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
     """Return labels and predictions of every task's query rows, [Q] each (or [Q, D]).
 
-    Integer labels are compared with the best of the first `ways` outputs (None: of all), others with the outputs.
+    For integer labels, a prediction is the largest of the first `ways` outputs (None: of all); otherwise it is the
+    outputs themselves.
     """
     try:
         is_list = isinstance(episodes, list)

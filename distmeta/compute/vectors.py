@@ -43,7 +43,7 @@ class Span(NamedTuple):
 class Layout:
     """The place of each tensor of theta in the vector: in theta's order, each beginning at a multiple of `ALIGN`.
 
-    The gaps hold zeros in theta and in gradients, and so in whatever an elementwise optimizer makes of them.
+    The gaps hold zeros in theta and in gradients. An elementwise optimizer keeps them at zero.
     """
 
     names: tuple[str, ...]
@@ -143,10 +143,10 @@ class Buffer:
 
 
 def as_tensor(flat: np.ndarray) -> torch.Tensor:
-    """Return a tensor on the vector's memory, not to be written to; a copy if that is not aligned.
+    """Return a tensor that shares the vector's memory, or a copy if that is not aligned. Do not write to it.
 
     The bits of a matrix product can depend on the alignment of its operands. Small vectors lie anywhere in what Ray
-    received, large ones are aligned.
+    received; large ones are aligned.
     """
     if flat.ctypes.data % (4 * ALIGN):
         copy = torch.empty(len(flat))
@@ -155,7 +155,7 @@ def as_tensor(flat: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(flat)
 
 
-# torch warns once per process that a tensor could write to read-only memory: let it do so here
+# torch warns once per process about a tensor on read-only memory. Trigger the warning here, where it is ignored.
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch.from_numpy(np.frombuffer(bytes(4), np.float32))

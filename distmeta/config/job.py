@@ -51,16 +51,16 @@ NOT_SEARCHABLE = (
     "strategy.type",
     "strategy.servers",
 )
-"""Prefixes of keys that a sweep may not search: they say where, how long and on what a trial runs."""
+"""Prefixes of keys that a sweep may not search: where a trial runs, for how long, and on which machines."""
 
 
-def _count_trackers(value: Any) -> str:
+def _tag_trackers(value: Any) -> str:
     return "several" if isinstance(value, list | tuple) else "one"
 
 
 OneOrSeveralTrackers = Annotated[
     Annotated[TrackerSection, Tag("one")] | Annotated[list[TrackerSection], Tag("several")],
-    Discriminator(_count_trackers),
+    Discriminator(_tag_trackers),
 ]
 
 
@@ -146,7 +146,7 @@ class Job(Section):
                 raise InputError(f"changes.{i}.set: {error}") from None
 
     def _check_sweep(self, sweep: SweepSection) -> None:
-        """Check that every key of the space is the job's and accepts every value (of a range: its bounds)."""
+        """Check that the job has every key of the space, and accepts its values (of a range: its bounds)."""
         if self.run.eval_every == 0:
             raise InputError("sweep: got run.eval_every: 0, expected evaluations to compare trials by")
         if self.changes:
@@ -197,11 +197,11 @@ class Job(Section):
         return get_value(self.to_dict(), key)
 
     def phase(self, step: int) -> int:
-        """Return how many of the changes hold in the step after `step` completed ones."""
+        """Return how many of the changes have taken over after `step` completed steps."""
         return sum(change.step <= step for change in self.changes)
 
     def at(self, step: int) -> Job:
-        """Return the job as it is in the step after `step` completed ones: with the values of then, without changes."""
+        """Return the job with the values of the step that follows `step` completed ones, and without `changes`."""
         if not self.changes:
             return self
         values: dict[str, float] = {}
@@ -210,7 +210,7 @@ class Job(Section):
         return self.with_values(values, changes=[])
 
     def changed_values(self, step: int) -> dict[str, float]:
-        """Return the values in that step of all keys that change at any time."""
+        """Return the values after `step` completed steps of all keys that change at any time in the run."""
         keys = {key for change in self.changes for key in change.set}
         now = self.at(step)
         return {key: now.value(key) for key in sorted(keys)}
@@ -269,8 +269,8 @@ class Job(Section):
         return Job.parse(tree)
 
 
-def run_in_process(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tree of a job that computes in this process and has nothing to combine (an evaluation)."""
+def remove_workers(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tree of a job without workers: only this process computes (for an evaluation)."""
     return {**tree, "run": {**tree["run"], "workers": 0}, "strategy": {"type": "driver"}}
 
 

@@ -22,7 +22,7 @@ from distmeta.errors import InputError, did_you_mean
 Part = Callable[..., Any]
 
 FIELD_PREFIX = "field_"
-"""Put before a parameter's name in the pydantic model, where names such as `copy` or `json` are taken."""
+"""Put before a parameter's name in the pydantic model, because pydantic uses names such as `copy` and `json`."""
 LONGEST_SHOWN = 200
 """Characters of a user's value that a message repeats."""
 
@@ -127,7 +127,7 @@ def _find_owners(key: str, table: Mapping[str, str]) -> list[str]:
     return owners
 
 
-def default_options(part: Part) -> dict[str, Any]:
+def list_default_options(part: Part) -> dict[str, Any]:
     """Return the options of a part that have a default, with these defaults."""
     parameters = inspect.signature(part).parameters
     return {

@@ -33,7 +33,7 @@ class Domain(Section):
 
     @property
     def kind(self) -> str:
-        """Which of the keys is given."""
+        """The key that is given."""
         return self._given_kinds()[0]
 
     @property
@@ -59,7 +59,7 @@ class Domain(Section):
 
 
 class SchedulerSection(Section):
-    """Which trials continue."""
+    """The rule for which trials continue."""
 
     type: Literal["none", "asha", "pbt"] = "asha"
     """`none`: all run to the end. `asha`: at steps grace · reduction^k a trial continues if it is among the
@@ -92,7 +92,7 @@ class SweepSection(Section):
     """The domains to search, by dotted key of the job, such as `outer.lr`."""
     metric: Annotated[str, Field(pattern=r"^val_\w+$")] | None = None
     """Metric of the evaluations that trials are compared by; null: val_accuracy_after, val_return_after or
-    val_loss_after, whichever comes first."""
+    val_loss_after: the first of these that exists."""
     mode: Literal["min", "max"] | None = None
     """Whether less or more is better; null: less for a loss, else more."""
     trials: Positive | None = None
@@ -123,8 +123,8 @@ class SweepSection(Section):
             raise InputError("sweep.search: got tpe with sweep.scheduler: pbt, which makes its own values")
         if self.scheduler.type == "pbt" and self.concurrent is not None:
             raise InputError(
-                f"sweep.concurrent: got {self.concurrent} with sweep.scheduler: pbt, whose trials take turns in the "
-                "room that the cluster has: leave it out"
+                f"sweep.concurrent: got {self.concurrent} with sweep.scheduler: pbt, whose trials take turns on the "
+                "cluster's resources: leave it out"
             )
         return self
 

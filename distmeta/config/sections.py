@@ -21,7 +21,7 @@ Positive = Annotated[int, Field(ge=1)]
 Tasks = Annotated[int, Field(ge=1, le=MOST_TASKS)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 SMALLEST_GPU_SHARE = 1e-4
 """The smallest fraction of a resource that Ray can place."""
@@ -152,7 +152,7 @@ class TrackerSection(PartSection):
 
 
 class ScheduleSection(Section):
-    """The outer learning rate over the steps. After the schedule's length the rate stays as it is."""
+    """The outer learning rate over the steps. After the schedule's length the rate stays constant."""
 
     type: Literal["constant", "linear", "cosine", "exponential"] = "constant"
     """Shape of the schedule."""
@@ -177,11 +177,11 @@ class OuterSection(Section):
     """The optimizer in `torch.optim`."""
     lr: Rate = 1e-3
     """Outer learning rate."""
-    momentum: Fraction | None = None
+    momentum: DecayRate | None = None
     """Momentum (sgd, rmsprop); null: torch's default."""
     nesterov: bool | None = None
     """Nesterov momentum (sgd); null: torch's default."""
-    betas: Annotated[list[Fraction], Field(min_length=2, max_length=2)] | None = None
+    betas: Annotated[list[DecayRate], Field(min_length=2, max_length=2)] | None = None
     """Decay rates of Adam's two moments; null: torch's default."""
     eps: Rate | None = None
     """Term added to the denominator (adam, adamw, rmsprop); null: torch's default."""
@@ -217,7 +217,8 @@ class RunSection(Section):
     shards: Positive | None = None
     """Fixed pieces that a step's tasks are cut into; null: min(8, groups of tasks). The bits depend on it."""
     workers: Workers = 0
-    """Ray actors that compute; 0: this process computes, without Ray. {min: 2, max: 16}: as many as find room."""
+    """Ray actors that compute; 0: this process computes, without Ray. {min: 2, max: 16}: as many as
+    the cluster has room for, between these bounds."""
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     """CPUs that Ray reserves for each worker. Only placement depends on it."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
@@ -227,8 +228,8 @@ class RunSection(Section):
     start_timeout: Rate = 300.0
     """Seconds to wait until the workers are placed and ready."""
     shard_timeout: Rate = 1800.0
-    """Longest time in seconds that a worker may take for one shard. After it the worker counts as hung and is replaced.
-    Once shards were timed, the limit is 20 times the slowest, at least a minute, if that is less."""
+    """Longest time in seconds that a worker may take for one shard. A slower worker counts as hung and is replaced.
+    Once shards have been timed, the limit is 20 times the slowest and at least a minute, if that is less."""
     max_shard_failures: Positive = 3
     """Workers that one shard may lose before the run stops."""
     on_nonfinite: Literal["skip", "stop"] = "skip"
@@ -236,7 +237,7 @@ class RunSection(Section):
     name: str | None = None
     """Fixed name of the run folder; null: NAME-ID."""
     before_every: Count = 1
-    """Steps between those that also score tasks before adaptation (a forward pass more). 0: never."""
+    """Every how many steps tasks are also scored before adaptation, which costs one forward pass; 0: never."""
     eval_every: Count = 200
     """Steps between evaluations on validation tasks; 0: never."""
     eval_tasks: Tasks = 600

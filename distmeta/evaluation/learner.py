@@ -14,7 +14,7 @@ import torch
 
 from distmeta.compute.gradient import detach_tree, to_float32, unroll
 from distmeta.compute.scoring import evaluation_mode
-from distmeta.config.job import Job, run_in_process
+from distmeta.config.job import Job, remove_workers
 from distmeta.config.yaml_text import apply_overrides
 from distmeta.errors import InputError
 from distmeta.evaluation.trusted_parts import read_stored_job
@@ -163,7 +163,7 @@ def make_evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tu
     compute = {**tree["compute"], "compile": False}  # evaluation has no meta-gradient to compile
     if compute["precision"] == "tf32" and asked_run.get("gpus_per_worker", gpus) == 0:
         compute["precision"] = "float32"
-    local = run_in_process(tree)
+    local = remove_workers(tree)
     run = {**local["run"], "gpus_per_worker": gpus}
     kept = [_use_evaluation_key(text, tree["tasks"]) for text in overrides]
     kept = [text for text in kept if not text.startswith("algorithm.inner_steps=")]

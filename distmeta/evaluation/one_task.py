@@ -16,7 +16,7 @@ from distmeta.compute.gradient import ShardGradient
 from distmeta.compute.vectors import Layout
 from distmeta.config.job import Job
 from distmeta.errors import InputError
-from distmeta.protocols import Episodes, provided_capabilities
+from distmeta.protocols import Episodes, list_capabilities
 from distmeta.runtime.parameter_server import vector_norm
 from distmeta.runtime.problem import Problem, apply_job_numerics, build_problem, choose_device
 from distmeta.runtime.resolve import resolve
@@ -78,7 +78,7 @@ def describe_capabilities(problem: Problem) -> Iterator[str]:
     """Yield a line for the algorithm and one for the tasks, with the optional capabilities that they provide."""
     parts = {"algorithm": problem.algorithm, "tasks": problem.family}
     for section, part in parts.items():
-        names = provided_capabilities(section, part)
+        names = list_capabilities(section, part)
         yield f"optional capabilities of the {section}: {', '.join(names) or 'none'}"
 
 

@@ -85,7 +85,7 @@ def build_norm(norm: str, channels: int) -> nn.Module:
     if norm == "batch":
         return nn.BatchNorm2d(channels, track_running_stats=False)
     if norm == "group":
-        # Groups have at least 4 channels: one channel of a map of one pixel has no variance.
+        # Groups have at least 4 channels, because a single channel of a one-pixel map has no variance.
         groups = next(g for g in (8, 4, 2, 1) if channels % g == 0 and (channels >= 4 * g or g == 1))
         return nn.GroupNorm(groups, channels)
     if norm == "layer":

@@ -15,7 +15,7 @@ import torch
 
 from distmeta.compute.episodes import draw_episodes
 from distmeta.compute.execution import WHOLE_SHARD, Execution
-from distmeta.compute.numerics import numerics
+from distmeta.compute.numerics import apply_numerics
 from distmeta.config.job import Job
 from distmeta.config.parts import build_part
 from distmeta.errors import InputError
@@ -169,7 +169,7 @@ def read_execution(job: Job) -> Execution:
 def apply_job_numerics(job: Job, device: torch.device) -> AbstractContextManager[None]:
     """Return a context with the job's numerical settings."""
     compute = job.compute
-    return numerics(compute.threads, compute.deterministic, compute.precision, device.type)
+    return apply_numerics(compute.threads, compute.deterministic, compute.precision, device.type)
 
 
 def choose_device(job: Job) -> torch.device:

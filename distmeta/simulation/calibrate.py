@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from distmeta.compute.vectors import Layout
-from distmeta.config.job import Job, run_in_process
+from distmeta.config.job import Job, remove_workers
 from distmeta.runtime.parameter_server import ParameterServer, mean_metrics
 from distmeta.runtime.pool import open_pool
 from distmeta.runtime.problem import Problem
@@ -120,7 +120,7 @@ def count_cores() -> int:
 
 def prepare_problem(job: Job, report: Callable[[str], None] = lambda text: None) -> Problem:
     """Return the job's problem, resolved, to compute in this process."""
-    tree = run_in_process(job.to_dict())
+    tree = remove_workers(job.to_dict())
     run = tree["run"] | {"eval_every": 0, "patience": None}
     return resolve_job(Job.parse(tree | {"run": run}), report)
 

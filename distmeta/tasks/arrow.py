@@ -12,7 +12,7 @@ from distmeta.protocols import SPLITS
 from distmeta.tasks.domains import pair_drawings
 from distmeta.tasks.few_shot import FewShot, Order
 from distmeta.tasks.jitter import JitterLimits, JitterOptions
-from distmeta.tasks.options import Count, Ways
+from distmeta.tasks.options import Positive, Ways
 from distmeta.tasks.sampling import ClassEntry
 from distmeta.tasks.store import TaskStore
 
@@ -35,13 +35,13 @@ DomainChoices = tuple[DomainChoice, DomainChoice]
 def arrow(
     path: str,
     ways: Ways = 5,
-    shots: Count = 1,
-    queries: Count = 15,
+    shots: Positive = 1,
+    queries: Positive = 15,
     eval_ways: Ways | None = None,
-    eval_shots: Count | None = None,
-    eval_queries: Count | None = None,
+    eval_shots: Positive | None = None,
+    eval_queries: Positive | None = None,
     min_ways: Ways | None = None,
-    min_shots: Count | None = None,
+    min_shots: Positive | None = None,
     unbalanced: bool = False,
     order: Order = "shots",
     split_by: Literal["class", "group"] = "class",

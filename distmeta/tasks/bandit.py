@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.seeding import task_generator
-from distmeta.tasks.options import Count, Fraction
+from distmeta.tasks.options import Fraction, Positive
 from distmeta.tasks.rollout import ActionSpace, Collector, VectorEnvironment, score_policy
 from distmeta.trajectories import Trajectories
 
@@ -36,13 +36,13 @@ class Bandit:
     def __init__(
         self,
         arms: Annotated[int, Field(ge=2)] = 10,
-        horizon: Count = 100,
-        trajectories: Count = 4,
+        horizon: Positive = 100,
+        trajectories: Positive = 4,
         history: bool = True,
         discount: Fraction = 0.99,
         gae_lambda: Fraction = 1.0,
         normalise: bool = True,
-        eval_trajectories: Count | None = None,
+        eval_trajectories: Positive | None = None,
     ) -> None:
         self._collector = Collector(trajectories, horizon, 1, history, discount, gae_lambda, normalise)
         self._eval_trajectories = eval_trajectories or trajectories

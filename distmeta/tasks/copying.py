@@ -16,8 +16,8 @@ from torch import Tensor
 
 from distmeta.errors import InputError
 from distmeta.protocols import PADDING, Batch, Episode, Metrics
-from distmeta.seeding import uniforms
-from distmeta.tasks.options import Count
+from distmeta.seeding import draw_uniforms
+from distmeta.tasks.options import Positive
 
 
 @final
@@ -41,11 +41,11 @@ class Copy:
 
     def __init__(
         self,
-        bits: Count = 8,
-        length: Count = 20,
-        min_length: Count = 1,
-        eval_length: Count | None = None,
-        eval_min_length: Count | None = None,
+        bits: Positive = 8,
+        length: Positive = 20,
+        min_length: Positive = 1,
+        eval_length: Positive | None = None,
+        eval_min_length: Positive | None = None,
     ) -> None:
         eval_longest = length if eval_length is None else eval_length
         eval_shortest = min(min_length, eval_longest) if eval_min_length is None else eval_min_length
@@ -64,7 +64,7 @@ class Copy:
         shortest, longest = self._lengths[split]
         bits = self.out_features
         count = len(ids)
-        unit = uniforms(ids, 1 + longest * bits)
+        unit = draw_uniforms(ids, 1 + longest * bits)
         length_T = shortest + (unit[:, 0] * (longest - shortest + 1)).astype(np.int64)
         bits_TLB = (unit[:, 1:].reshape(count, longest, bits) < 0.5).astype(np.float32)
         used_TL = np.arange(longest) < length_T[:, None]

@@ -11,7 +11,7 @@ from distmeta.errors import InputError
 from distmeta.tasks.domains import Domain, shift_images
 from distmeta.tasks.few_shot import FewShot, Order
 from distmeta.tasks.image_preparation import Preparation
-from distmeta.tasks.options import Count, Ways
+from distmeta.tasks.options import Positive, Ways
 from distmeta.tasks.sampling import ClassEntry
 
 Digit = Annotated[int, Field(ge=0, le=9)]
@@ -32,13 +32,13 @@ PREPARATION = Preparation(size=8, filter="box", ink="light", channels=1)
 
 def digits(
     ways: Ways = 5,
-    shots: Count = 1,
-    queries: Count = 15,
+    shots: Positive = 1,
+    queries: Positive = 15,
     eval_ways: Ways | None = None,
-    eval_shots: Count | None = None,
-    eval_queries: Count | None = None,
+    eval_shots: Positive | None = None,
+    eval_queries: Positive | None = None,
     min_ways: Ways | None = None,
-    min_shots: Count | None = None,
+    min_shots: Positive | None = None,
     unbalanced: bool = False,
     order: Order = "shots",
     test_digits: list[Digit] = TEST_DIGITS,

@@ -6,18 +6,16 @@ not adapt. Shapes: images N, C, H, W.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
 Domain = Literal["original", "inverted", "blurred", "noisy", "slanted"]
-DOMAINS: tuple[Domain, ...] = get_args(Domain)
 
 NOISE = 0.4
 """Standard deviation of the noise as a fraction of the range of a pixel."""
-_NOISE_KEY = (
-    0x646F6D61696E73  # "domains"; independent of the run's seed: a drawing has the same noise in all runs
-)
+_NOISE_KEY = 0x646F6D61696E73
+"""Does not depend on the run's seed, so a drawing has the same noise in all runs. (The bytes spell "domains".)"""
 
 
 def shift_images(images_NCHW: np.ndarray, domain: Domain, ink: int) -> np.ndarray:
@@ -39,9 +37,8 @@ def shift_images(images_NCHW: np.ndarray, domain: Domain, ink: int) -> np.ndarra
         shifted = _blur(x_NCHW)
     elif domain == "noisy":
         generator = np.random.Generator(np.random.Philox(key=_NOISE_KEY))
-        noise_NCHW = generator.standard_normal(
-            x_NCHW.shape
-        )  # in order of n, so it does not depend on later images
+        # drawn in the order of n, so an image's noise does not depend on later images
+        noise_NCHW = generator.standard_normal(x_NCHW.shape)
         shifted = np.rint(x_NCHW + NOISE * ink * noise_NCHW).clip(0, ink)
     else:
         shifted = _slant(x_NCHW)

@@ -36,15 +36,15 @@ class FewShot:
       the score for each.
     - With `min_ways` a training task has between `min_ways` and `ways` classes, with `min_shots` between `min_shots`
       and `shots` support drawings (`unbalanced`: independently for each class), all equally likely. Smaller tasks are
-      filled up with repeated rows that have the class index `PADDING`: they count nowhere except in the statistics of
-      a batch norm.
+      filled up with repeated rows that have the class index `PADDING`. These have no effect except on the statistics
+      of a batch norm.
     - With `jitter` each training image, of support and query, is warped independently (`tasks.jitter`).
 
     Args:
         images: uint8 or float [N, C, H, W], in memory or memory-mapped. Each draw gathers its rows once and multiplies
             them by `scale`. Workers build the family from the job; pickling one copies its images.
-        splits: the classes of train, and of val and test if there are any. Drawing from a split that is not there
-            raises InputError.
+        splits: the classes of train, and of val and test if there are any. Drawing from a missing split raises
+            InputError.
         check: called before and after images are read; raises if they changed.
         fingerprint: identifies the images (`protocols.HasFingerprint`).
 

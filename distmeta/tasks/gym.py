@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distmeta.errors import InputError, did_you_mean, summarize_error
 from distmeta.seeding import task_generator
-from distmeta.tasks.options import Count, Fraction
+from distmeta.tasks.options import Fraction, Positive
 from distmeta.tasks.rollout import ActionSpace, Collector, Film, VectorEnvironment, score_policy
 from distmeta.trajectories import Trajectories
 
@@ -77,14 +77,14 @@ class Gym:
     def __init__(
         self,
         make: str = "half-cheetah-velocity",
-        trajectories: Count = 20,
-        horizon: Count = 200,
-        episodes: Count = 1,
+        trajectories: Positive = 20,
+        horizon: Positive = 200,
+        episodes: Positive = 1,
         history: bool = False,
         discount: Fraction = 0.99,
         gae_lambda: Fraction = 1.0,
         normalise: bool = True,
-        eval_trajectories: Count | None = None,
+        eval_trajectories: Positive | None = None,
     ) -> None:
         try:
             import gymnasium

@@ -110,7 +110,7 @@ def scale_pixels(pixels: np.ndarray, scale: float) -> np.ndarray:
 def _flatten(image: Image.Image, preparation: Preparation) -> Image.Image:
     """Return the image without transparency, in mode L or RGB."""
     mode = "L" if preparation.channels == 1 else "RGB"
-    if image.mode.startswith("I"):  # 16-bit greyscale: Pillow would clip it at 255
+    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255
         wide = np.asarray(image).astype(np.int64)
         image = Image.fromarray((np.clip(wide, 0, 65535) >> 8).astype(np.uint8))
     if image.has_transparency_data:

@@ -16,7 +16,7 @@ from pydantic import AfterValidator
 from torch import Tensor
 
 from distmeta.errors import InputError, did_you_mean
-from distmeta.seeding import uniforms
+from distmeta.seeding import draw_uniforms
 
 
 class JitterLimits(NamedTuple):
@@ -67,7 +67,7 @@ def draw_warps(limits: JitterLimits, ids: Sequence[Any] | np.ndarray, images: in
 
     They do not change what else a task draws.
     """
-    unit = uniforms(ids, images * WARP_NUMBERS, PART).reshape(len(ids), images, WARP_NUMBERS)
+    unit = draw_uniforms(ids, images * WARP_NUMBERS, PART).reshape(len(ids), images, WARP_NUMBERS)
     angle = math.radians(limits.rotate)
     largest = (angle, limits.scale, limits.scale, limits.shear, limits.shift, limits.shift)
     return (2 * unit - 1) * largest

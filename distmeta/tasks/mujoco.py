@@ -70,10 +70,10 @@ def make_half_cheetah_velocity(generator: np.random.Generator, render_mode: str 
 def make_ant_goal(generator: np.random.Generator, render_mode: str | None = None) -> Any:
     """Go to a goal uniform in the disc of radius 3: reward −‖position − goal‖₁ + 1 while upright − 0.1‖a‖².
 
-    As the goal environments of ProMP and PEARL (Rakelly et al. 2019, arXiv 1903.08254). Deviations: no contact costs,
+    Like the goal environments of ProMP and PEARL (Rakelly et al. 2019, arXiv 1903.08254). Deviations: no contact costs,
     and a bonus of 1 instead of 4 for being upright.
     """
-    with _prepared_mujoco(render_mode):
+    with _prepare_mujoco(render_mode):
         ant = AntEnv(
             render_mode=render_mode,
             ctrl_cost_weight=0.1,
@@ -95,12 +95,12 @@ def make_ant_goal(generator: np.random.Generator, render_mode: str | None = None
 
 
 def _make_half_cheetah(render_mode: str | None) -> Any:
-    with _prepared_mujoco(render_mode):
+    with _prepare_mujoco(render_mode):
         return HalfCheetahEnv(ctrl_cost_weight=0.05, render_mode=render_mode)
 
 
 @contextmanager
-def _prepared_mujoco(render_mode: str | None) -> Iterator[None]:
+def _prepare_mujoco(render_mode: str | None) -> Iterator[None]:
     """Prepare MuJoCo for making an environment.
 
     - Without a display, frames are rendered by EGL. Gymnasium reads this choice only from `MUJOCO_GL`.

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from distmeta.protocols import Episode, PerStep
-from distmeta.seeding import uniforms
-from distmeta.tasks.options import Count, Fraction
+from distmeta.seeding import draw_uniforms
+from distmeta.tasks.options import Fraction, Positive
 from distmeta.tasks.rollout import ActionSpace, Collector, VectorEnvironment, score_policy
 from distmeta.trajectories import Trajectories
 
@@ -38,14 +38,14 @@ class Navigation:
 
     def __init__(
         self,
-        trajectories: Count = 20,
-        horizon: Count = 100,
-        episodes: Count = 1,
+        trajectories: Positive = 20,
+        horizon: Positive = 100,
+        episodes: Positive = 1,
         history: bool = False,
         discount: Fraction = 0.99,
         gae_lambda: Fraction = 1.0,
         normalise: bool = True,
-        eval_trajectories: Count | None = None,
+        eval_trajectories: Positive | None = None,
     ) -> None:
         self._collector = Collector(trajectories, horizon, episodes, history, discount, gae_lambda, normalise)
         self._eval_trajectories = eval_trajectories or trajectories
@@ -55,7 +55,7 @@ class Navigation:
 
     def draw_goals(self, ids: Any) -> Tensor:
         """Draw the goal of each task, [T, 2]."""
-        return torch.from_numpy(uniforms(ids, 2) - 0.5).float()
+        return torch.from_numpy(draw_uniforms(ids, 2) - 0.5).float()
 
     def collect(self, split: str, ids: Any, k: int, policy: Any) -> Trajectories:
         """Collect trajectories of the tasks `ids` with the policy after k inner steps."""

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1)]
 Ways = Annotated[int, Field(ge=2)]
 """Number of classes of a task."""
 Fraction = Annotated[float, Field(ge=0, le=1)]

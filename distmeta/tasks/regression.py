@@ -19,8 +19,8 @@ from torch import Tensor
 
 from distmeta.errors import InputError
 from distmeta.protocols import Batch, Episode, Metrics
-from distmeta.seeding import uniforms
-from distmeta.tasks.options import Count
+from distmeta.seeding import draw_uniforms
+from distmeta.tasks.options import Positive
 
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
@@ -50,13 +50,13 @@ class Sinusoid:
 
     def __init__(
         self,
-        shots: Count = 10,
-        queries: Count = 10,
+        shots: Positive = 10,
+        queries: Positive = 10,
         amplitude: Interval = AMPLITUDE,
         phase: Interval = PHASE,
         x_range: Interval = X_RANGE,
-        eval_shots: Count | None = None,
-        eval_queries: Count | None = None,
+        eval_shots: Positive | None = None,
+        eval_queries: Positive | None = None,
     ) -> None:
         self._sizes = _choose_sizes(shots, queries, eval_shots, eval_queries)
         self._amplitude = _check_interval("tasks.amplitude", amplitude)
@@ -66,7 +66,7 @@ class Sinusoid:
     def draw(self, split: str, ids: Any) -> Episode:
         """Draw the episodes of the tasks `ids` (uint64 [T]): x and y float32, [T, S, 1] and [T, Q, 1]."""
         shots, queries = self._sizes[split]
-        unit_TN = uniforms(ids, 2 + shots + queries)
+        unit_TN = draw_uniforms(ids, 2 + shots + queries)
         amplitude_T1 = _scale(unit_TN[:, :1], self._amplitude)
         phase_T1 = _scale(unit_TN[:, 1:2], self._phase)
         x_TN = _scale(unit_TN[:, 2:], self._x_range)
@@ -84,13 +84,13 @@ class Linear:
 
     def __init__(
         self,
-        shots: Count = 10,
-        queries: Count = 10,
+        shots: Positive = 10,
+        queries: Positive = 10,
         slope: Interval = SLOPE,
         offset: Interval = OFFSET,
         x_range: Interval = X_RANGE,
-        eval_shots: Count | None = None,
-        eval_queries: Count | None = None,
+        eval_shots: Positive | None = None,
+        eval_queries: Positive | None = None,
     ) -> None:
         self._sizes = _choose_sizes(shots, queries, eval_shots, eval_queries)
         self._slope = _check_interval("tasks.slope", slope)
@@ -100,7 +100,7 @@ class Linear:
     def draw(self, split: str, ids: Any) -> Episode:
         """Draw the episodes of the tasks `ids` (uint64 [T]): x and y float32, [T, S, 1] and [T, Q, 1]."""
         shots, queries = self._sizes[split]
-        unit_TN = uniforms(ids, 2 + shots + queries)
+        unit_TN = draw_uniforms(ids, 2 + shots + queries)
         slope_T1 = _scale(unit_TN[:, :1], self._slope)
         offset_T1 = _scale(unit_TN[:, 1:2], self._offset)
         x_TN = _scale(unit_TN[:, 2:], self._x_range)

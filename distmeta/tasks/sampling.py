@@ -12,7 +12,7 @@ import numpy as np
 
 from distmeta.errors import InputError
 from distmeta.protocols import PADDING
-from distmeta.seeding import uniforms
+from distmeta.seeding import draw_uniforms
 
 SIZES = 1
 """The part of a task's random numbers that chooses its ways and shots. Part 0 chooses classes and drawings."""
@@ -82,7 +82,7 @@ def draw_rows(table: ClassTable, ids: Any, shuffle: bool, unbalanced: bool) -> R
     T = len(ids)
     # Uniform numbers of a task: 1 for its group, 2 W for its classes, 2 W n for their drawings.
     group_T1, class_T2W, drawing_T2Wn = np.split(
-        uniforms(ids, 1 + 2 * ways + 2 * ways * n), [1, 1 + 2 * ways], axis=1
+        draw_uniforms(ids, 1 + 2 * ways + 2 * ways * n), [1, 1 + 2 * ways], axis=1
     )
     group_T = (group_T1[:, 0] * len(table.group_start)).astype(np.int64)
     position_TW = draw_distinct(table.group_count[group_T], class_T2W.reshape(T, 2, ways))
@@ -91,7 +91,7 @@ def draw_rows(table: ClassTable, ids: Any, shuffle: bool, unbalanced: bool) -> R
     way_TnW = np.tile(np.arange(ways), (T, n, 1))
     label_TnW = way_TnW
     if settings.min_ways < ways or settings.min_shots < shots:
-        sizes_TW1 = uniforms(ids, ways + 1, SIZES)
+        sizes_TW1 = draw_uniforms(ids, ways + 1, SIZES)
         way_TnW, drawing_TWn, label_TnW = _shrink_tasks(
             settings, drawing_TWn, sizes_TW1[:, :1], sizes_TW1[:, 1:], unbalanced
         )
@@ -117,7 +117,7 @@ def draw_rows(table: ClassTable, ids: Any, shuffle: bool, unbalanced: bool) -> R
 
 def _draw_order(ids: Any, support: int, total: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw a permutation of the support rows [T, support] and one of the query rows [T, total - support]."""
-    support_TN, query_TN = np.split(uniforms(ids, total, ORDER), [support], axis=1)
+    support_TN, query_TN = np.split(draw_uniforms(ids, total, ORDER), [support], axis=1)
     return support_TN.argsort(1, kind="stable"), query_TN.argsort(1, kind="stable")
 
 
@@ -128,7 +128,7 @@ def _shrink_tasks(
     shots_TW: np.ndarray,
     unbalanced: bool,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Give each task its own number of ways and shots. Superfluous places repeat other rows, with the label `PADDING`.
+    """Give each task its own number of ways and shots. Places left over repeat other rows, with the label `PADDING`.
 
     Args:
         ways_T1, shots_TW: uniform on [0, 1).
@@ -155,7 +155,7 @@ def _shrink_tasks(
     return way_TnW, np.take_along_axis(drawing_TWn, shown_TWn, 2), label_TWn.swapaxes(1, 2)
 
 
-def draw_distinct(counts: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
+def draw_distinct(counts: np.ndarray, unit: np.ndarray) -> np.ndarray:
     """Draw n different integers below each count. Every ordered choice is equally likely.
 
     Floyd's algorithm gives a uniform subset, at a cost that does not grow with the counts. Sorting n more uniform
@@ -163,19 +163,19 @@ def draw_distinct(counts: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
 
     Args:
         counts: int [...].
-        uniforms: uniform on [0, 1), [..., 2, n].
+        unit: uniform on [0, 1), [..., 2, n].
 
     Returns:
         int64 [..., n].
     """
-    n = uniforms.shape[-1]
-    picked = np.empty((*uniforms.shape[:-2], n), np.int64)
+    n = unit.shape[-1]
+    picked = np.empty((*unit.shape[:-2], n), np.int64)
     for i in range(n):
         last = counts - n + i
-        candidate = (uniforms[..., 0, i] * (last + 1)).astype(np.int64)
+        candidate = (unit[..., 0, i] * (last + 1)).astype(np.int64)
         taken = (picked[..., :i] == candidate[..., None]).any(-1)
         picked[..., i] = np.where(taken, last, candidate)
-    return np.take_along_axis(picked, uniforms[..., 1, :].argsort(-1, kind="stable"), -1)
+    return np.take_along_axis(picked, unit[..., 1, :].argsort(-1, kind="stable"), -1)
 
 
 def build_class_table(

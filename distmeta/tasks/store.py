@@ -77,8 +77,8 @@ class TaskStore:
         """Raise InputError if the file has changed since it was opened: its numbers would belong to no run."""
         if self.file is not None and _stat_file(self.file) != self.file_state:
             raise InputError(
-                f"tasks.path: {str(self.file)!r} changed on disk while it was in use, expected a store that stays "
-                "as it is: write a new one under another name"
+                f"tasks.path: {str(self.file)!r} changed on disk while it was in use, expected a store that does not "
+                "change: write a new one under another name"
             )
 
     @staticmethod

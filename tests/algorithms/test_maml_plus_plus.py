@@ -22,7 +22,7 @@ from oracles import (
 )
 
 from distmeta.algorithms.maml import MAML
-from distmeta.algorithms.maml_plus_plus import step_weights
+from distmeta.algorithms.maml_plus_plus import compute_step_weights
 from distmeta.compute.scoring import score_tasks
 
 STEPS = 3
@@ -118,16 +118,16 @@ def test_gradient_equals_finite_differences(step: int) -> None:
 
 def test_step_weights_equal_those_of_the_authors_code() -> None:
     """get_per_step_loss_importance_vector of their few_shot_learning_system.py, at 5 steps and 10 epochs."""
-    epoch = {e: step_weights(500 * e, 5, 5000).tolist() for e in range(11)}
+    epoch = {e: compute_step_weights(500 * e, 5, 5000).tolist() for e in range(11)}
     assert epoch[0] == pytest.approx([0.2] * 5)
     assert epoch[1] == pytest.approx([0.18] * 4 + [0.28])
     assert epoch[5] == pytest.approx([0.1] * 4 + [0.6])
-    late = step_weights(4900, 5, 5000).tolist()
+    late = compute_step_weights(4900, 5, 5000).tolist()
     assert late == pytest.approx([0.006] * 4 + [0.976])  # not less than 0.03 / 5
     assert epoch[10] == [0, 0, 0, 0, 1]
     for steps in (1, 2, 5):
         for step in range(0, 120, 7):
-            weights = step_weights(step, steps, 100).tolist()
+            weights = compute_step_weights(step, steps, 100).tolist()
             decay = step / 100 / steps
             least = 0.03 / steps
             assert weights[:-1] == pytest.approx([max(1 / steps - decay, least)] * (steps - 1)) or step >= 100

@@ -12,7 +12,7 @@ from conftest import REPOSITORY, tree
 from torch import Tensor
 
 import distmeta
-from distmeta.algorithms.memory.mann import MANN, accuracy_by_instance
+from distmeta.algorithms.memory.mann import MANN, measure_accuracy_by_instance
 from distmeta.compute.execution import Execution, shard_gradient
 from distmeta.compute.gradient import unroll
 from distmeta.compute.scoring import score_tasks
@@ -151,9 +151,9 @@ def test_accuracy_by_instance() -> None:
     y = torch.tensor([0, 1, PADDING, 0, 0, 1, 1])
     outputs = torch.nn.functional.one_hot(torch.tensor([1, 1, 0, 0, 0, 0, 1]), 3).float()
     outputs[:, 2] = 9.0  # an output beyond the task's ways
-    result = {name: float(value) for name, value in accuracy_by_instance(outputs, y, 2).items()}
+    result = {name: float(value) for name, value in measure_accuracy_by_instance(outputs, y, 2).items()}
     assert result == {"accuracy_1st": 0.5, "accuracy_2nd": 0.5}
-    assert accuracy_by_instance(outputs, y, None) == {}
+    assert measure_accuracy_by_instance(outputs, y, None) == {}
 
 
 def test_evaluation_may_have_fewer_ways_but_not_more() -> None:

@@ -192,14 +192,14 @@ def test_dnc_allocation_equals_the_formula_of_the_paper(slots: int, seed: int) -
     usage = np.random.default_rng(seed).random(slots)
     usage[usage < 0.2] = 0.0  # for an unused slot the product is 0
     usage[usage > 0.9] = 1.0
-    result = memory_dnc.allocation_weights(torch.from_numpy(usage))
+    result = memory_dnc.compute_allocation(torch.from_numpy(usage))
     np.testing.assert_allclose(result.numpy(), allocate_by_formula(usage), rtol=1e-12, atol=1e-15)
 
 
 def test_dnc_allocation_has_the_derivative_of_its_formula() -> None:
     usage = torch.tensor([0.4, 0.0, 0.9, 0.3], dtype=DOUBLE, requires_grad=True)
-    torch.autograd.gradcheck(memory_dnc.allocation_weights, (usage[None].expand(2, -1) + 0.05,))
-    (gradient,) = torch.autograd.grad(memory_dnc.allocation_weights(usage)[3], usage)
+    torch.autograd.gradcheck(memory_dnc.compute_allocation, (usage[None].expand(2, -1) + 0.05,))
+    (gradient,) = torch.autograd.grad(memory_dnc.compute_allocation(usage)[3], usage)
     torch.testing.assert_close(gradient, torch.tensor([0.0, 0.7, 0.0, 0.0], dtype=DOUBLE))  # (1 − u₃) u₁
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import grad
 from torch.nn import functional
 
-from distmeta.algorithms.imp import IMP, distance_limit, infer_clusters
+from distmeta.algorithms.imp import IMP, compute_distance_limit, infer_clusters
 from distmeta.algorithms.matching import MatchingNet
 from distmeta.algorithms.protonet import ProtoNet
 from distmeta.algorithms.relation import RelationNet
@@ -331,7 +331,7 @@ def test_distance_limit_matches_computation_by_hand() -> None:
     sigma = torch.tensor([5.0], dtype=torch.float64)
     rho = (2 + 8) / 2  # the third class is absent
     expected = -2 * 5 * math.log(0.1) + 2 * 5 * math.log(1 + rho / 5)
-    assert float(distance_limit(means, counts, sigma, 0.1)) == pytest.approx(expected, rel=1e-12)
+    assert float(compute_distance_limit(means, counts, sigma, 0.1)) == pytest.approx(expected, rel=1e-12)
 
 
 def test_sigma_is_learned_from_the_logits() -> None:

@@ -29,7 +29,7 @@ EPOCHS = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}
 GAUSSIAN = {"type": "gaussian", "hidden": [12], "activation": "tanh"}
 NAVIGATION = {"type": "paced:PacedNavigation", "seconds": PACE_SECONDS / 2}
 JOBS = {
-    "maml": tree("maml", tasks={"type": "hard_cases:Paced", "seconds": PACE_SECONDS}),
+    "maml": tree("maml", tasks={"type": "hard_cases:SlowTasksOnWorkers", "seconds": PACE_SECONDS}),
     "policy": tree(EPOCHS, tasks=NAVIGATION, model=GAUSSIAN),
     "rl2": tree("rl2", tasks={"type": "paced:PacedBandit", "seconds": PACE_SECONDS}),
 }

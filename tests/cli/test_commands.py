@@ -161,7 +161,7 @@ def test_unexpected_error_prints_a_traceback_and_exits_with_1(
 
 
 def test_stop_at_nonfinite_gradient_exits_with_1_without_traceback(distmeta: Any) -> None:
-    write_job(tasks={"type": "hard_cases:AllBad"}, run={"on_nonfinite": "stop"})
+    write_job(tasks={"type": "hard_cases:AllTasksWithNaN"}, run={"on_nonfinite": "stop"})
     outcome = distmeta("train", "job.yaml", "--json", "compute.execution=loop")
     assert outcome.code == 1
     expected = "NumericsError: step 1: non-finite meta-gradient of tasks [0, 1"
@@ -270,7 +270,9 @@ def test_check_runs_one_task(distmeta: Any) -> None:
     answer = distmeta("check", "job.yaml", "--run-one-task", "--json")
     assert answer.code == 0
     assert answer.json() == {"jobs": 1}
-    refused = distmeta("check", "job.yaml", "--run-one-task", "model={type: 'hard_cases:RunningNorm'}")
+    refused = distmeta(
+        "check", "job.yaml", "--run-one-task", "model={type: 'hard_cases:RunningStatisticsNet'}"
+    )
     assert "changes the buffer" in one_line_error(refused)
 
 

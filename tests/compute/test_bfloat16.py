@@ -1,7 +1,7 @@
 """`compute.precision: bf16`: what is computed in bfloat16, and how far that moves the meta-gradient.
 
 The bound on the error holds on every processor because it is relative to the problem's own sensitivity: how far the
-exact meta-gradient moves if theta alone is rounded to bfloat16. A processor's own kernels are one case; emulated ones
+exact meta-gradient moves if only theta is rounded to bfloat16. A processor's own kernels are one case; emulated ones
 are the others, so that a processor without bfloat16 instructions tests those too.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distmeta.compute.execution import WHOLE_SHARD, Execution, shard_gradient
-from distmeta.compute.numerics import numerics
+from distmeta.compute.numerics import apply_numerics
 from distmeta.config.job import Job
 from distmeta.models.functional import FunctionalModel
 from distmeta.protocols import Theta
@@ -98,7 +98,7 @@ def test_bfloat16_moves_the_gradient_as_little_as_rounding_theta(norm: str, kern
     for seed in SEEDS[:3] if kernels in KERNELS else SEEDS:
         for execution, found in factors.items():
             emulated = EmulatedKernels(KERNELS[kernels]) if kernels in KERNELS else nullcontext()
-            with numerics(1, False, "bf16"), emulated:
+            with apply_numerics(1, False, "bf16"), emulated:
                 near = meta_gradient(conv_job(norm, seed), execution)
             assert near.dtype == torch.float32
             found.append(relative_distance(exact_gradient(norm, seed), near) / sensitivity(norm, seed))
@@ -125,7 +125,7 @@ class RecordBfloat16(TorchDispatchMode):
 @pytest.mark.parametrize("norm", ["batch", "group", "layer"])
 def test_only_products_are_computed_in_bfloat16(norm: str, execution: str) -> None:
     """Statistics and derivatives of norms, activations, pooling, losses and inner updates are float32."""
-    with numerics(1, False, "bf16"), RecordBfloat16() as recorded:
+    with apply_numerics(1, False, "bf16"), RecordBfloat16() as recorded:
         meta_gradient(conv_job(norm), execution)
     assert {"convolution", "convolution_backward"} <= recorded.names
     assert recorded.names <= PRODUCTS | COPIES | SUMS
@@ -152,7 +152,7 @@ class Normalised(nn.Module):
 
 def test_norms_softmax_and_head_of_a_users_model_are_float32() -> None:
     model = FunctionalModel(Normalised, torch.Generator().manual_seed(0), out_features=3)
-    with numerics(1, False, "bf16"):
+    with apply_numerics(1, False, "bf16"):
         model(model.init(), torch.ones(4, 6))
         product = torch.ones(2, 2) @ torch.ones(2, 2)
     assert model.module.types == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
@@ -164,7 +164,7 @@ def test_wrong_convolutions_of_processors_with_amx_are_not_used(execution: str) 
     """Three strided blocks end in maps of one pixel, for which oneDNN's kernel on AMX returns wrong numbers."""
     job = conv_job("none", halvings=3)
     exact = meta_gradient(job, "loop")
-    with numerics(1, False, "bf16"), EmulatedKernels(KERNELS["AMX"]):
+    with apply_numerics(1, False, "bf16"), EmulatedKernels(KERNELS["AMX"]):
         near = meta_gradient(job, execution)
     assert relative_distance(exact, near) < 0.2
 

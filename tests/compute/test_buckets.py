@@ -26,7 +26,7 @@ from distmeta.runtime.problem import build_problem
 from distmeta.runtime.resolve import resolve
 from distmeta.trees import tree_map
 
-UNEQUAL = {"type": "hard_cases:Unequal"}
+UNEQUAL = {"type": "hard_cases:UnequalTasks"}
 IDS = np.array([4, 0, 1, 6, 2, 10, 3, 5], np.uint64)
 """Tasks with these support and query rows: 4 3, 3 2, 4 2, 3 2, 5 2, 4 3, 3 3, 5 3."""
 POSITIONS = [[0, 5], [1, 3], [2], [4], [6], [7]]
@@ -116,7 +116,7 @@ def test_scores_and_outputs_are_in_the_order_of_the_tasks(execution: Execution) 
 
 
 def test_tasks_of_a_group_must_have_equal_shapes() -> None:
-    pairwise = {"type": "hard_cases:Pairwise"}
+    pairwise = {"type": "hard_cases:PairwiseMAML"}
     algorithm, score, theta, episodes = parts(pairwise, pairs=True)
     loop, vmap = (shard_gradient(algorithm, score, theta, episodes, IDS, way) for way in (LOOP, VMAP))
     assert relative_distance(loop.gradient, vmap.gradient) <= 1e-9

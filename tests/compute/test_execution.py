@@ -24,7 +24,7 @@ from distmeta.compute.compiler import Compiler
 from distmeta.compute.episodes import make_episodes
 from distmeta.compute.execution import WHOLE_SHARD, Execution, shard_gradient
 from distmeta.compute.gradient import query_loss
-from distmeta.compute.numerics import numerics
+from distmeta.compute.numerics import apply_numerics
 from distmeta.compute.precision import bfloat16_device, compute_in_bfloat16
 from distmeta.config.job import Job
 from distmeta.errors import InputError
@@ -37,7 +37,8 @@ from distmeta.runtime.worker import Worker
 from distmeta.seeding import task_ids
 from distmeta.trees import tree_map
 
-LOOP, VMAP = Execution("loop", 1), Execution("vmap", WHOLE_SHARD)
+LOOP = Execution("loop", 1)
+VMAP = Execution("vmap", WHOLE_SHARD)
 CONV = {
     "model": {"type": "conv4", "width": 8, "pool": "stride", "norm": "none"},
     "tasks": {"type": "digits", "ways": 3, "shots": 1, "queries": 2},
@@ -155,7 +156,7 @@ def test_meta_loss_that_breaks_the_protocol_is_refused() -> None:
     job = tree({"type": "test_execution:UnrollsFromTwiceTheta"})
     gradient(job, LOOP)
     with pytest.raises(
-        InputError, match=r"compute.differentiation: got constant-memory, .* other than its own theta"
+        InputError, match=r"compute.differentiation: got constant-memory, .* something other than its theta"
     ):
         gradient(job, LOOP._replace(differentiation="constant-memory"))
     with pytest.raises(InputError, match=r"algorithm: its meta_loss has shape \[1\], expected one number"):
@@ -163,7 +164,7 @@ def test_meta_loss_that_breaks_the_protocol_is_refused() -> None:
 
 
 def test_constant_memory_is_refused_for_dropout() -> None:
-    job = tree(model={"type": "hard_cases:Dropout"}, compute={"differentiation": "constant-memory"})
+    job = tree(model={"type": "hard_cases:DropoutNet"}, compute={"differentiation": "constant-memory"})
     with pytest.raises(InputError, match=r"compute.differentiation: got constant-memory, .* \(dropout\)"):
         resolve(build_problem(Job.parse(job)))
 
@@ -209,8 +210,9 @@ def returning(*results: tuple[float, bool, float, float]) -> Any:
 def test_different_compiled_result_is_refused(
     compiled: tuple[float, bool, float, float], what: str | None
 ) -> None:
-    """Each part is compared on its own: a large loss does not hide a small gradient. An accuracy may jump."""
-    function, x = returning((1e-6, True, 3.0, 0.5), compiled), torch.ones(3)
+    """Each part is compared separately: a large loss does not hide a small gradient. An accuracy may jump."""
+    function = returning((1e-6, True, 3.0, 0.5), compiled)
+    x = torch.ones(3)
     if what is None:
         metrics = Compiler("float32", trace_only=True)("impure", function, x)[2]
         assert torch.allclose(metrics["accuracy_after"], torch.tensor(0.6))
@@ -249,7 +251,7 @@ def test_compiled_bfloat16_gradient_is_compared_with_float32() -> None:
                 product = x @ x
             return {"a": product * (1 + off)}, x > 0, {}
 
-        with numerics(1, False, "bf16"):
+        with apply_numerics(1, False, "bf16"):
             Compiler("bf16", trace_only=True)("off", function, torch.full((1, 1), 1.0 + 2**-8))
 
     compiled_off_by(1e-3)
@@ -271,7 +273,7 @@ def test_second_call_runs_the_compiled_program() -> None:
 
 
 def test_function_that_cannot_be_compiled_is_refused_with_the_reason() -> None:
-    job = tree(model={"type": "hard_cases:Branching"})
+    job = tree(model={"type": "hard_cases:BranchingNet"})
     with pytest.raises(
         InputError, match=r"compute.compile: got true, but this cannot be compiled \(.*\): use"
     ):
@@ -279,7 +281,7 @@ def test_function_that_cannot_be_compiled_is_refused_with_the_reason() -> None:
 
 
 def test_model_that_cannot_be_compiled_is_refused_before_anything_is_written(workplace: Path) -> None:
-    job = tree(model={"type": "hard_cases:Branching"}, compute={"compile": True})
+    job = tree(model={"type": "hard_cases:BranchingNet"}, compute={"compile": True})
     with pytest.raises(InputError, match=r"compute.compile: got true, but this cannot be compiled"):
         distmeta.train(Job.parse(job))
     assert not (workplace / "runs").exists()
@@ -288,7 +290,7 @@ def test_model_that_cannot_be_compiled_is_refused_before_anything_is_written(wor
 def test_compiling_dropout_is_refused() -> None:
     with pytest.raises(InputError, match=r"compute.compile: got true for a model that draws random numbers"):
         resolve(
-            build_problem(Job.parse(tree(model={"type": "hard_cases:Dropout"}, compute={"compile": True})))
+            build_problem(Job.parse(tree(model={"type": "hard_cases:DropoutNet"}, compute={"compile": True})))
         )
 
 
@@ -346,7 +348,7 @@ def test_out_of_memory_while_compiling_is_raised_unchanged(monkeypatch: pytest.M
 def test_drawing_a_task_does_not_seed_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     seeded: list[int] = []
     monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
-    gradient(tree("maml", model={"type": "hard_cases:Dropout"}), LOOP)
+    gradient(tree("maml", model={"type": "hard_cases:DropoutNet"}), LOOP)
     assert seeded == []
     torch.manual_seed(torch.initial_seed())
     assert len(seeded) == 1, "torch.manual_seed does"
@@ -355,7 +357,7 @@ def test_drawing_a_task_does_not_seed_cuda(monkeypatch: pytest.MonkeyPatch) -> N
 def test_bfloat16_gradient_is_near_and_float32() -> None:
     """For convolutional networks see test_bfloat16.py."""
     exact = gradient(tree("maml"), VMAP)
-    with numerics(1, False, "bf16"):
+    with apply_numerics(1, False, "bf16"):
         near = gradient(tree("maml"), VMAP)
     assert near.dtype == torch.float32
     assert 1e-5 < relative_distance(exact, near) < 0.2
@@ -381,7 +383,7 @@ def test_impossible_settings_are_refused() -> None:
     with pytest.raises(InputError, match=r"compute.chunk: got 4 with compute.execution: loop"):
         Job.parse(tree(compute={"execution": "loop", "chunk": 4}))
     with pytest.raises(InputError, match=r"compute.chunk: got 4, but compute.execution: auto is loop here"):
-        resolve(build_problem(Job.parse(tree(compute={"chunk": 4}, model={"type": "hard_cases:Dropout"}))))
+        resolve(build_problem(Job.parse(tree(compute={"chunk": 4}, model={"type": "hard_cases:DropoutNet"}))))
 
 
 def test_run_is_resumed_and_evaluated_without_a_compiler(
@@ -433,8 +435,9 @@ def test_fastest_execution_is_chosen() -> None:
 
 
 def test_collected_episodes_in_both_ways_of_differentiation() -> None:
-    problem = build_problem(Job.parse(tree(tasks={"type": "hard_cases:Bandit"})))
-    theta, ids = problem.init(), task_ids(0, "train", 0, 4)
+    problem = build_problem(Job.parse(tree(tasks={"type": "hard_cases:TwoArmedBandit"})))
+    theta = problem.init()
+    ids = task_ids(0, "train", 0, 4)
     episodes = make_episodes(problem.family, problem.algorithm, theta, "train", ids, 2)
     found = []
     for differentiation in ("reverse", "constant-memory"):

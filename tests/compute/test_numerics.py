@@ -1,4 +1,4 @@
-"""The job's precision holds, whatever the process has set with either of torch's interfaces."""
+"""A job's precision holds, no matter what the process has set through either of torch's interfaces."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from distmeta.compute.numerics import _tf32, full_precision, numerics
+from distmeta.compute.numerics import _set_tf32, apply_numerics, compute_in_float32
 
 BACKENDS: Any = torch.backends
 ASKED: dict[str, Callable[[], Any]] = {
@@ -23,14 +23,17 @@ ASKED: dict[str, Callable[[], Any]] = {
 }
 
 
-def parts() -> list[str]:
-    cudnn, cpu = BACKENDS.cudnn, BACKENDS.mkldnn
-    several = (BACKENDS, BACKENDS.cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)
-    return [part.fp32_precision for part in several]
+def read_precisions() -> list[str]:
+    """Return the newer interface's precision of everything, then of each part."""
+    cudnn = BACKENDS.cudnn
+    cpu = BACKENDS.mkldnn
+    parts = (BACKENDS, BACKENDS.cuda.matmul, cudnn.conv, cudnn.rnn, cpu.matmul, cpu.conv, cpu.rnn)
+    return [part.fp32_precision for part in parts]
 
 
 @pytest.fixture
-def torch_as_it_was() -> Iterator[None]:
+def restored_precision() -> Iterator[None]:
+    """Restore torch's own precision after the test."""
     yield
     BACKENDS.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
@@ -40,40 +43,40 @@ def torch_as_it_was() -> Iterator[None]:
 
 
 def read_settings() -> tuple[list[str], str, bool, bool]:
-    """Return what both interfaces say. Reading the older one raises if the two disagree."""
+    """Return the values of both interfaces. Reading the older one raises if the two disagree."""
     older = BACKENDS.cuda.matmul.allow_tf32, BACKENDS.cudnn.allow_tf32
-    return parts()[1:], torch.get_float32_matmul_precision(), *older
+    return read_precisions()[1:], torch.get_float32_matmul_precision(), *older
 
 
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("allowed", [False, True])
 def test_settings_of_the_process_neither_matter_nor_change(
-    asked: str, allowed: bool, torch_as_it_was: None
+    asked: str, allowed: bool, restored_precision: None
 ) -> None:
-    untouched = parts()
+    untouched = read_precisions()
     ASKED[asked]()
-    before, inside = (
-        parts(),
-        (["tf32" if allowed else "ieee"] * 6, "high" if allowed else "highest", *[allowed] * 2),
-    )
-    with _tf32(allowed, "cuda"):
+    before = read_precisions()
+    inside = (["ieee"] * 6, "highest", False, False)
+    if allowed:
+        inside = (["tf32"] * 6, "high", True, True)
+    with _set_tf32(allowed, "cuda"):
         assert read_settings() == inside
-        with _tf32(False, "cuda"):
+        with _set_tf32(False, "cuda"):
             assert read_settings() == (["ieee"] * 6, "highest", False, False)
         assert read_settings() == inside
-    assert parts() == before
+    assert read_precisions() == before
     assert asked == "nothing" or asked.startswith("no TF32") or before != untouched
 
 
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_cpu_computes_in_float32(asked: str, precision: str, torch_as_it_was: None) -> None:
+def test_cpu_computes_in_float32(asked: str, precision: str, restored_precision: None) -> None:
     ASKED[asked]()
-    before = parts()
-    with numerics(1, False, precision):
-        assert set(parts()[4:]) <= {"none", "ieee"}
+    before = read_precisions()
+    with apply_numerics(1, False, precision):
+        assert set(read_precisions()[4:]) <= {"none", "ieee"}
         assert not torch.is_autocast_enabled("cpu"), "it is on only in the forward pass of a model"
-        with full_precision("cpu"):
-            assert set(parts()[4:]) <= {"none", "ieee"}
+        with compute_in_float32("cpu"):
+            assert set(read_precisions()[4:]) <= {"none", "ieee"}
             assert not torch.is_autocast_enabled("cpu")
-    assert parts() == before
+    assert read_precisions() == before

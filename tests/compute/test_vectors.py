@@ -79,7 +79,8 @@ def test_aligned_vector_is_not_copied() -> None:
 def test_spans_of_all_slices_cover_theta(shapes: list[tuple[int, ...]], pieces: int) -> None:
     theta = make_theta(shapes)
     layout = Layout.from_theta(theta)
-    flat, seen = layout.flatten(theta), dict.fromkeys(theta, 0)
+    flat = layout.flatten(theta)
+    seen = dict.fromkeys(theta, 0)
     for start, stop in pairwise(choose_edges(layout.size, pieces)):
         for name, first, last, at in layout.spans(start, stop):
             assert first == seen[name]

@@ -282,7 +282,8 @@ def test_defaults() -> None:
 def test_a_dump_loads_to_an_equal_job(overrides: list[str], tmp_path: Path) -> None:
     plain = tree()
     if overrides and overrides[0].startswith("name="):
-        plain["name"], overrides = "1e5", overrides[1:]
+        plain["name"] = "1e5"
+        overrides = overrides[1:]
     job = Job.parse(plain, overrides)
     path = tmp_path / "job.yaml"
     path.write_text(job.to_yaml(), encoding="utf-8")

@@ -117,14 +117,15 @@ def test_a_pure_grid_is_run_once() -> None:
     factor=st.floats(1.001, 1e4),
     few=st.integers(1, 4),
 )
-def test_draws_depend_on_the_seed_and_their_number_alone(
+def test_draws_depend_only_on_the_seed_and_their_number(
     seed: int, low: float, factor: float, few: int
 ) -> None:
     space = {
         "outer.lr": {"loguniform": [low, low * factor]},
         "algorithm.inner_lr": {"uniform": [low, 2 * factor]},
     }
-    short, long = job(space, trials=few).sweep, job(space, trials=few + 3).sweep
+    short = job(space, trials=few).sweep
+    long = job(space, trials=few + 3).sweep
     assert short is not None
     assert long is not None
     found = draw_points(long, seed)

@@ -21,7 +21,7 @@ import distmeta.compute.compiler
 from distmeta.algorithms.maml import MAML
 from distmeta.compute.compiler import MOST_PROGRAMS, Compiler
 from distmeta.compute.execution import Execution, shard_gradient
-from distmeta.compute.schedules import describe_structure, with_scheduled
+from distmeta.compute.schedules import describe_structure, replace_scheduled_values
 from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.runtime.problem import build_problem
@@ -132,14 +132,14 @@ def test_structure_of_an_algorithm_is_compared_by_value_and_identity() -> None:
     plus = build_problem(Job.parse(tree("maml-plus-plus"))).algorithm
     assert describe_structure(plus.at(0)) == describe_structure(plus.at(1))
     assert describe_structure(plus.at(0)) != describe_structure(plus)  # only the last loss
-    assert with_scheduled(plus, (1,)).scheduled == (1,)
+    assert replace_scheduled_values(plus, (1,)).scheduled == (1,)
     other = copy.copy(plus)
     other.model = copy.copy(plus.model)
     assert describe_structure(other) != describe_structure(plus)
     plain = build_problem(Job.parse(tree("maml"))).algorithm
     assert isinstance(plain, MAML)
     assert describe_structure(plain) != describe_structure(copy.copy(plain))  # without `at`: by identity
-    assert with_scheduled(plain, ()) is plain
+    assert replace_scheduled_values(plain, ()) is plain
 
 
 @pytest.mark.slow

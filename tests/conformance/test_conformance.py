@@ -26,9 +26,9 @@ from distmeta.seeding import task_ids
 from distmeta.trees import tree_leaves, tree_map
 
 HARD = {
-    "memory": tree({"type": "hard_cases:Memory"}),
-    "pairwise": tree({"type": "hard_cases:Pairwise"}),
-    "policy-gradient": tree("maml", tasks={"type": "hard_cases:Bandit"}),
+    "memory": tree({"type": "hard_cases:MemoryRegressor"}),
+    "pairwise": tree({"type": "hard_cases:PairwiseMAML"}),
+    "policy-gradient": tree("maml", tasks={"type": "hard_cases:TwoArmedBandit"}),
 }
 CASES = {name: tree(name) for name in ALGORITHMS} | HARD
 EXACT = (
@@ -53,7 +53,8 @@ EXACT = (
     "policy-gradient",
 )
 """Algorithms whose meta-gradient is the derivative of their meta-loss."""
-LOOP, VMAP = Execution("loop", 1), Execution("vmap", 2**31)
+LOOP = Execution("loop", 1)
+VMAP = Execution("vmap", 2**31)
 OTHERS = (
     VMAP,
     LOOP._replace(differentiation="constant-memory"),
@@ -128,7 +129,8 @@ def test_gradient_has_the_keys_shapes_and_dtypes_of_theta(name: str) -> None:
 def test_every_execution_and_differentiation_gives_the_same_gradient(
     name: str, execution: Execution, dtype: torch.dtype, tolerance: float
 ) -> None:
-    loop, other = loop_gradient(name, dtype=dtype), gradient(name, execution, dtype)
+    loop = loop_gradient(name, dtype=dtype)
+    other = gradient(name, execution, dtype)
     assert float((loop - other).norm() / loop.norm()) <= tolerance
 
 
@@ -143,8 +145,7 @@ def test_everything_is_on_one_device(name: str) -> None:
     )
     groups = tree_map(lambda leaf: leaf.view(-1, problem.algorithm.group_size, *leaf.shape[1:]), episodes)
     with fake:
-        algorithm, score = problem.training_at(0), problem.score("train")
-        objective = build_objective(algorithm, score)
+        objective = build_objective(problem.training_at(0), problem.score("train"))
         found = compute_groups(VMAP, objective, theta, groups, is_traced=True)
     leaves = tree_leaves(found)
     assert len(leaves) > len(theta)
@@ -186,7 +187,9 @@ def test_gradient_equals_finite_differences(name: str) -> None:
 
 def replayed_loss(problem: Problem, theta: Theta, episodes: Episode) -> float:
     """Return the sum of the tasks' query losses after the inner loop, using only the protocol's four functions."""
-    algorithm, score, total = problem.algorithm, problem.score("train"), 0.0
+    algorithm = problem.algorithm
+    score = problem.score("train")
+    total = 0.0
     for t in range(4):
         episode = tree_map(lambda leaf, t=t: leaf[t], episodes)
         state = algorithm.begin(theta, support_at(episode.support, 0))
@@ -224,7 +227,8 @@ def test_training_improves_a_toy_task_family(name: str) -> None:
     }
     job = CASES[name] | {"tasks": tasks}
     problem = build_problem(Job.parse(job))
-    algorithm, score = problem.algorithm, problem.score("val")
+    algorithm = problem.algorithm
+    score = problem.score("val")
     server = ParameterServer(problem.init(), problem.job.outer)
     ids = task_ids(1, "val", 0, 50)
 

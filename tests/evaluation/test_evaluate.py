@@ -170,12 +170,16 @@ def test_diverged_task_makes_the_mean_null(waves: Path) -> None:
 
 
 def test_algorithm_without_inner_loop(tmp_path: Path) -> None:
-    job = tree({"type": "hard_cases:Memory"}, run={"steps": 1, "eval_tasks": 3}, output=str(tmp_path))
+    job = tree(
+        {"type": "hard_cases:MemoryRegressor"}, run={"steps": 1, "eval_tasks": 3}, output=str(tmp_path)
+    )
     run = distmeta.train(Job.parse(job)).run
     result = distmeta.evaluate(run)
     assert result.figures["loss_before"] is None
     assert len(result.curve["loss"]) == 1
-    with pytest.raises(InputError, match=r"algorithm.inner_steps: got 2, but hard_cases:Memory has no inner"):
+    with pytest.raises(
+        InputError, match=r"algorithm.inner_steps: got 2, but hard_cases:MemoryRegressor has no inner"
+    ):
         distmeta.evaluate(run, ["algorithm.inner_steps=2"])
 
 

@@ -26,13 +26,13 @@ def test_running_statistics_are_an_error_with_a_remedy(workplace: Path) -> None:
     with pytest.raises(
         InputError, match=r"the forward pass changes the buffer '1.running_mean'.*use GroupNorm"
     ):
-        distmeta.train(build_job(model={"type": "hard_cases:RunningNorm"}))
+        distmeta.train(build_job(model={"type": "hard_cases:RunningStatisticsNet"}))
     assert not list(workplace.iterdir())
 
 
 def test_dropout_runs_in_the_loop_and_repeats_bit_by_bit(workplace: Path) -> None:
     small = build_job(
-        model={"type": "hard_cases:Dropout"}, run={"steps": 3, "eval_every": 3, "eval_tasks": 4}
+        model={"type": "hard_cases:DropoutNet"}, run={"steps": 3, "eval_every": 3, "eval_tasks": 4}
     )
     problem = resolve(build_problem(small))
     assert problem.execution.mode == problem.job.compute.execution == "loop"
@@ -46,16 +46,16 @@ def test_dropout_runs_in_the_loop_and_repeats_bit_by_bit(workplace: Path) -> Non
 
 
 def test_dropout_with_collected_data_is_an_error(workplace: Path) -> None:
-    job = tree("maml", model={"type": "hard_cases:Dropout"}, tasks={"type": "hard_cases:Bandit"})
+    job = tree("maml", model={"type": "hard_cases:DropoutNet"}, tasks={"type": "hard_cases:TwoArmedBandit"})
     with pytest.raises(
-        InputError, match=r"model.type: hard_cases:Dropout has dropout, but data are collected"
+        InputError, match=r"model.type: hard_cases:DropoutNet has dropout, but data are collected"
     ):
         distmeta.train(Job.parse(job))
 
 
 def test_fused_attention_trains_with_second_derivatives(workplace: Path) -> None:
     small = build_job(
-        model={"type": "hard_cases:Attention"},
+        model={"type": "hard_cases:AttentionNet"},
         run={"steps": 3, "tasks_per_step": 4, "shards": 2},
         compute={"execution": "loop"},
     )
@@ -70,7 +70,10 @@ def test_fused_attention_trains_with_second_derivatives(workplace: Path) -> None
 def test_model_on_integers_trains_evaluates_and_adapts(workplace: Path) -> None:
     """Tokens reach the model as integers everywhere."""
     job = tree(
-        "maml", model={"type": "hard_cases:Tokens"}, tasks={"type": "hard_cases:Sums"}, run={"eval_tasks": 5}
+        "maml",
+        model={"type": "hard_cases:TokenNet"},
+        tasks={"type": "hard_cases:DigitSumTasks"},
+        run={"eval_tasks": 5},
     )
     run = distmeta.train(Job.parse(job)).run
     assert distmeta.evaluate(run).figures["loss_after"] is not None

@@ -38,16 +38,16 @@ CHANGES = [
     {"step": 4, "set": {"algorithm.inner_lr": 0.02}},
 ]
 CASES = {name: tree(name, run=RUN) for name in ALGORITHMS} | {
-    "pairwise": tree({"type": "hard_cases:Pairwise"}, run=RUN),
-    "policy-gradient": tree("maml", tasks={"type": "hard_cases:Bandit"}, run=RUN),
-    "memory": tree({"type": "hard_cases:Memory"}, run=RUN),
+    "pairwise": tree({"type": "hard_cases:PairwiseMAML"}, run=RUN),
+    "policy-gradient": tree("maml", tasks={"type": "hard_cases:TwoArmedBandit"}, run=RUN),
+    "memory": tree({"type": "hard_cases:MemoryRegressor"}, run=RUN),
     "outer-epochs": tree(EPOCHS, run=RUN, **POLICIES),
     "compiled": tree("maml", compute={"compile": True}, run=RUN),
     "constant-memory": tree("maml", compute={"differentiation": "constant-memory"}, run=RUN),
     "bf16": tree("maml", compute={"precision": "bf16"}, run=RUN),
     "changes": tree("maml", changes=CHANGES, run=RUN | {"steps": 5}),
-    "dropout": tree("maml", model={"type": "hard_cases:Dropout"}, run=RUN),
-    "unequal": tree("maml", tasks={"type": "hard_cases:Unequal"}, run=RUN),
+    "dropout": tree("maml", model={"type": "hard_cases:DropoutNet"}, run=RUN),
+    "unequal": tree("maml", tasks={"type": "hard_cases:UnequalTasks"}, run=RUN),
     "conv4": tree(
         "maml",
         model={"type": "conv4", "width": 8, "pool": "stride"},
@@ -183,7 +183,7 @@ def test_resume_restores_every_optimizer_and_schedule(optimizer: str, schedule: 
 
 def test_shard_of_a_killed_worker_is_computed_again(workplace: Path, cluster: None) -> None:
     """The workers prefetch tasks."""
-    job = tree("maml", tasks={"type": "hard_cases:Lethal", "flag": str(workplace / "kill")})
+    job = tree("maml", tasks={"type": "hard_cases:TasksThatKillTheProcess", "flag": str(workplace / "kill")})
     calm = train_job(job)
     lethal = Job.parse(job).replace(run={"workers": 2}, compute={"draw_ahead": True})
     shaken = distmeta.train(lethal, reporter=FlagReporter(workplace / "kill")).run
@@ -197,7 +197,7 @@ def test_shard_that_kills_every_worker_stops_the_run_with_a_checkpoint(
 ) -> None:
     from distmeta.runtime.failure_policy import LostShardError
 
-    tasks = {"type": "hard_cases:Lethal", "flag": str(workplace / "kill"), "always": True}
+    tasks = {"type": "hard_cases:TasksThatKillTheProcess", "flag": str(workplace / "kill"), "always": True}
     job = Job.parse(tree("maml", tasks=tasks, run={"workers": 2, "name": "doomed", "max_shard_failures": 2}))
     with pytest.raises(LostShardError, match=r"shard \d \(tasks \d to \d\) lost 2 workers"):
         distmeta.train(job, reporter=FlagReporter(workplace / "kill"))
@@ -205,7 +205,7 @@ def test_shard_that_kills_every_worker_stops_the_run_with_a_checkpoint(
 
 
 def test_error_on_a_worker_is_raised_in_the_driver(workplace: Path, cluster: None) -> None:
-    tasks = {"type": "hard_cases:Vanishing", "flag": str(workplace / "gone")}
+    tasks = {"type": "hard_cases:TasksThatVanish", "flag": str(workplace / "gone")}
     job = Job.parse(tree("maml", tasks=tasks, run={"workers": 1, "name": "gone"}))
     with pytest.raises(distmeta.errors.InputError, match=r"^tasks.path: the store is gone$"):
         distmeta.train(job, reporter=FlagReporter(workplace / "gone"))
@@ -219,7 +219,7 @@ def test_too_few_resources_are_reported(workplace: Path, cluster: None) -> None:
 
 
 def test_non_finite_tasks_are_dropped_and_counted(workplace: Path) -> None:
-    run = train_job(tree("maml", tasks={"type": "hard_cases:Poisoned"}, run={"tasks_per_step": 16}))
+    run = train_job(tree("maml", tasks={"type": "hard_cases:SomeTasksWithNaN"}, run={"tasks_per_step": 16}))
     rows = read_metrics(run)
     assert sum(row["tasks_dropped"] for row in rows) > 0
     for row in rows:
@@ -231,7 +231,9 @@ def test_non_finite_tasks_are_dropped_and_counted(workplace: Path) -> None:
 
 def test_step_without_a_finite_task_changes_nothing(workplace: Path) -> None:
     job = tree(
-        "maml", tasks={"type": "hard_cases:AllBad"}, run={"steps": 3, "keep": 9, "checkpoint_every": 1}
+        "maml",
+        tasks={"type": "hard_cases:AllTasksWithNaN"},
+        run={"steps": 3, "keep": 9, "checkpoint_every": 1},
     )
     run = train_job(job)
     states = [checkpoints.load(run / "checkpoints" / f"step-{step:08d}") for step in (0, 3)]
@@ -242,21 +244,23 @@ def test_step_without_a_finite_task_changes_nothing(workplace: Path) -> None:
 
 
 def test_infinite_sum_of_finite_gradients_never_reaches_theta(workplace: Path) -> None:
-    tasks = {"type": "hard_cases:Huge"}
+    tasks = {"type": "hard_cases:TasksWithOverflowingSum"}
     run = train_job(tree("maml", tasks=tasks, outer={"clip_norm": 1.0}, run={"steps": 2}))
     assert [(row["tasks"], row["tasks_dropped"]) for row in read_metrics(run)] == [(0, 8), (0, 8)]
     assert all(np.isfinite(value.numpy()).all() for value in checkpoints.load(run).theta.values())
 
 
 def test_mistake_that_only_workers_see_is_one_line(workplace: Path, cluster: None) -> None:
-    tasks = {"type": "hard_cases:OnlyHere", "pid": os.getpid()}
+    tasks = {"type": "hard_cases:TasksOfOneProcess", "pid": os.getpid()}
     with pytest.raises(distmeta.errors.InputError, match=r"^tasks.path: not on this node$"):
         train_job(tree("maml", tasks=tasks), workers=1)
     assert not (workplace / "runs").exists()
 
 
 def test_stop_at_a_non_finite_gradient(workplace: Path) -> None:
-    job = tree("maml", tasks={"type": "hard_cases:AllBad"}, run={"on_nonfinite": "stop", "name": "bad"})
+    job = tree(
+        "maml", tasks={"type": "hard_cases:AllTasksWithNaN"}, run={"on_nonfinite": "stop", "name": "bad"}
+    )
     with pytest.raises(distmeta.errors.NumericsError, match=r"step 1: .* tasks \[0, 1"):
         distmeta.train(Job.parse(job))
     assert checkpoints.load(workplace / "runs" / "bad").progress.step == 0

@@ -69,7 +69,7 @@ def test_interrupted_run_is_saved_and_resumed(workers: int, number: signal.Signa
 
 
 def test_second_signal_exits_at_once(workplace: Path) -> None:
-    job = tree("maml", tasks={"type": "hard_cases:Slow", "seconds": 60.0}, run={"name": "slow"})
+    job = tree("maml", tasks={"type": "hard_cases:SlowTasks", "seconds": 60.0}, run={"name": "slow"})
     process = start(job)
     wait_for(workplace / "runs" / "slow" / "checkpoints" / "latest", 1, process)
     time.sleep(0.5)

@@ -30,8 +30,8 @@ EPOCHS = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}
 
 
 def faulty_job(workplace: Path, **options: Any) -> dict[str, Any]:
-    """Return a job whose tasks do harm on workers, as often as the options of `hard_cases.Faulty` say."""
-    tasks = {"type": "hard_cases:Faulty", "folder": str(workplace), **options}
+    """Return a job whose tasks do harm on workers, as often as the options of `hard_cases.FaultyTasksOnWorkers` say."""
+    tasks = {"type": "hard_cases:FaultyTasksOnWorkers", "folder": str(workplace), **options}
     return tree("maml", tasks=tasks, run=RUN)
 
 
@@ -183,7 +183,9 @@ def test_late_worker_without_a_compiler_is_refused(
 @pytest.mark.slow
 def test_lost_shard_is_one_line_on_the_command_line(workplace: Path) -> None:
     """The run stops with a checkpoint and without a traceback, whatever Ray prints about a dead worker."""
-    job = tree("maml", tasks={"type": "hard_cases:Faulty", "folder": ".", "kill": "train", "times": 99})
+    job = tree(
+        "maml", tasks={"type": "hard_cases:FaultyTasksOnWorkers", "folder": ".", "kill": "train", "times": 99}
+    )
     job["run"] |= {"workers": 1, "max_shard_failures": 2, "name": "lost"}
     (workplace / "job.yaml").write_text(yaml.safe_dump(job))
     done = subprocess.run(

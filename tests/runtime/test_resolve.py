@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from conftest import tree
 
-from distmeta.compute.numerics import numerics
+from distmeta.compute.numerics import apply_numerics
 from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.runtime.problem import build_problem
@@ -22,8 +22,8 @@ def build_job(**changes: Any) -> Job:
     ("changes", "mode"),
     [
         ({}, "vmap"),
-        ({"model": {"type": "hard_cases:Attention"}}, "vmap"),
-        ({"model": {"type": "hard_cases:Branching"}}, "loop"),
+        ({"model": {"type": "hard_cases:AttentionNet"}}, "vmap"),
+        ({"model": {"type": "hard_cases:BranchingNet"}}, "loop"),
         (
             {
                 "model": {"type": "conv4", "width": 4, "pool": "stride"},
@@ -40,13 +40,13 @@ def build_job(**changes: Any) -> Job:
             "loop",
         ),
         ({"compute": {"precision": "bf16"}}, "vmap"),
-        ({"model": {"type": "conv4", "width": 2}, "tasks": {"type": "hard_cases:LargeImages"}}, "loop"),
+        ({"model": {"type": "conv4", "width": 2}, "tasks": {"type": "hard_cases:LargeImageTasks"}}, "loop"),
         ({"compute": {"execution": "loop"}}, "loop"),
         ({"compute": {"execution": "vmap", "chunk": 2}}, "vmap"),
     ],
 )
 def test_execution_is_chosen_by_a_fixed_rule(changes: dict[str, Any], mode: str) -> None:
-    with numerics(1, False):
+    with apply_numerics(1, False):
         problem = resolve(build_problem(build_job(**changes)))
     assert problem.execution.mode == problem.job.compute.execution == mode
     if "chunk" in changes.get("compute", {}):
@@ -54,9 +54,9 @@ def test_execution_is_chosen_by_a_fixed_rule(changes: dict[str, Any], mode: str)
 
 
 def test_impossible_vmap_is_an_error() -> None:
-    small = build_job(model={"type": "hard_cases:Branching"}, compute={"execution": "vmap"})
+    small = build_job(model={"type": "hard_cases:BranchingNet"}, compute={"execution": "vmap"})
     with pytest.raises(
-        InputError, match=r"compute.execution: got vmap, which this model .* cannot run under"
+        InputError, match=r"compute.execution: got vmap, but this model .* does not run under vmap"
     ):
         resolve(build_problem(small))
     convolutional = build_job(

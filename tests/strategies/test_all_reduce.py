@@ -36,7 +36,7 @@ from distmeta.strategies.all_reduce.group_host import GroupHost
 from distmeta.strategies.all_reduce.messages import Abandon, Leave, LostGroup, RankAnswer, RankError
 
 SGD = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "clip_norm": 1.0}
-POISONED = {"type": "hard_cases:Poisoned"}
+POISONED = {"type": "hard_cases:SomeTasksWithNaN"}
 """One task in four is not finite."""
 EPOCHS = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
@@ -73,7 +73,7 @@ def find_ranks(pid: int | None = None) -> list[int]:
 JOBS = {
     "sgd": tree("maml", tasks=POISONED, outer=SGD, compute={"draw_ahead": True}, run={"steps": 20}),
     "epochs": tree(EPOCHS, outer=SGD, run={"steps": 3}, **POLICIES),
-    "all-bad": tree("maml", tasks={"type": "hard_cases:AllBad"}, outer=SGD, run={"steps": 2}),
+    "all-bad": tree("maml", tasks={"type": "hard_cases:AllTasksWithNaN"}, outer=SGD, run={"steps": 2}),
     "stop": tree("maml", tasks=POISONED, outer=SGD, run={"steps": 4, "on_nonfinite": "stop"}),
     "mistake": tree("maml", outer=SGD, run={"steps": 10}),
     "abandoned": tree("maml", outer=SGD, run={"steps": 10}),
@@ -192,7 +192,7 @@ def test_lack_of_room_and_mistakes_are_reported_before_training(workplace: Path,
         train_job(job, workers=5, start_timeout=20.0)
     assert not (workplace / "runs").exists()
     mistake = {"fail": "ZeroDivisionError", "times": 1}
-    job["tasks"] = {"type": "hard_cases:Faulty", "folder": str(workplace), **mistake}
+    job["tasks"] = {"type": "hard_cases:FaultyTasksOnWorkers", "folder": str(workplace), **mistake}
     with pytest.raises(ZeroDivisionError):
         train_job(job, name="mistake")
     assert checkpoints.load(workplace / "runs" / "mistake").progress.step == 0

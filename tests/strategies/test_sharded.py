@@ -124,7 +124,7 @@ def test_lost_workers_and_a_lost_server_do_not_change_the_result(workplace: Path
 @pytest.mark.slow  # slices are compared with one server by hand above, in both directions
 def test_checkpoints_of_driver_and_sharded_are_interchangeable(workplace: Path, cluster: None) -> None:
     """With clipping, momentum, rates of some tensors, and tasks that are left out."""
-    job = wide_job("sgd", tasks_per_step=16) | {"tasks": {"type": "hard_cases:Poisoned"}}
+    job = wide_job("sgd", tasks_per_step=16) | {"tasks": {"type": "hard_cases:SomeTasksWithNaN"}}
     expected = read_outcome(train_job(job, workers=0, steps=6))
     rows = expected[3]
     assert sum(row["tasks_dropped"] for row in rows) > 0

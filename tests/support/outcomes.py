@@ -14,7 +14,7 @@ from distmeta.runtime.reporter import SilentReporter
 
 
 class ActingReporter(SilentReporter):
-    """Calls a function after some steps, in the driver's own thread, and keeps what is reported."""
+    """Calls a function after some steps, in the driver's own thread, and keeps the reports."""
 
     def __init__(self, actions: Mapping[int, Callable[[], Any]] | None = None):
         self.actions = dict(actions or {})

@@ -47,7 +47,9 @@ def test_killed_trial_continues_from_its_checkpoint(client: Any, workplace: Path
         def begin(self, folder: Path, count: int) -> None:
             flag.touch()  # only now, because the sweep's own process draws tasks before
 
-    job = make_sweep(tracked=True, trials=2) | {"tasks": {"type": "hard_cases:Lethal", "flag": str(flag)}}
+    job = make_sweep(tracked=True, trials=2) | {
+        "tasks": {"type": "hard_cases:TasksThatKillTheProcess", "flag": str(flag)}
+    }
     found = distmeta.sweep(Job.parse(job), view=KillingView())
     assert not flag.exists(), "no trial was killed"
     assert [trial.status for trial in found.trials] == ["finished"] * 2

@@ -1,5 +1,7 @@
 """Domains: the image shifts, stores with domains, and that no drawing is in both parts of an episode."""
 
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,13 @@ from distmeta.errors import InputError
 from distmeta.seeding import task_ids
 from distmeta.tasks.arrow import arrow
 from distmeta.tasks.digits import INK, digits
-from distmeta.tasks.domains import DOMAINS, NOISE, pair_drawings, shift_images
+from distmeta.tasks.domains import NOISE, Domain, pair_drawings, shift_images
 from distmeta.tasks.few_shot import FewShot
 from distmeta.tasks.image_preparation import Preparation
 from distmeta.tasks.sampling import ClassEntry
 from distmeta.tasks.store import DomainColumns, TaskStore, write_store
 
+DOMAINS = get_args(Domain)
 SHIFTS = [domain for domain in DOMAINS if domain != "original"]
 IMAGES = np.random.default_rng(0).integers(0, INK + 1, (20, 1, 8, 8), np.uint8)
 PREPARATION = Preparation(size=2)

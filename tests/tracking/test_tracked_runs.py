@@ -49,7 +49,7 @@ def test_run_and_its_resume_are_one_mlflow_run(client: Any, workplace: Path) -> 
 
 
 def test_failed_training_is_a_failed_mlflow_run(client: Any, workplace: Path) -> None:
-    tasks = {"type": "hard_cases:AllBad"}
+    tasks = {"type": "hard_cases:AllTasksWithNaN"}
     job = tree("maml", tasks=tasks, run={"on_nonfinite": "stop", "name": "bad"}, tracking=MLFLOW)
     with pytest.raises(NumericsError):
         distmeta.train(Job.parse(job))

@@ -63,12 +63,11 @@ def build_dnc(slots: int, width: int, reads: int) -> Memory:
             free_R, allocation_gate_1, write_gate_1, read_modes,
         ) = emitted.split(sizes, -1)  # fmt: skip
         usage_N = update_usage(state.usage, state.write, state.read, free_R.sigmoid())
-        content_N = address_by_content(write_key_W[..., None, :], state.memory, oneplus(write_strength_1))[
-            ..., 0, :
-        ]
+        write_key_1W = write_key_W[..., None, :]
+        content_N = address_by_content(write_key_1W, state.memory, oneplus(write_strength_1))[..., 0, :]
         allocation_gate_1 = allocation_gate_1.sigmoid()
         write_N = write_gate_1.sigmoid() * (
-            allocation_gate_1 * allocation_weights(usage_N) + (1 - allocation_gate_1) * content_N
+            allocation_gate_1 * compute_allocation(usage_N) + (1 - allocation_gate_1) * content_N
         )
         write_N1 = write_N[..., None]
         keep_NW = 1 - write_N1 * erase_W.sigmoid()[..., None, :]
@@ -104,8 +103,8 @@ def update_usage(usage_N: Tensor, write_N: Tensor, read_RN: Tensor, free_R: Tens
     return (usage_N + write_N - usage_N * write_N) * retention_N
 
 
-def allocation_weights(usage_N: Tensor) -> Tensor:
-    """Return where to write: to the least used slot as far as it is free, then to the next."""
+def compute_allocation(usage_N: Tensor) -> Tensor:
+    """Return write weights over the slots: the least used slot first, as far as it is free, then the next one."""
     ascending_N, order_N = usage_N.sort(dim=-1, stable=True)
     rank_N = order_N.argsort(-1)
     return ((1 - ascending_N) * exclusive_product(ascending_N)).gather(-1, rank_N)

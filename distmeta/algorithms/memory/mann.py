@@ -28,8 +28,8 @@ from distmeta.protocols import (
     Score,
     Theta,
     Unroll,
+    find_ways,
     one_hot,
-    ways_of,
 )
 from distmeta.trees import tree_map
 
@@ -70,8 +70,8 @@ class MANN:
     A row's label comes one row late, so the memory must bind it to its example. y is one-hot, with as many classes as
     the model's head has outputs; evaluation may have fewer classes, not more. Targets of a regression are used as they
     are. Rows of padding change nothing. e are the model's features; the paper uses raw pixels, as does the model
-    `{type: mlp, hidden: []}`. A batch norm in the model sees the support set alone when it is read, and together with
-    the queries afterwards.
+    `{type: mlp, hidden: []}`. A batch norm in the model sees only the support set while that is read, and both sets
+    afterwards.
 
     Training reads support and query rows as one sequence, with the loss of every position, as in the paper. Prediction
     reads each query row from the state after the support set, so it does not depend on other queries. Training's `loss`
@@ -182,7 +182,7 @@ class MANN:
         loss, _ = score(outputs_ND, rows)
         constants = tree_map(lambda leaf: leaf.detach(), (theta, controller, features_QF))
         loss_of_predictions, metrics = score(self._read_each(*constants), query)
-        by_instance = accuracy_by_instance(outputs_ND, rows.y, ways_of(score))
+        by_instance = measure_accuracy_by_instance(outputs_ND, rows.y, find_ways(score))
         return loss, {"loss": loss_of_predictions, **metrics, **by_instance}
 
     def _start(self, theta: Theta) -> ControllerState:
@@ -245,7 +245,7 @@ def skip_padding(is_real: Tensor, after: ControllerState, before: ControllerStat
     return tree_map(lambda new, old: torch.where(is_real, new, old), after, before)
 
 
-def accuracy_by_instance(outputs_ND: Tensor, y_N: Tensor, ways: int | None) -> Metrics:
+def measure_accuracy_by_instance(outputs_ND: Tensor, y_N: Tensor, ways: int | None) -> Metrics:
     """Return the accuracy at the first, second, fifth and tenth row of a class, if an average class has so many rows.
 
     It is NaN if a padded task has no such row.

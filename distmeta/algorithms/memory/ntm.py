@@ -35,8 +35,8 @@ def build_ntm(slots: int, width: int, reads: int, max_shift: int) -> Memory:
     The controller's numbers become β by softplus, g by σ, s by softmax, γ by 1 + softplus, e by σ, and k and a by
     tanh. The write head goes first, and the read heads see what it wrote.
 
-    Deviations: heads start at slot 0 and the memory at 1e-6, where the paper learns both (Collier & Beel 2018, arXiv
-    1807.08518, found such a constant best).
+    Deviations: heads start at slot 0 and the memory at 1e-6; the paper learns both (Collier & Beel 2018, arXiv
+    1807.08518, found a constant start best).
 
     Args:
         max_shift: the furthest that a head moves in one access, in slots, either way.
