@@ -76,7 +76,7 @@ def _handle(error: Exception, as_json: bool) -> NoReturn:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether the error's message says everything: no traceback is needed to find the cause."""
+    """Return whether the error's message says everything: no traceback is needed to find the cause."""
     from distmeta.errors import NumericsError
     from distmeta.runtime.checkpoint import SaveError
     from distmeta.runtime.failure_policy import LostShardError

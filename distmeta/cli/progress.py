@@ -11,13 +11,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from distmeta.config.job import Job
+from distmeta.runtime.ray_workers import describe_number
 
 LINE_SECONDS = 10.0
 """Shortest time between two lines about steps, if stderr is not a terminal."""
 
 
 class TerminalReporter:
-    """A `runtime.loop.Reporter` for people."""
+    """A `runtime.reporter.Reporter` for people."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -76,12 +77,9 @@ class TerminalReporter:
 
 def describe_workers(job: Job) -> str:
     """Return `this process`, `1 Ray worker`, `2 Ray workers` or `2 to 4 Ray workers`."""
-    fewest = job.run.min_workers
-    most = job.run.max_workers
-    if not most:
+    if not job.run.max_workers:
         return "this process"
-    number = f"{fewest} to {most}" if fewest < most else f"{most}"
-    return f"{number} Ray worker" if most == 1 else f"{number} Ray workers"
+    return describe_number(job.run.min_workers, job.run.max_workers, "Ray worker")
 
 
 def format_scores(record: Mapping[str, Any], prefix: str = "") -> str:

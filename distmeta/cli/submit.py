@@ -53,7 +53,7 @@ def submit(
             "no longer following; the job continues",
             as_json,
             INTERRUPTED,
-            _fields(left.submission),
+            _list_fields(left.submission),
             quiet=True,
         )
     if submitted.exit_code:
@@ -61,7 +61,7 @@ def submit(
     if submitted.exit_code is None:
         print_note(submitted.next_steps())
     if as_json:
-        print_json(_fields(submitted))
+        print_json(_list_fields(submitted))
     else:
         print(submitted.submission_id)
 
@@ -72,8 +72,8 @@ def _fail_as_job(submission: Submission, code: int, as_json: bool) -> NoReturn:
     if stopped:
         print_note(f"stopped; resume with: {submission.resume_command}")
     message = submission.message or "the job was stopped"
-    fail(message, as_json, code, _fields(submission), quiet=stopped or submission.in_log)
+    fail(message, as_json, code, _list_fields(submission), quiet=stopped or submission.in_log)
 
 
-def _fields(submission: Submission) -> dict[str, str]:
+def _list_fields(submission: Submission) -> dict[str, str]:
     return {"submission_id": submission.submission_id, "status": submission.status}

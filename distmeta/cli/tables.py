@@ -24,7 +24,7 @@ class TrialRow(NamedTuple):
 
     status: str
     values: Mapping[str, Any]  # of the searched keys
-    figures: Mapping[str, Any]  # metric, value, step
+    last: Mapping[str, Any]  # metric, value and step of its last evaluation
 
 
 class SweepTable:
@@ -43,8 +43,8 @@ class SweepTable:
             self._live = Live(console=self.console, refresh_per_second=2, get_renderable=self._build_table)
             self._live.start()
 
-    def trial(self, name: str, status: str, values: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
-        row = TrialRow(status, values, figures)
+    def trial(self, name: str, status: str, values: Mapping[str, Any], last: Mapping[str, Any]) -> None:
+        row = TrialRow(status, values, last)
         self._rows[name] = row
         if self._live is None and status != "running":
             self._report_end(name, row)
@@ -60,10 +60,10 @@ class SweepTable:
     def _report_end(self, name: str, row: TrialRow) -> None:
         ended = sum(other.status != "running" for other in self._rows.values())
         values = ", ".join(f"{key} {_format(value)}" for key, value in row.values.items())
-        step = row.figures["step"] or 0
+        step = row.last["step"] or 0
         score = ""
-        if row.figures["value"] is not None:
-            score = f": {row.figures['metric']} {row.figures['value']:.4f}"
+        if row.last["value"] is not None:
+            score = f": {row.last['metric']} {row.last['value']:.4f}"
         self.report(f"{ended}/{self._count} {name} {row.status} at step {step}{score} ({values})")
 
     def _build_table(self) -> Table:
@@ -72,12 +72,12 @@ class SweepTable:
         ended = [item for item in self._rows.items() if item[1].status != "running"]
         keys = list(next(iter(self._rows.values())).values) if self._rows else []
         table = Table(title=f"{len(ended)} of {self._count} trials ended", title_justify="left")
-        for column in ("trial", "", *keys, "step", "figure"):
+        for column in ("trial", "", *keys, "step", "value"):
             table.add_column(column)
         for name, row in [*ended[-ENDED_TRIALS:], *running]:
             values = [_format(row.values[key]) for key in keys]
-            step = str(row.figures["step"] or 0)
-            score = "" if row.figures["value"] is None else f"{row.figures['value']:.4f}"
+            step = str(row.last["step"] or 0)
+            score = "" if row.last["value"] is None else f"{row.last['value']:.4f}"
             table.add_row(name, row.status, *values, step, score)
         return table
 

@@ -168,7 +168,7 @@ def _address_variable(url: str) -> Iterator[None]:
 
 @contextmanager
 def explain_errors(url: str) -> Iterator[None]:
-    """Turn Ray's errors about a wrong token, a lost head node or a large package into one line each."""
+    """Raise Ray's errors about a wrong token, a lost head node or a large package as an InputError of one line."""
     import requests
     from ray.exceptions import AuthenticationError
 
@@ -322,9 +322,8 @@ def _conclude(submission: Submission, details: Any, tail: LogTail) -> Submission
     ended = replace(submission, status=status, run=tail.run)
     if status == "SUCCEEDED":
         return replace(ended, exit_code=0)
-    if (
-        status != "FAILED"
-    ):  # Ray reports no exit code of a stopped job; on SIGTERM a run saves and exits with 130
+    if status != "FAILED":
+        # Ray reports no exit code of a stopped job. On SIGTERM a run saves and exits with 130
         return replace(ended, exit_code=130)
     code = details.driver_exit_code
     if code == COMMAND_NOT_FOUND:

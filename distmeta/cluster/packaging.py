@@ -98,9 +98,8 @@ def _walk(folder: Path) -> list[str]:
     found: list[str] = []
     for top, folders, files in os.walk(folder):
         here = Path(top).relative_to(folder)
-        folders[:] = [
-            name for name in folders if not _matches(name, NOISE)
-        ]  # os.walk does not enter the others
+        # os.walk does not enter the others
+        folders[:] = [name for name in folders if not _matches(name, NOISE)]
         found += [str(here / name) for name in files if (folder / here / name).is_file()]
     return found
 
@@ -110,7 +109,7 @@ def _is_inside(name: str, folders: Collection[str]) -> bool:
 
 
 def _matches(name: str, patterns: Collection[str]) -> bool:
-    """Whether any part of a path matches a pattern, in upper or lower case."""
+    """Return whether any part of a path matches a pattern, in upper or lower case."""
     parts = [part.lower() for part in PurePath(name).parts]
     return any(fnmatch.fnmatchcase(part, pattern) for part in parts for pattern in patterns)
 

@@ -229,7 +229,7 @@ def _list_texts(tree: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _is_absolute(path: str) -> bool:
-    """Whether a path means the same in every working folder: an absolute path or a URI."""
+    """Return whether a path means the same in every working folder: an absolute path or a URI."""
     return path.startswith("/") or "://" in path
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ class Progress:
     loss: float | None = None
     """Mean query loss after adaptation in the last step."""
     best: float | None = None
-    """Best validation figure so far."""
+    """Best validation score so far."""
     best_step: int | None = None
     stale: int = 0
     """Evaluations since the best one."""
@@ -205,10 +205,24 @@ def rewind(run: Path, step: int, best_step: int | None) -> None:
 
 def forget_trackers(checkpoint: Path) -> None:
     """Make a run that resumes from this checkpoint open new runs in its trackers."""
+    _change_tracking_ids(checkpoint, lambda ids: {})
+
+
+def add_tracking_ids(checkpoint: Path, new_ids: Mapping[str, str]) -> bool:
+    """Make a run that resumes from this checkpoint continue these runs of its trackers. Return whether any is new."""
+    return _change_tracking_ids(checkpoint, lambda ids: {**ids, **new_ids})
+
+
+def _change_tracking_ids(checkpoint: Path, change: Callable[[dict[str, str]], dict[str, str]]) -> bool:
     path = checkpoint / "state.json"
     state = json.loads(path.read_text())
-    state["progress"]["tracking_ids"] = {}
+    ids = state["progress"]["tracking_ids"]
+    changed_ids = change(ids)
+    if changed_ids == ids:
+        return False
+    state["progress"]["tracking_ids"] = changed_ids
     write_atomically(path, json.dumps(state, indent=1))
+    return True
 
 
 def find(path: str | Path) -> Path:
@@ -311,5 +325,5 @@ def _parse_progress(plain: Any) -> Progress:
     progress = TypeAdapter(Progress).validate_json(json.dumps(plain), strict=True)
     pending = progress.pending
     if not 0 <= progress.step < 2**63 or (pending is not None and pending.get("step") != progress.step):
-        raise ValueError("a progress that no run makes")
+        raise ValueError("no run can have this progress")
     return progress

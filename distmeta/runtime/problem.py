@@ -66,7 +66,7 @@ class Problem:
         return self.family.score
 
     def adapting(self, split: str) -> Algorithm:
-        """Return the algorithm with its support loss scored as the split is."""
+        """Return the algorithm with the split's score as its support loss."""
         return self.algorithm if split == "train" else with_score(self.algorithm, self.score(split))
 
     def training_at(self, step: int) -> Algorithm:
@@ -158,7 +158,7 @@ def _build_algorithm(job: Job, model: FunctionalModel, family: TaskFamily) -> Al
 
 
 def read_execution(job: Job) -> Execution:
-    """Return what a resolved job says; for one that is not resolved yet, the loop with whole graphs."""
+    """Return how a resolved job computes its tasks; for a job that is not resolved yet, one after the other."""
     compute = job.compute
     differentiation = "reverse" if compute.differentiation == "auto" else compute.differentiation
     if compute.execution == "vmap":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -33,7 +34,7 @@ def resolve(problem: Problem, report: Callable[[str], None] = lambda text: None)
     """Decide what the job leaves open (shards, execution, schedule), by computing on its first tasks.
 
     Raises:
-        InputError: the parts of the job do not go together.
+        InputError: the parts of the job do not fit together.
     """
     problem = replace(problem, job=_set_shards(problem))
     _check_compute(problem)
@@ -89,7 +90,8 @@ def _choose_execution(problem: Problem, theta: Theta, report: Callable[[str], No
         )
     has_long_graphs = _has_long_graphs(problem, traits, theta, first)
     differentiation = choose_differentiation(asked.differentiation, traits, has_long_graphs)
-    largest_shard = -(-job.run.tasks_per_step // group_size // (job.run.shards or 1))
+    groups = job.run.tasks_per_step // group_size
+    largest_shard = math.ceil(groups / (job.run.shards or 1))
     compiler = Compiler(asked.precision) if asked.compile else None
     execution = choose_execution(
         Execution(asked.execution, asked.chunk or WHOLE_SHARD, differentiation),

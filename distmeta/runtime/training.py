@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from distmeta.config.job import Job
-from distmeta.errors import redact
+from distmeta.errors import InputError, redact
+from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Progress
 from distmeta.runtime.interruption import catch_signals
 from distmeta.runtime.loop import Training, is_finished
@@ -15,6 +16,7 @@ from distmeta.runtime.reporter import Reporter, SilentReporter
 from distmeta.runtime.resume import find_starting_point
 from distmeta.runtime.run_folder import RunFolder, StartingPoint
 from distmeta.runtime.startup import prepare_problem, start_strategy, start_trackers
+from distmeta.tracking.trackers import Trackers
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def train(job: Job | str | Path, resume: str | Path | None = None, reporter: Rep
         stack.callback(trackers.close, "FAILED")  # does nothing if the loop has set another status
         folder = RunFolder(start, problem.job)
         stack.callback(folder.close)
+        stack.callback(_save_late_ids, folder, trackers)  # called when the trackers are closed
         records = folder.records()
         for record in records:
             trackers.log_step(record)  # each tracker sends only what its store lacks
@@ -87,6 +90,17 @@ def train(job: Job | str | Path, resume: str | Path | None = None, reporter: Rep
         training.last_tracked_step = records[-1]["step"] if records else 0
         training.run()
         return _summarize(start, training.progress)
+
+
+def _save_late_ids(folder: RunFolder, trackers: Trackers) -> None:
+    """Add the ids that trackers only learned after the last save to that checkpoint.
+
+    A store may answer for the first time while the run ends. Without its id, a resume would start a second run there.
+    """
+    latest = folder.path / "checkpoints" / "latest"
+    with suppress(OSError, InputError):  # a full disk, or a save that failed, was reported before
+        if latest.exists() and checkpoints.add_tracking_ids(checkpoints.find(latest), trackers.ids):
+            folder.publish()
 
 
 def _summarize(start: StartingPoint, progress: Progress) -> Run:

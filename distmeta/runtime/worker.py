@@ -22,7 +22,7 @@ from distmeta.compute.execution import build_method
 from distmeta.compute.gradient import build_objective, sum_gradients
 from distmeta.compute.memory import keep_freed_memory
 from distmeta.compute.vectors import Buffer, Flat, Layout, as_tensor, join
-from distmeta.protocols import ChangesOverTraining, CollectsData, Episodes, Theta
+from distmeta.protocols import CollectsData, Episodes, Theta
 from distmeta.runtime.prefetch import Prefetcher
 from distmeta.runtime.problem import Problem, apply_job_numerics
 from distmeta.runtime.shard_scores import score_shard
@@ -135,11 +135,8 @@ class Worker:
             return ShardResult(
                 shard.index, None, len(ids), (), metrics, predictions, drawn - started, seconds
             )
-        problem = self._problem
-        algorithm = problem.algorithm
-        if isinstance(algorithm, ChangesOverTraining):
-            algorithm = algorithm.at(shard.step)
-        every = problem.job.run.before_every
+        algorithm = self._problem.training_at(shard.step)
+        every = self._problem.job.run.before_every
         objective = build_objective(algorithm, self._score, every > 0 and shard.step % every == 0)
         gradient = gradient or self.buffer()
         result = sum_gradients(objective, self._theta, episodes, ids, self._method, gradient.views)
@@ -156,7 +153,7 @@ class Worker:
         )
 
     def _receive(self, flat: Flat, shard: Shard) -> None:
-        """Make theta's tensors views of the vector: once per step, or once for all if it is always the same vector."""
+        """Make theta's tensors views of the vector: once per step, or only once if it is always the same vector."""
         if flat is self._viewed:
             return
         version = (shard.split, shard.step, shard.epoch, shard.version)

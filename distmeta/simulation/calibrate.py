@@ -36,7 +36,7 @@ MIN_SECONDS = 1.0
 MAX_SECONDS = 3.0
 """After that a measurement ends with fewer rounds, but with at least three."""
 MAX_WORKERS = 4
-"""Workers at the same time with which their slowdown is measured, at most."""
+"""The slowdown is measured with at most so many workers at the same time."""
 FEW_SHARDS = 2
 MANY_SHARDS = 8
 
@@ -103,7 +103,7 @@ def combine_costs(
 
 
 def count_workers(ray: Any, problem: Problem) -> int:
-    """Return with how many workers at the same time to measure: as many as the machine has room for, at most four."""
+    """Return how many workers to measure at the same time: as many as the machine has room for, at most four."""
     run = problem.job.run
     resources = ray.cluster_resources()
     needs = {"CPU": run.cpus_per_worker, "GPU": run.gpus_per_worker}
@@ -215,16 +215,16 @@ def measure_slowdown(pool: Pool, problem: Problem) -> float:
     flat = layout.flatten(theta)
     local_pool = LocalPool(problem, layout)
     shards = 2 * pool.size
-    alone: list[float] = []
+    here: list[float] = []
 
     def measure(step: int) -> float:
         one_shard = plan_train_shards(problem, step, tasks, 1)
-        alone.append(sum_busy_seconds(local_pool.map(flat, one_shard, check_nothing)))
+        here.append(sum_busy_seconds(local_pool.map(flat, one_shard, check_nothing)))
         all_shards = plan_train_shards(problem, step, shards * tasks, shards)
         return sum_busy_seconds(pool.map(flat, all_shards, check_nothing)) / shards
 
-    together = take_median(measure)
-    return together / median(alone[1:])
+    in_workers = take_median(measure)
+    return in_workers / median(here[1:])
 
 
 def measure_overheads(pool: Pool, problem: Problem) -> StepOverheads:
@@ -260,9 +260,10 @@ def plan_train_shards(problem: Problem, step: int, tasks: int, shards: int) -> l
 def count_shard_tasks(problem: Problem) -> int:
     """Return the tasks of the job's largest shard."""
     run = problem.job.run
-    group = problem.algorithm.group_size
+    group_size = problem.algorithm.group_size
+    groups = run.tasks_per_step // group_size
     assert run.shards is not None, "resolved"
-    return -(-run.tasks_per_step // group // run.shards) * group
+    return math.ceil(groups / run.shards) * group_size
 
 
 def sum_busy_seconds(results: list[ShardResult]) -> float:

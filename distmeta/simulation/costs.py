@@ -69,8 +69,8 @@ class MachineCosts:
     ring: CostCurve
     """Sum a vector over two processes of this machine with gloo."""
     slowdown: Annotated[tuple[Cost, ...], Field(min_length=1)]
-    """Seconds of a shard in Ray workers over seconds of the same shard in this process alone, with 1, 2, … workers at
-    the same time on one machine. More workers than were measured are as slow as the last."""
+    """Seconds of a shard in Ray workers, with 1, 2, … of them at the same time on one machine, over seconds of the same
+    shard in this process. More workers than were measured are as slow as the last."""
     cores: Annotated[int, Field(ge=1)]
     start: Cost
     """From asking for a worker until it is ready."""

@@ -37,16 +37,15 @@ class Processor:
 class CardDirection:
     """One direction of a network card. The messages on it share its rate evenly, as connections do.
 
-    With n messages each has rate / n. `_sent_each` is what a message would have had that was there from the beginning.
-    A message of `size` bytes that begins now ends when that has grown by `size`.
+    With n messages each has rate / n. `_sent_each` counts the bytes of an endless message that began at time 0. A
+    message of `size` bytes that begins now ends when `_sent_each` has grown by `size`.
     """
 
     def __init__(self, env: simpy.Environment, rate: float):
         self._env = env
         self._rate = rate  # bytes per second
-        self._ends: list[
-            tuple[float, int, simpy.Event]
-        ] = []  # a heap: (end in bytes of `_sent_each`, order, event)
+        self._ends: list[tuple[float, int, simpy.Event]] = []
+        """A heap: where the message ends in bytes of `_sent_each`, order, event."""
         self._sent_each = 0.0
         self._updated_at = 0.0
         self._changes = 0
@@ -65,7 +64,7 @@ class CardDirection:
         self._updated_at = self._env.now
 
     def _schedule_next_end(self) -> None:
-        """Schedule the next end. It is void if another message begins before it."""
+        """Schedule the next end. It does not count if another message begins before it."""
         self._changes += 1
         if self._ends:
             left = max(self._ends[0][0] - self._sent_each, 0.0) * len(self._ends) / self._rate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -90,7 +91,7 @@ def choose_step_size(tasks: int, shards: int, workers: int, scale: bool) -> Step
 
 
 def predict(scenario: Scenario, checkpoint_every: int = 0) -> Prediction:
-    """Simulate some steps of a strategy.
+    """Simulate some steps of a strategy and say how fast they are and why.
 
     Args:
         checkpoint_every: steps between the checkpoints to which a strategy goes back if it loses its state.
@@ -155,7 +156,7 @@ def run_steps(scenario: Scenario, lose_worker: bool = False) -> SimulatedSteps:
         steps = min(max(SHARDS // largest, MIN_STEPS), MAX_STEPS)
     skipped = 0
     if scenario.strategy == "async":  # skip the steps in which all workers still move together
-        skipped = 2 + min(-(-settings.workers // size.shards), settings.max_staleness + 1)
+        skipped = 2 + min(math.ceil(settings.workers / size.shards), settings.max_staleness + 1)
         steps = skipped + max(steps, skipped, MIN_ASYNC_SHARDS // largest)
     elif scenario.strategy == "local":
         steps = max(1, steps // settings.local_steps) * settings.local_steps

@@ -28,10 +28,10 @@ def print_comparison(comparison: StrategyComparison, console: Console) -> None:
     console.print(
         f"{comparison.job.name}: {costs.parameters:,} parameters, {tasks} tasks per step in "
         f"{count_things(costs.shards, 'shard')}; "
-        f"one process computes {tasks_per_second_alone(comparison):,.4g} tasks/s",
+        f"one process computes {compute_single_rate(comparison):,.4g} tasks/s",
         soft_wrap=True,
     )
-    console.print(make_table(comparison))
+    console.print(build_table(comparison))
     for workers in comparison.recommended:
         console.print(describe_recommendation(comparison, workers), soft_wrap=True)
     console.print("\nassumptions:")
@@ -52,13 +52,13 @@ def describe_recommendation(comparison: StrategyComparison, workers: int) -> str
     return text
 
 
-def tasks_per_second_alone(comparison: StrategyComparison) -> float:
-    """Return the tasks per second of one process that does nothing else."""
+def compute_single_rate(comparison: StrategyComparison) -> float:
+    """Return the tasks per second of a single process that does nothing else."""
     tasks = comparison.job.run.tasks_per_step / comparison.job_costs.shards
     return tasks / comparison.job_costs.compute_seconds(tasks)
 
 
-def make_table(comparison: StrategyComparison) -> Table:
+def build_table(comparison: StrategyComparison) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("workers", justify="right", no_wrap=True)
     table.add_column("strategy", no_wrap=True)
@@ -186,15 +186,13 @@ def save_plot(comparison: StrategyComparison, path: Path) -> None:
     Raises:
         InputError: matplotlib does not know the format, or the file cannot be written.
     """
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     predictions = comparison.predictions
     workers = list(predictions)
-    ideal = [count * tasks_per_second_alone(comparison) for count in workers]
+    ideal = [count * compute_single_rate(comparison) for count in workers]
     axes.plot(workers, ideal, color="0.6", linestyle=":", label="perfect scaling")
     for name in predictions[workers[0]]:
         rates = [predictions[count][name].tasks_per_second for count in workers]
@@ -211,5 +209,3 @@ def save_plot(comparison: StrategyComparison, path: Path) -> None:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
         raise InputError(f"--plot: got {show_value(str(path))}, which cannot be written ({error})") from None
-    finally:
-        pyplot.close(figure)

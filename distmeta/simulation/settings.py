@@ -1,4 +1,4 @@
-"""What is asked of a simulation, as a person writes it: `10Gbit`, `100us`, `lognormal:0.3`, `8,64,512`."""
+"""The settings of a simulation, read from what a person writes: `10Gbit`, `100us`, `lognormal:0.3`, `8,64,512`."""
 
 from __future__ import annotations
 
@@ -145,4 +145,4 @@ class ClusterSettings:
 
     @property
     def nodes(self) -> int:
-        return -(-self.workers // self.workers_per_node)
+        return math.ceil(self.workers / self.workers_per_node)

@@ -7,6 +7,7 @@ in `costs`. The formulas hold without stragglers, and tests compare with them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -173,7 +174,7 @@ def simulate_local(cluster: SimulatedCluster, steps: int, lose_worker: bool = Fa
         yield from cluster.send_gradient(worker, cluster.driver, job.bytes)
         yield from cluster.driver.processor.use(machine.call_driver / 2)
 
-    for version in range(-(-steps // local_steps)):
+    for version in range(math.ceil(steps / local_steps)):
         started = cluster.env.now
         workers = range(cluster.active_workers)
         yield from cluster.driver.processor.use(machine.step + machine.put(job.bytes))
@@ -237,7 +238,7 @@ def take_shards(
     return_gradient: Callable[[int], Events],
     dies: bool,
 ) -> Events:
-    """A worker of `driver` and `sharded`: take a shard, fetch theta with the first of a step, compute, answer.
+    """Act as a worker of `driver` or `sharded`: take a shard, fetch theta once per step, compute, answer.
 
     Args:
         dies: the worker is lost half way through its first shard. The shard goes to whoever is free, and the worker

@@ -149,8 +149,8 @@ def measure_transfers(ray: Any) -> TransferCosts:
             adds.append((float(size), probe.time_add(size)))
         message_driver = min(probe.time_one_of_many_calls(), message)
         both = probe.time_give_by_both(SIZES[-1])
-        alone = replies[-1][1]
-        shared = min(max((both - message - alone) / alone, 0.0), 1.0) if alone else 0.0
+        one = replies[-1][1]
+        shared = min(max((both - message - one) / one, 0.0), 1.0) if one else 0.0
         ring = probe.time_ring()
     finally:
         probe.close()

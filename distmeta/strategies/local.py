@@ -1,4 +1,4 @@
-"""`local`: replicas take several outer steps on their own, then their changes of theta are averaged. For slow links.
+"""`local`: replicas take several outer steps without the others, then their changes of theta are averaged.
 
     Δ = 1/R Σᵣ (θ − θᵣ),   θ ← θ − Nesterov momentum(Δ; local_lr, local_momentum)
 
@@ -45,7 +45,7 @@ class Local:
     """The strategy `local`. Its options:
 
     Args:
-        replicas: copies of theta that take steps on their own.
+        replicas: copies of theta that take steps without the others.
         local_steps: outer steps between two averages.
         local_lr: learning rate of the step on the averaged delta.
         local_momentum: its Nesterov momentum. With 0 and a rate of 1, the replicas' parameters are averaged.
@@ -168,12 +168,17 @@ class Local:
             self.server.skip()
         self._states = states
         self._clock = results[0].clock
-        seconds_computing = computed - started
-        seconds_averaging = time.perf_counter() - computed
-        return [
-            merge_records(problem, rows, results, seconds_computing, seconds_averaging, self.pool.size)
-            for rows in zip(*(result.records for result in results), strict=True)
-        ]
+        averaged = time.perf_counter()
+        steps = stop - step
+        slowest = max(result.seconds for result in results)
+        times = {
+            "tasks_per_second": self._run.tasks_per_step * steps / (averaged - started),
+            "seconds_step": (averaged - started) / steps,
+            "seconds_transfer": max(computed - started - slowest, 0.0) / steps,
+            "seconds_aggregate": (averaged - computed) / steps,
+        }
+        rows_by_step = zip(*(result.records for result in results), strict=True)
+        return [merge_records(rows, self.pool.size) | times for rows in rows_by_step]
 
     def _compute_rounds(
         self, rounds: list[Round], check: Callable[[], None]
@@ -239,21 +244,11 @@ def select_replica(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str
     return selected
 
 
-def merge_records(
-    problem: Problem,
-    rows: tuple[Record, ...],
-    results: list[RoundResult],
-    seconds_computing: float,
-    seconds_averaging: float,
-    workers: int,
-) -> Record:
-    """Merge the replicas' records of one step: means over tasks, sums of tasks, the step's part of the round's seconds.
+def merge_records(rows: tuple[Record, ...], workers: int) -> Record:
+    """Merge the replicas' records of one step: means over tasks, sums of tasks, seconds per worker.
 
     Args:
         rows: each replica's record of the step.
-        results: each replica's result of the round.
-        seconds_computing: of the whole round, until all replicas had answered.
-        seconds_averaging: of the whole round, for averaging the deltas.
         workers: workers that computed at the same time.
     """
     merged: Record = {"step": rows[0]["step"]}
@@ -268,18 +263,9 @@ def merge_records(
     merged["tasks_dropped"] = len(dropped)
     if dropped:
         merged["dropped"] = dropped
-    steps = len(results[0].records)
-    seconds = seconds_computing + seconds_averaging
-    slowest = max(result.seconds for result in results)
-    return merged | {
-        "tasks_per_second": problem.job.run.tasks_per_step * steps / seconds,
-        "seconds_step": seconds / steps,
-        "seconds_draw": sum(row["seconds_draw"] for row in rows) / workers,
-        "seconds_compute": sum(row["seconds_compute"] for row in rows) / workers,
-        "seconds_transfer": max(seconds_computing - slowest, 0.0) / steps,
-        "seconds_aggregate": seconds_averaging / steps,
-        "seconds_outer": sum(row["seconds_outer"] for row in rows) / workers,
-    }
+    for key in ("seconds_draw", "seconds_compute", "seconds_outer"):
+        merged[key] = sum(row[key] for row in rows) / workers
+    return merged
 
 
 def mean_over_tasks(values: list[tuple[float | None, int]]) -> float | None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import Field
 
-from distmeta.compute.compression import Compression, Vector
+from distmeta.compute.compression import Compression
 from distmeta.compute.vectors import choose_edges
 from distmeta.config.sections import OuterSection
 from distmeta.errors import InputError, summarize_error
@@ -30,48 +30,12 @@ from distmeta.runtime.shards import Shard, ShardResult
 from distmeta.runtime.strategy import LostStateError, build_clock, build_server
 from distmeta.strategies.driver import GradientStep
 from distmeta.strategies.slices import (
-    Moments,
-    Slice,
+    SliceServer,
     SliceSpec,
     cut_moments,
     join_moments,
     local_ranges,
 )
-
-
-class SliceServer:
-    """The Ray actor around a `Slice`. See there for the methods."""
-
-    def __init__(self, flat: np.ndarray, spec: SliceSpec):
-        self._slice = Slice(flat, spec)
-
-    def ready(self) -> None:
-        """Answer, to show that the actor has started and is alive."""
-
-    def receive(self, attempt: int, position: int, gradient: Vector) -> None:
-        self._slice.receive(attempt, position, gradient)
-
-    def average(self, tasks: int) -> tuple[bool, list[float]]:
-        return self._slice.average(tasks)
-
-    def step(self, factor: float | None, rates: Sequence[float]) -> tuple[None, np.ndarray]:
-        """Return two Ray objects: one that says that the step is done, and the new slice.
-
-        The driver only fetches the first one. The slice travels directly to the workers.
-        """
-        return None, self._slice.step(factor, rates)
-
-    def moments(self) -> Moments:
-        return self._slice.moments()
-
-    def retune(self, outer: OuterSection) -> None:
-        self._slice.retune(outer)
-
-    def take_snapshot(self) -> None:
-        self._slice.take_snapshot()
-
-    def end_snapshot(self, undo: bool) -> None:
-        self._slice.end_snapshot(undo)
 
 
 class Sharded(GradientStep):
@@ -154,9 +118,8 @@ class Sharded(GradientStep):
         node_ids = self.pool.node_ids
         for index, (start, stop) in enumerate(pairwise(self._edges)):
             placement: Any = "SPREAD"
-            if (
-                node_ids
-            ):  # beside workers: what they send to a server on their own node does not cross the network
+            if node_ids:
+                # beside workers: what they send to a server on their own node does not cross the network
                 placement = NodeAffinitySchedulingStrategy(node_ids[index % len(node_ids)], soft=True)
             actor = self._ray.remote(SliceServer).options(num_cpus=0, scheduling_strategy=placement)
             spans = self._layout.spans(start, stop)

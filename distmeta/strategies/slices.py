@@ -1,4 +1,4 @@
-"""A slice of flat theta, with its gradient sums and its part of the optimizer state: what one `sharded` server owns."""
+"""The servers of `sharded`: each owns a slice of flat theta, with its gradient sums and its optimizer state."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class SliceSpec:
     """Optimizer state of each part."""
 
 
-class Slice:
-    """θ ← θ − optimizer(factor · g) on some elements of theta.
+class SliceServer:
+    """The Ray actor that owns a slice: θ ← θ − optimizer(factor · g) on some elements of theta.
 
     torch's optimizers are elementwise, so the bits are those of an optimizer that owns all of theta.
     """
@@ -65,6 +65,9 @@ class Slice:
                 state = {key: torch.from_numpy(np.array(value)) for key, value in part_moments.items()}
                 self._optimizer.state[part] = state
 
+    def ready(self) -> None:
+        """Answer, to show that the actor has started and is alive."""
+
     def receive(self, attempt: int, position: int, gradient: Vector) -> None:
         """Store a shard's gradient sum. The first one of a new attempt at a step drops those of the last attempt."""
         if attempt != self._attempt:
@@ -83,12 +86,16 @@ class Slice:
         self.mean = mean_vector(vectors, tasks)
         return is_finite(self.mean), squared_block_sums(self.mean)
 
-    def step(self, factor: float | None, rates: Sequence[float]) -> np.ndarray:
-        """Take one outer step on the mean gradient and return the new slice.
+    def step(self, factor: float | None, rates: Sequence[float]) -> tuple[None, np.ndarray]:
+        """Take one outer step on the mean gradient.
 
         Args:
             factor: what clipping multiplies the gradient by; None: it is not clipped.
             rates: outer learning rate of each part in this step.
+
+        Returns:
+            Two Ray objects: one that says that the step is done, and the new slice. The driver only fetches the first
+            one. The slice travels directly to the workers.
         """
         assert self.mean is not None
         gradient = self.mean if factor is None else self.mean * np.float32(factor)
@@ -101,7 +108,7 @@ class Slice:
         self._optimizer.step()
         for part in self._parts:
             part.grad = None
-        return self.flat()
+        return None, self.flat()
 
     def flat(self) -> np.ndarray:
         """Return a copy of the slice."""

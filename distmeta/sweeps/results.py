@@ -160,29 +160,25 @@ def draw_figures(trials: Sequence[TrialResult], job: Job, folder: Path) -> list[
 
     values.png shows the first two searched keys that are numbers. It is not drawn if there are none.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     assert job.sweep is not None
     best = find_best(trials)
     if best is None:
         return []
     scored = [trial for trial in trials if trial.value is not None]
     paths = [folder / "curves.png"]
-    _draw_curves(pyplot, scored, best, job.name, paths[0])
+    _draw_curves(scored, best, job.name, paths[0])
     numeric_keys = [key for key in job.sweep.space if all(_is_number(trial.values[key]) for trial in scored)]
     if numeric_keys:
         paths.append(folder / "values.png")
-        _draw_values(pyplot, scored, best, numeric_keys[:2], job.sweep.space, paths[1])
+        _draw_values(scored, best, numeric_keys[:2], job.sweep.space, paths[1])
     return paths
 
 
-def _draw_curves(
-    pyplot: Any, trials: Sequence[TrialResult], best: TrialResult, title: str, path: Path
-) -> None:
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+def _draw_curves(trials: Sequence[TrialResult], best: TrialResult, title: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for trial in trials:
         steps, values = zip(*trial.curve, strict=True)
         if trial is best:
@@ -194,20 +190,18 @@ def _draw_curves(
     if all_positive and best.sign < 0:
         axes.set_yscale("log")
     figure.savefig(path, dpi=DPI)
-    pyplot.close(figure)
 
 
 def _draw_values(
-    pyplot: Any,
-    trials: Sequence[TrialResult],
-    best: TrialResult,
-    keys: list[str],
-    space: Mapping[str, Any],
-    path: Path,
+    trials: Sequence[TrialResult], best: TrialResult, keys: list[str], space: Mapping[str, Any], path: Path
 ) -> None:
     """Draw the metric against one searched key, or as the color of points over two."""
-    figure, axes = pyplot.subplots(figsize=(6.5, 4.5), layout="constrained")
-    scores = [trial.value for trial in trials]
+    from matplotlib.figure import Figure
+
+    assert best.value is not None
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axes = figure.subplots()
+    scores = [trial.value for trial in trials if trial.value is not None]
     xs = [trial.values[keys[0]] for trial in trials]
     if len(keys) == 2:
         ys = [trial.values[keys[1]] for trial in trials]
@@ -225,7 +219,6 @@ def _draw_values(
         axes.set(xlabel=keys[0], ylabel=best.metric)
     axes.set_xscale(_choose_scale(space[keys[0]]))
     figure.savefig(path, dpi=DPI)
-    pyplot.close(figure)
 
 
 def _choose_scale(domain: Any) -> str:

@@ -206,8 +206,8 @@ def _conclude(
         status = "KILLED"
     elif best is None:
         status = "FAILED"
-    save_ids(folder, sweep_run)
     sweep_run.close(status)
+    save_ids(folder, sweep_run)
     finish_tracking(job, folder, trials, best if has_ended else None, files, status, report)
     if not has_ended:
         raise InterruptedRun(str(folder), sum(trial.steps for trial in trials))

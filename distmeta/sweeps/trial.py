@@ -138,9 +138,8 @@ def train_trial(values: dict[str, Any], name: str, spec: TrialSpec) -> None:
     pointer = read_pointer()
     if pointer is None:
         folder = Path(spec.folder) / "trials" / name
-        start = TrialStart(
-            build_first_job(spec, values, name), folder, "auto", 0
-        )  # it may have begun already
+        first_job = build_first_job(spec, values, name)
+        start = TrialStart(first_job, folder, "auto", 0)  # "auto": it may have begun already
     else:
         start = continue_from(pointer, values, name, spec)
     reporter = TuneReporter(spec, start.folder, start.job.run.steps)

@@ -36,7 +36,7 @@ class End(NamedTuple):
 
 
 class BackgroundTracker:
-    """Runs a tracker in a daemon thread of its own.
+    """Runs a tracker in its own daemon thread.
 
     Args:
         name: the tracker's name in messages (`trackers.name_trackers`).
@@ -113,9 +113,7 @@ class BackgroundTracker:
             end = self._end  # read before delivering: everything queued before the end is then delivered
             try:
                 self._deliver(end)
-            except (
-                Exception
-            ) as error:  # a tracker may raise anything; a database driver or an HTTP client does
+            except Exception as error:  # whatever a tracker, a database driver or an HTTP client raises
                 if isinstance(error, InputError) and not self._answered.is_set():
                     self._mistake = error
                     break
@@ -174,7 +172,7 @@ class BackgroundTracker:
             try:
                 return tracker.log_steps(records)
             except RefusedError:
-                pass  # one of them is refused; send the first on its own, to find out which
+                pass  # one of them is refused; send only the first, to find out which
         try:
             tracker.log_step(records[0])
         except RefusedError as error:

@@ -46,7 +46,7 @@ def train(name: str, tree: dict[str, Any], rank: int, folder: Path) -> dict[str,
     np.save(
         folder / f"{name}-{rank}.npy", np.concatenate([theta[key].numpy().ravel() for key in sorted(theta)])
     )
-    gathered = replica.ranks.gather(bytes(3000 * rank)) + replica.ranks.gather(rank)
+    gathered = replica.pool.gather(bytes(3000 * rank)) + replica.pool.gather(rank)
     sizes_and_ranks = [thing if isinstance(thing, int) else len(thing) for thing in gathered]
     return {"records": records, "failures": failures, "gathered": sizes_and_ranks}
 
@@ -62,7 +62,7 @@ def disturb(name: str, replica: ReplicatedDriver, rank: int) -> Callable[[], Non
             raise error
 
     if name == "mistake":
-        worker = replica.ranks._worker
+        worker = replica.pool._worker
         compute = worker.compute
 
         def failing_compute(*arguments: Any) -> Any:

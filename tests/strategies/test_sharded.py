@@ -20,7 +20,7 @@ from distmeta.compute.vectors import choose_edges
 from distmeta.config.job import Job
 from distmeta.runtime.parameter_server import ParameterServer, tree_sum
 from distmeta.runtime.problem import build_problem
-from distmeta.strategies.slices import Slice, SliceSpec, cut_moments, join_moments, local_ranges
+from distmeta.strategies.slices import SliceServer, SliceSpec, cut_moments, join_moments, local_ranges
 
 WIDE = {"type": "mlp", "hidden": [400, 400], "activation": "tanh"}
 """162,001 parameters: three blocks of the norm, with tensors that lie across their edges."""
@@ -77,7 +77,7 @@ def test_slices_step_like_one_server_to_the_bit(outer: str, servers: int) -> Non
         spec = SliceSpec(
             local_ranges(spans), tuple(rates[name] for name in names), job.outer, cut_moments(spans, tensors)
         )
-        slices.append((Slice(server.flat()[start:stop], spec), names, start, stop))
+        slices.append((SliceServer(server.flat()[start:stop], spec), names, start, stop))
     for step in range(3):
         gradients = draw_gradients()
         norm_sums: list[float] = []
@@ -92,7 +92,10 @@ def test_slices_step_like_one_server_to_the_bit(outer: str, servers: int) -> Non
         assert norm == server.step(mean(gradients))
         limit = job.outer.clip_norm
         factor = limit / norm if limit is not None and norm > limit else None
-        parts = [one_slice.step(factor, [rates[name] for name in names]) for one_slice, names, _, _ in slices]
+        parts = []
+        for one_slice, names, _, _ in slices:
+            _, part = one_slice.step(factor, [rates[name] for name in names])
+            parts.append(part)
         assert np.array_equal(np.concatenate(parts), server.flat())
     joined = join_moments(layout, edges, [one_slice.moments() for one_slice, *_ in slices])
     expected, _ = server.state()

@@ -28,6 +28,7 @@ from distmeta.runtime.ray_cluster import (
 )
 from distmeta.runtime.ray_workers import (
     FIRST_REPORT_SECONDS,
+    GET_SECONDS,
     POLL_SECONDS,
     REPORT_SECONDS,
     describe_number,
@@ -37,7 +38,6 @@ from distmeta.runtime.shards import Shard, ShardResult, WorkerSpec
 from distmeta.runtime.strategy import LostStateError, Record, build_server
 from distmeta.strategies.all_reduce.group_host import ENVIRONMENT, GroupHost
 from distmeta.strategies.all_reduce.messages import (
-    GET_SECONDS,
     Abandon,
     Abandoned,
     Leave,
@@ -63,7 +63,10 @@ ORPHAN_SECONDS = 2.0
 
 
 class AllReduce:
-    """The strategy `all-reduce`. It has no options."""
+    """The strategy `all-reduce`. It has no options.
+
+    It is also its own pool: the group's ranks compute evaluations, so that no other workers need room.
+    """
 
     requires_workers = True
     equals_driver = False
@@ -109,10 +112,11 @@ class AllReduce:
             self.close()
             raise
         self._started = True
-        self.pool = GroupPool(self)
+        self.pool = self
 
     @property
     def size(self) -> int:
+        """Number of ranks."""
         return self._world
 
     def advance(self, problem: Problem, step: int, check: Callable[[], None]) -> list[Record]:
@@ -153,10 +157,8 @@ class AllReduce:
             self._kill_host(has_left)
         self._disconnect()
 
-    def score(
-        self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]
-    ) -> list[ShardResult]:
-        """Return the shards' scores. If `flat` is what `flat()` returned last, theta does not travel."""
+    def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
+        """Score the shards of an evaluation. If `flat` is what `flat()` returned last, theta does not travel."""
         self._check = check
         check()
         theta = None if flat is self._scored else [self._ray.put(flat)]
@@ -171,7 +173,7 @@ class AllReduce:
         The other ranks' theta has the same bits, unless the processors differ in how they round. Then all ranks
         continue from rank 0's state.
         """
-        answers, _ = self._ask(SendState(complete), "give")
+        answers, _ = self._ask(SendState(complete), "send")
         try:
             packed = self._ray.get(answers[0].value[1][0], timeout=GET_SECONDS)
         except worker_failures(self._ray) as error:
@@ -185,11 +187,11 @@ class AllReduce:
         return packed
 
     def _load_into_group(self, packed: PackedState, outer: OuterSection) -> None:
-        """Give the group a state. If there is no group, a new one is made.
+        """Give the group a state. If there is no group, start one.
 
         Raises:
             InputError: the group finds no room, or the job cannot be built there.
-            LostShardError: the group is lost again and again.
+            LostShardError: the group was lost `run.max_shard_failures` times in a row.
         """
         state = [self._ray.put(packed)]
         self._outer = outer
@@ -243,7 +245,7 @@ class AllReduce:
                 self._raise_no_room()
             if now - last_report > REPORT_SECONDS:
                 last_report = now
-                # once more, because Ray may have learned late that a controller is gone
+                # again, because Ray may have learned late that a controller is gone
                 remove_orphaned_placement_groups(self._ray)
                 self._report(f"waiting for the group for {now - started:.0f} s: {self._describe_need()}")
         self._group, self._world, failure = self._get_answer(complete)
@@ -355,23 +357,6 @@ class AllReduce:
         raise interruption
 
 
-class GroupPool:
-    """Lets the group's own ranks compute evaluations, so that no other workers need room."""
-
-    def __init__(self, strategy: AllReduce):
-        self._strategy = strategy
-
-    @property
-    def size(self) -> int:
-        return self._strategy.size
-
-    def map(self, flat: np.ndarray, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
-        return self._strategy.score(flat, shards, check)
-
-    def close(self) -> None:
-        pass  # the strategy closes the group
-
-
 def next_boundary(problem: Problem, step: int) -> int:
     """Return the first step after `step` whose theta is evaluated or saved, or after which a change takes effect."""
     run = problem.job.run
@@ -384,11 +369,11 @@ def next_boundary(problem: Problem, step: int) -> int:
 
 def most_shards_per_rank(shards: int, world: int) -> int:
     """Return ⌈shards / world⌉."""
-    return -(-shards // world)
+    return math.ceil(shards / world)
 
 
 def raise_rank_error(failure: RankError) -> NoReturn:
-    """Raise here what was raised on a rank.
+    """Raise the error of a rank in this process.
 
     A user's mistake is raised without a traceback, anything else with the rank's traceback.
     """

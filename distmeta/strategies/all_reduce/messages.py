@@ -17,10 +17,6 @@ from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.shards import Shard
 
-GET_SECONDS = 60.0
-"""Longest wait for an object that Ray reports as ready."""
-
-
 # --- Commands of the driver ----------------------------------------------------------------------------------------
 
 

@@ -14,16 +14,15 @@ import torch
 from torch import distributed
 
 from distmeta.compute.compression import decode
-from distmeta.compute.vectors import Layout
 from distmeta.errors import NumericsError
 from distmeta.runtime.failure_policy import is_worth_retrying
 from distmeta.runtime.parameter_server import is_finite, tree_sum
 from distmeta.runtime.problem import Problem
+from distmeta.runtime.ray_workers import GET_SECONDS
 from distmeta.runtime.shards import Shard, ShardResult, WorkerSpec
 from distmeta.runtime.strategy import build_server
 from distmeta.runtime.worker import Worker
 from distmeta.strategies.all_reduce.messages import (
-    GET_SECONDS,
     Abandon,
     Abandoned,
     Leave,
@@ -128,38 +127,31 @@ class ReplicatedDriver(CentralStep):
     A rank adds the gradients of its shards by the fixed tree. The all-reduce adds the ranks' sums in its own order.
     """
 
+    pool: RankPool
+
     def __init__(self, problem: Problem):
         super().__init__(build_server(problem, problem.job.outer, None))
         self._device = problem.device
         worker = Worker(problem, self.server.layout)
         worker.start_prefetching()
-        self.ranks = RankPool(worker)
-        self.pool = self.ranks
+        self.pool = RankPool(worker)
 
     def compute_shards(self, shards: Sequence[Shard], check: Callable[[], None]) -> list[ShardResult]:
-        return self.ranks.map(self.flat_for(shards), shards, check)
+        return self.pool.map(self.flat_for(shards), shards, check)
 
     def average(self, results: list[ShardResult], tasks: int) -> bool:
         own_sum = np.zeros(self.server.layout.size, np.float32)
-        if self.ranks.gradients:
-            own_sum = tree_sum(self.ranks.gradients)
+        if self.pool.gradients:
+            own_sum = tree_sum(self.pool.gradients)
         uses_nccl = "nccl" in distributed.get_backend_config()
         total = torch.from_numpy(own_sum).to(self._device if uses_nccl else "cpu")
         distributed.all_reduce(total)
         self.mean = total.cpu().numpy() / np.float32(tasks)
         return is_finite(self.mean)
 
-    @property
-    def layout(self) -> Layout:
-        return self.server.layout
-
-    def pack(self, complete: bool) -> PackedState:
-        """Return the state in the form in which it travels; only theta unless `complete`."""
-        return PackedState.from_server(self.server, complete)
-
 
 def run_rank(config: dict[str, Any]) -> None:
-    """Obey the driver's commands, in Ray Train's training thread, until the driver or the host is gone.
+    """Carry out the driver's commands, in Ray Train's training thread, until the driver or the host is gone.
 
     Args:
         config: `host`, the `GroupHost` actor, and `spec`, a reference to the `WorkerSpec` in a list.
@@ -205,7 +197,7 @@ class RankLoop:
         self._get(host.join.remote(self._group, self._rank, world, failure))
 
     def run(self) -> None:
-        """Obey commands until one says to leave."""
+        """Carry out commands until one says to leave."""
         self._request_command()
         while True:
             command = self._wait_for_command()
@@ -216,7 +208,7 @@ class RankLoop:
             self._request_command()  # the next one, so that `_check` sees when it is there
             if isinstance(command, Abandon):
                 continue  # it came after the command that it was meant for
-            answer = self._obey(command)
+            answer = self._carry_out(command)
             self._get(self._host.answer.remote(self._group, number, self._rank, answer))
 
     def _build(self, spec: Any) -> RankError | None:
@@ -233,7 +225,7 @@ class RankLoop:
             return RankError.from_exception(error)
         return None
 
-    def _obey(self, command: Any) -> RankAnswer:
+    def _carry_out(self, command: Any) -> RankAnswer:
         """Carry out a command. An error that is worth retrying is raised: this rank leaves."""
         self._sent_state = None
         if isinstance(command, TakeSteps):
@@ -244,7 +236,7 @@ class RankLoop:
             return self._send_state(command)
         if isinstance(command, LoadState):
             packed = self._get(command.state[0])
-            self._replica.load(packed.unpack(self._replica.layout), command.outer)
+            self._replica.load(packed.unpack(self._replica.server.layout), command.outer)
             return RankAnswer()
         assert isinstance(command, Retune), command
         self._replica.retune(command.outer)
@@ -266,7 +258,7 @@ class RankLoop:
     def _score(self, command: ScoreShards) -> RankAnswer:
         flat = self._replica.flat() if command.flat is None else self._get(command.flat[0])
         try:
-            return RankAnswer(self._replica.ranks.compute_own(flat, command.shards, self._check))
+            return RankAnswer(self._replica.pool.compute_own(flat, command.shards, self._check))
         except Exception as error:
             if is_worth_retrying(error):
                 raise
@@ -274,7 +266,7 @@ class RankLoop:
 
     def _send_state(self, command: SendState) -> RankAnswer:
         """Answer with the checksum of theta (0 unless `complete`) and, on rank 0, a reference to the state."""
-        packed = self._replica.pack(command.complete)
+        packed = PackedState.from_server(self._replica.server, command.complete)
         checksum = zlib.crc32(packed.flat.data) if command.complete else 0
         if self._rank == 0:
             self._sent_state = self._ray.put(packed)
