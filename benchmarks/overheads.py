@@ -12,7 +12,6 @@ median of the rounds' ratios and their quartiles, so that slow changes of the ma
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -24,13 +23,13 @@ import torch
 from processes import step_in_two_processes
 from raw_results import describe_environment, save_section
 from systems import System, Workload, distmeta_gradient, distmeta_step, list_ways
-from throughput import image_store, make_workloads
+from throughput import image_store, make_workloads, parse_arguments
 
 MakePair = Callable[[ExitStack], tuple[System, System]]
 
 
 def make_pairs(workload: Workload) -> Iterator[tuple[str, str, MakePair]]:
-    """Yield kind, way, and what makes the two systems of each pair."""
+    """Yield the kind, the way, and a function that makes the two systems of each pair."""
     _, ways = list_ways(workload)
     for way in ways:
 
@@ -68,26 +67,11 @@ def compare(first: System, second: System, rounds: int, seconds: float) -> dict[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    names = list(make_workloads(""))
-    parser.add_argument("--quick", action="store_true", help="a smoke run with 4 tasks; writes nothing")
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="some of the workloads")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--seconds", type=float, default=0.5, help="of one system in one round, at least")
-    parser.add_argument("--store", default="data/omniglot.arrow", help="random images if there is none")
-    parser.add_argument("--eager", action="store_true", help="without compiled systems, which take minutes")
-    given = parser.parse_args()
-    tasks = None
-    if given.quick:
-        given.rounds = 1
-        given.seconds = 0.01
-        tasks = 4
+    given = parse_arguments(str(__doc__), rounds=21, seconds=0.5)
     torch.set_num_threads(1)
     environment = describe_environment()
     with image_store(given.store) as (store, images):
-        workloads = make_workloads(str(Path(store).absolute()), tasks)
+        workloads = make_workloads(str(Path(store).absolute()), given.tasks)
         for name in given.only:
             rows = []
             for kind, way, make_systems in make_pairs(replace(workloads[name], compiled=not given.eager)):

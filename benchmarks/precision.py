@@ -2,7 +2,7 @@
 
     python benchmarks/precision.py [--only digits-0 ...] [--set model.width=32 ...] [--steps 1000]
 
-Beside them float32 again with its sums rounded differently, which shows how far rounding alone moves such a training.
+Besides, float32 with sums that are rounded differently shows how far only rounding moves such a training.
 `--only` replaces single runs in the results.
 """
 

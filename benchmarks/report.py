@@ -376,8 +376,8 @@ def simulator(sections: Sections) -> Rows:
         cells = found.setdefault(
             (row["job"], row["strategy"]), [row["job"], f"{row['parameters']:,}", row["strategy"]]
         )
-        predicted, measured = f"{1e3 * row['predicted']:.0f}", f"{1e3 * row['measured']:.0f}"
-        cells.append(f"{predicted}/{measured} ({row['ratio']:.2f})")
+        milliseconds = f"{1e3 * row['predicted']:.0f}/{1e3 * row['measured']:.0f}"
+        cells.append(f"{milliseconds} ({row['ratio']:.2f})")
     return list(found.values())
 
 

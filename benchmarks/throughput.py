@@ -177,27 +177,35 @@ def measure_workload(workload: Workload, rounds: int, seconds: float) -> list[di
     return [row | by_system.get(row["system"], {}) for row in rows]
 
 
-def main() -> None:
+def parse_arguments(description: str, rounds: int, seconds: float) -> argparse.Namespace:
+    """Read the command line. `tasks` is 4 in a smoke run, else None."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = list(make_workloads(""))
     parser.add_argument("--quick", action="store_true", help="a smoke run with 4 tasks; writes nothing")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="some of the workloads")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of one system in one round, at least")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help="of one system in one round, at least"
+    )
     parser.add_argument("--store", default="data/omniglot.arrow", help="random images if there is none")
     parser.add_argument("--eager", action="store_true", help="without compiled systems, which take minutes")
     given = parser.parse_args()
-    tasks = None
+    given.tasks = None
     if given.quick:
         given.rounds = 1
         given.seconds = 0.01
-        tasks = 4
+        given.tasks = 4
+    return given
+
+
+def main() -> None:
+    given = parse_arguments(str(__doc__), rounds=7, seconds=1.0)
     torch.set_num_threads(1)
     environment = describe_environment()
     with image_store(given.store) as (store, images):
-        workloads = make_workloads(str(Path(store).absolute()), tasks)
+        workloads = make_workloads(str(Path(store).absolute()), given.tasks)
         for name in given.only:
             workload = replace(workloads[name], compiled=not given.eager)
             rows = measure_workload(workload, given.rounds, given.seconds)

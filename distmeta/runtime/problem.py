@@ -41,7 +41,7 @@ from distmeta.tasks.few_shot import ClassificationScore
 
 @dataclass(frozen=True)
 class Problem:
-    """What is trained. A resolved job (`runtime.resolve`) leaves nothing open: every worker and resume obeys it."""
+    """What is trained. A resolved job (`runtime.resolve`) leaves nothing open, for workers and for a resume."""
 
     job: Job
     family: TaskFamily

@@ -1,4 +1,4 @@
-"""Decide what a job leaves open, once before step 0. Every worker and every resume obeys the resolved job."""
+"""Decide what a job leaves open, once before step 0. Every worker and every resume uses the resolved job."""
 
 from __future__ import annotations
 

@@ -141,7 +141,10 @@ def measure_transfers(ray: Any) -> TransferCosts:
     try:
         nothing = probe.time_take_nothing()
         message = probe.time_give(4)
-        puts, receives, replies, adds = [], [], [], []
+        puts: list[tuple[float, float]] = []
+        receives: list[tuple[float, float]] = []
+        replies: list[tuple[float, float]] = []
+        adds: list[tuple[float, float]] = []
         for size in SIZES:
             puts.append((float(size), probe.time_put(size)))
             receives.append((float(size), max(probe.time_take_after_put(size) - nothing, 0.0)))

@@ -93,7 +93,7 @@ def build_scheduler(sweep: SweepSection, job: Job) -> TrialScheduler:
 
 
 class Asha(AsyncHyperBandScheduler):
-    """Tune's ASHA, which does not stop a trial at its last step and remembers reports from before a restart.
+    """Tune's ASHA. It does not stop a trial at its last step, and it remembers reports from before a restart.
 
     Args:
         steps: steps of each trial.
@@ -129,7 +129,7 @@ class Asha(AsyncHyperBandScheduler):
 
 
 class Pbt(PopulationBasedTraining):
-    """Tune's population-based training, which keeps values in their ranges and leaves a trial at its last step alone.
+    """Tune's population-based training. It keeps values in their ranges and does not change a trial at its last step.
 
     Args:
         steps: steps of each trial.

@@ -84,7 +84,7 @@ class Score(NamedTuple):
 
 
 class TrialStart(NamedTuple):
-    """What a trial trains, from where."""
+    """What a trial trains, and what it continues from."""
 
     job: Job
     folder: Path

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -12,7 +11,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from conftest import REPOSITORY
 from support.processes import find_descendants, find_shared_files, find_workers, send_signal, wait_until_gone
@@ -68,9 +66,8 @@ class RayNodes:
 
     def drain(self, name: str) -> None:
         """Announce that a node will be taken away, as for a spot instance."""
-        from ray._raylet import (
-            GcsClient,  # Ray 2.60: the command `ray drain-node` waits; there is no public API
-        )
+        # Ray 2.60: the command `ray drain-node` waits, and there is no public API
+        from ray._raylet import GcsClient
         from ray.core.generated import autoscaler_pb2
 
         client = GcsClient(address=self.address)
@@ -221,23 +218,9 @@ class Injector:
 
     def _start_driver(self) -> subprocess.Popen[bytes]:
         self.run.parent.mkdir(exist_ok=True)
-        command = [
-            sys.executable,
-            "-m",
-            "distmeta.cli.main",
-            "train",
-            "job.yaml",
-            "--resume",
-            "auto",
-            "--json",
-        ]
+        program = [sys.executable, "-m", "distmeta.cli.main"]
+        command = [*program, "train", "job.yaml", "--resume", "auto", "--json"]
         with (self.run.parent / "output").open("a") as file:
             return subprocess.Popen(
                 command, stdout=file, stderr=file, start_new_session=True, env=ENVIRONMENT
             )
-
-
-def read_rows_without_times(run: Path) -> list[dict[str, Any]]:
-    """Return metrics.jsonl without the columns that depend on the clock."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tasks_per"))} for row in rows]

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import yaml
 from conftest import HOME, tree
-from injector import Injector, RayNodes, read_rows_without_times
+from injector import Injector, RayNodes
+from support.outcomes import read_rows_without_times, read_theta
 
 import distmeta
 from distmeta.config.job import Job
@@ -61,11 +62,6 @@ def make_undisturbed(job: dict[str, Any]) -> dict[str, Any]:
     if undisturbed.get("strategy", {}).get("type") != "local":
         undisturbed["strategy"] = {"type": "driver"}
     return undisturbed
-
-
-def read_bits(run: Path) -> bytes:
-    theta = checkpoints.load(run).theta
-    return b"".join(name.encode() + theta[name].numpy().tobytes() for name in sorted(theta))
 
 
 def mean_last_loss(rows: list[dict[str, Any]]) -> float:
@@ -145,7 +141,7 @@ def test_random_faults_do_not_change_the_result(
         assert [row["step"] for row in rows] == list(range(1, steps + 1))
         assert mean_last_loss(rows) == pytest.approx(mean_last_loss(expected_rows), rel=0.1)
     else:
-        assert read_bits(disturbed) == read_bits(undisturbed)
+        assert read_theta(disturbed) == read_theta(undisturbed)
         assert rows == expected_rows
     assert not [path for path in injector.shared_files if path.exists()]
 

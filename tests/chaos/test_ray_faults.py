@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import HOME, tree
-from injector import ENVIRONMENT, RayNodes, kill_with_descendants, read_rows_without_times
+from injector import ENVIRONMENT, RayNodes, kill_with_descendants
+from support.outcomes import read_rows_without_times, read_theta
 
 import distmeta
 from distmeta.config.job import Job
-from distmeta.runtime import checkpoint as checkpoints
 
 FAILURE_PERCENT = {
     "num_failures": -1,
@@ -52,9 +52,7 @@ def test_failing_calls_inside_ray_do_not_change_the_result(workplace: Path) -> N
     assert done.returncode == 0, done.stderr
     assert "lost worker" in done.stderr + done.stdout, "no call failed"
     disturbed = workplace / "runs" / "disturbed"
-    theta = checkpoints.load(disturbed).theta
-    expected = checkpoints.load(undisturbed).theta
-    assert all(theta[name].equal(expected[name]) for name in expected)
+    assert read_theta(disturbed) == read_theta(undisturbed)
     assert read_rows_without_times(disturbed) == read_rows_without_times(undisturbed)
 
 
@@ -113,6 +111,4 @@ def test_run_waits_for_room_in_the_object_store(workplace: Path) -> None:
             if process is not None and process.poll() is None:
                 kill_with_descendants(process)
         nodes.close()
-    theta = checkpoints.load(workplace / "runs" / "disturbed").theta
-    expected = checkpoints.load(undisturbed).theta
-    assert all(theta[name].equal(expected[name]) for name in expected)
+    assert read_theta(workplace / "runs" / "disturbed") == read_theta(undisturbed)

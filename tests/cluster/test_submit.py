@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import HOME, tree
+from support.outcomes import read_theta
 from support.ray_head import find_free_ports, start_ray_head
 
 import distmeta
@@ -55,12 +56,6 @@ def submit_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "distmeta.cli.main", "submit", *arguments]
 
 
-def same_theta(run: Path, other_run: Path) -> bool:
-    theta = checkpoints.load(run).theta
-    other = checkpoints.load(other_run).theta
-    return theta.keys() == other.keys() and all(theta[name].equal(other[name]) for name in theta)
-
-
 def test_submitted_job_gives_the_same_bits_as_a_local_one(
     head: str, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +84,7 @@ def test_submitted_job_gives_the_same_bits_as_a_local_one(
 
     monkeypatch.chdir(project)
     local_run = distmeta.train(Job.load("job.yaml", ["run.workers=0"])).run
-    assert same_theta(HOME / "distmeta" / "runs" / "submitted", local_run)
+    assert read_theta(HOME / "distmeta" / "runs" / "submitted") == read_theta(local_run)
 
 
 def test_job_continues_after_ctrl_c_and_can_be_stopped_and_resumed(head: str, workplace: Path) -> None:

@@ -1,8 +1,7 @@
-"""Values that change during a run (`changes`): the job alone decides the result, not how the run came to it."""
+"""Values that change during a run (`changes`): only the job decides the result, not when the run was resumed."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import tree
-from support.outcomes import ActingReporter
+from support.outcomes import ActingReporter, read_rows, read_theta, train_job
 
 import distmeta
 from distmeta.config.job import Job
 from distmeta.errors import InputError
-from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.parameter_server import ParameterServer
-
-
-def train_job(job: dict[str, Any], resume: Path | None = None, **run: Any) -> Path:
-    return distmeta.train(Job.parse(job | {"run": job["run"] | run}), resume=resume).run
-
-
-def theta_bytes(run: Path) -> list[bytes]:
-    theta = checkpoints.load(run).theta
-    return [theta[name].numpy().tobytes() for name in sorted(theta)]
-
 
 OUTER = {"optimizer": "adam", "lr": 0.01, "clip_norm": 0.5, "schedule": {"type": "cosine", "steps": 8}}
 RUN = {"steps": 8, "eval_every": 4, "eval_tasks": 5}
@@ -38,18 +26,18 @@ def test_change_added_on_resume_equals_change_from_the_start(workplace: Path) ->
     begun = train_job(tree("maml", outer=OUTER, run=RUN), steps=4, name="begun")
     job = tree("maml", outer=OUTER, run=RUN, changes=[CHANGE])
     train_job(job, resume=begun, name="begun")
-    assert theta_bytes(begun) == theta_bytes(whole)
-    assert theta_bytes(whole) != theta_bytes(train_job(tree("maml", outer=OUTER, run=RUN)))
-    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert read_theta(begun) == read_theta(whole)
+    assert read_theta(whole) != read_theta(train_job(tree("maml", outer=OUTER, run=RUN)))
+    rows = read_rows(whole)
     assert [row["algorithm.inner_lr"] for row in rows] == [0.05] * 4 + [0.2] * 4
     assert [row["outer.lr"] for row in rows] == [0.01] * 4 + [0.05] * 4
 
 
 def test_evaluation_uses_the_values_of_the_checkpoints_step(workplace: Path) -> None:
     run = train_job(tree("maml", run=RUN, changes=[CHANGE]))
-    first, last = (distmeta.load(run / f"checkpoints/step-0000000{step}") for step in (4, 8))
-    assert first.problem.job.algorithm.options["inner_lr"] == 0.05
-    assert last.problem.job.algorithm.options["inner_lr"] == 0.2
+    for step, rate in ((4, 0.05), (8, 0.2)):
+        learner = distmeta.load(run / f"checkpoints/step-0000000{step}")
+        assert learner.problem.job.algorithm.options["inner_lr"] == rate
 
 
 def test_changes_of_completed_steps_must_stay(workplace: Path) -> None:
@@ -97,7 +85,8 @@ def test_impossible_changes_are_refused(changes: list[Any], message: str) -> Non
 def test_retuning_keeps_optimizer_state_and_clock() -> None:
     theta = {"a": torch.ones(3), "b": torch.zeros(2)}
     job = Job.parse(tree("maml", outer=OUTER))
-    one, two = (ParameterServer(theta, job.outer) for _ in range(2))
+    one = ParameterServer(theta, job.outer)
+    two = ParameterServer(theta, job.outer)
     gradient = one.layout.flatten({"a": torch.arange(3.0), "b": torch.ones(2)})
     for server in (one, two):
         server.step(gradient)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
 import signal
@@ -14,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPOSITORY, tree
+from conftest import tree
+from support.outcomes import read_rows, read_theta
 from support.processes import (
+    ENVIRONMENT,
     find_descendants,
     find_listening_addresses,
     find_shared_files,
@@ -29,8 +29,6 @@ from support.processes import (
 import distmeta
 from distmeta.config.job import Job
 from distmeta.runtime import checkpoint as checkpoints
-
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
 
 
 def test_writer_killed_at_any_system_call_leaves_a_complete_checkpoint(tmp_path: Path) -> None:
@@ -127,8 +125,5 @@ def test_killed_driver_leaves_no_processes_and_is_resumed(workplace: Path) -> No
     step = checkpoints.load(run).progress.step + 4
     distmeta.train(Job.load(run / "job.yaml", [f"run.steps={step}", "run.workers=0"]), resume=run)
     undisturbed = distmeta.train(Job.parse(tree("maml", run={"steps": step}))).run
-    theta = checkpoints.load(run).theta
-    expected = checkpoints.load(undisturbed).theta
-    assert all(theta[name].equal(expected[name]) for name in expected)
-    rows = (run / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(row)["step"] for row in rows] == list(range(1, step + 1))
+    assert read_theta(run) == read_theta(undisturbed)
+    assert [row["step"] for row in read_rows(run)] == list(range(1, step + 1))

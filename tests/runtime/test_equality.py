@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from conftest import ALGORITHMS, POLICIES, tree
 from support.job_workers import JobWorker, JobWorkerPool
+from support.outcomes import read_rows, read_rows_without_times, read_theta, train_job
 
 import distmeta
 import distmeta.protocols
@@ -63,33 +63,18 @@ WITH_RAY = {"maml": (1, 4)}
 """Cases that run on these numbers of Ray workers in every run of the tests. The others run on two hosts."""
 
 
-def train_job(job: dict[str, Any], **run: Any) -> Path:
-    return distmeta.train(Job.parse(job | {"run": job["run"] | run})).run
-
-
-def theta_bytes(run: Path) -> bytes:
-    theta = checkpoints.load(run).theta
-    return b"".join(name.encode() + theta[name].numpy().tobytes() for name in sorted(theta))
-
-
 def list_steps(name: str) -> list[int]:
     return list(range(1, CASES[name]["run"]["steps"] + 1))
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl without what depends on the clock."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(("seconds", "tasks_per"))} for row in rows]
-
-
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def train_here(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A function that trains a case in this process, once, and returns its run folder."""
     runs: dict[str, Path] = {}
 
     def train_once(name: str) -> Path:
         if name not in runs:
-            runs[name] = train_job(CASES[name] | {"output": str(tmp_path_factory.mktemp("alone"))})
+            runs[name] = train_job(CASES[name] | {"output": str(tmp_path_factory.mktemp("here"))})
         return runs[name]
 
     return train_once
@@ -114,14 +99,14 @@ class FlagReporter(SilentReporter):
     ],
 )
 def test_any_number_of_workers_gives_the_same_theta(
-    name: str, workplace: Path, cluster: None, alone: Callable[[str], Path]
+    name: str, workplace: Path, cluster: None, train_here: Callable[[str], Path]
 ) -> None:
-    assert Job.load(alone(name) / "job.yaml").compute.compile == (name == "compiled")
-    assert [row["step"] for row in read_metrics(alone(name))] == list_steps(name)
+    assert Job.load(train_here(name) / "job.yaml").compute.compile == (name == "compiled")
+    assert [row["step"] for row in read_rows_without_times(train_here(name))] == list_steps(name)
     for workers in WITH_RAY.get(name, (3,)):
         run = train_job(CASES[name], workers=workers)
-        assert theta_bytes(run) == theta_bytes(alone(name)), workers
-        assert read_metrics(run) == read_metrics(alone(name))
+        assert read_theta(run) == read_theta(train_here(name)), workers
+        assert read_rows_without_times(run) == read_rows_without_times(train_here(name))
 
 
 @pytest.fixture(scope="module")
@@ -139,28 +124,29 @@ def test_other_processes_give_the_same_theta(
     name: str,
     workplace: Path,
     hosts: list[Any],
-    alone: Callable[[str], Path],
+    train_here: Callable[[str], Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Train with two other processes. How RayPool distributes shards is tested above."""
-    here = alone(name)
+    here = train_here(name)
     monkeypatch.setattr(driver, "open_pool", partial(JobWorkerPool, hosts))
     run = train_job(CASES[name])
-    assert theta_bytes(run) == theta_bytes(here)
-    assert read_metrics(run) == read_metrics(here)
+    assert read_theta(run) == read_theta(here)
+    assert read_rows_without_times(run) == read_rows_without_times(here)
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == "compiled" else name for name in CASES]
 )
-def test_resume_gives_the_same_theta(name: str, workplace: Path, alone: Callable[[str], Path]) -> None:
+def test_resume_gives_the_same_theta(name: str, workplace: Path, train_here: Callable[[str], Path]) -> None:
     short = train_job(CASES[name], steps=3, name="stopped")
     # the short run evaluates its last step, 3: that line is not compared
     distmeta.train(Job.load(short / "job.yaml", [f"run.steps={list_steps(name)[-1]}"]), resume=short)
-    assert theta_bytes(short) == theta_bytes(alone(name))
-    without = [[row for row in read_metrics(run) if row["step"] != 3] for run in (short, alone(name))]
-    assert without[0] == without[1]
-    assert [row["step"] for row in read_metrics(short)] == list_steps(name)
+    assert read_theta(short) == read_theta(train_here(name))
+    resumed_rows = [row for row in read_rows_without_times(short) if row["step"] != 3]
+    expected_rows = [row for row in read_rows_without_times(train_here(name)) if row["step"] != 3]
+    assert resumed_rows == expected_rows
+    assert [row["step"] for row in read_rows_without_times(short)] == list_steps(name)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "rmsprop"])
@@ -175,10 +161,10 @@ def test_resume_restores_every_optimizer_and_schedule(optimizer: str, schedule: 
     if optimizer in ("sgd", "rmsprop"):
         outer["momentum"] = 0.9
     job = tree("maml", outer=outer, run={"steps": 12, "tasks_per_step": 2, "shards": 1})
-    alone = train_job(job)
+    uninterrupted = train_job(job)
     short = train_job(job, steps=5, name="stopped")
     distmeta.train(Job.load(short / "job.yaml", ["run.steps=12"]), resume=short)
-    assert theta_bytes(short) == theta_bytes(alone)
+    assert read_theta(short) == read_theta(uninterrupted)
 
 
 def test_shard_of_a_killed_worker_is_computed_again(workplace: Path, cluster: None) -> None:
@@ -188,8 +174,8 @@ def test_shard_of_a_killed_worker_is_computed_again(workplace: Path, cluster: No
     lethal = Job.parse(job).replace(run={"workers": 2}, compute={"draw_ahead": True})
     shaken = distmeta.train(lethal, reporter=FlagReporter(workplace / "kill")).run
     assert not (workplace / "kill").exists(), "a worker was killed"
-    assert theta_bytes(shaken) == theta_bytes(calm)
-    assert read_metrics(shaken) == read_metrics(calm)
+    assert read_theta(shaken) == read_theta(calm)
+    assert read_rows_without_times(shaken) == read_rows_without_times(calm)
 
 
 def test_shard_that_kills_every_worker_stops_the_run_with_a_checkpoint(
@@ -220,7 +206,7 @@ def test_too_few_resources_are_reported(workplace: Path, cluster: None) -> None:
 
 def test_non_finite_tasks_are_dropped_and_counted(workplace: Path) -> None:
     run = train_job(tree("maml", tasks={"type": "hard_cases:SomeTasksWithNaN"}, run={"tasks_per_step": 16}))
-    rows = read_metrics(run)
+    rows = read_rows_without_times(run)
     assert sum(row["tasks_dropped"] for row in rows) > 0
     for row in rows:
         assert row["tasks"] + row["tasks_dropped"] == 16
@@ -239,14 +225,14 @@ def test_step_without_a_finite_task_changes_nothing(workplace: Path) -> None:
     states = [checkpoints.load(run / "checkpoints" / f"step-{step:08d}") for step in (0, 3)]
     assert all(np.array_equal(states[0].theta[n], states[1].theta[n]) for n in states[0].theta)
     assert states[1].optimizer == {}
-    assert read_metrics(run)[0]["loss_after"] is None
-    assert read_metrics(run)[0]["grad_norm"] is None
+    assert read_rows_without_times(run)[0]["loss_after"] is None
+    assert read_rows_without_times(run)[0]["grad_norm"] is None
 
 
 def test_infinite_sum_of_finite_gradients_never_reaches_theta(workplace: Path) -> None:
     tasks = {"type": "hard_cases:TasksWithOverflowingSum"}
     run = train_job(tree("maml", tasks=tasks, outer={"clip_norm": 1.0}, run={"steps": 2}))
-    assert [(row["tasks"], row["tasks_dropped"]) for row in read_metrics(run)] == [(0, 8), (0, 8)]
+    assert [(row["tasks"], row["tasks_dropped"]) for row in read_rows_without_times(run)] == [(0, 8), (0, 8)]
     assert all(np.isfinite(value.numpy()).all() for value in checkpoints.load(run).theta.values())
 
 
@@ -271,11 +257,13 @@ def test_worker_without_the_trajectories_collects_them_again() -> None:
     server = ParameterServer(problem.init(), problem.job.outer)
     first = server.flat()
     shard = plan_shards(problem, "train", 0, 8, 4, 1)[2]
-    one, other = (Worker(problem, server.layout) for _ in range(2))
+    one = Worker(problem, server.layout)
+    other = Worker(problem, server.layout)
     gradient = one.compute(first, shard).gradient
     assert gradient is not None
     server.step(gradient)
-    both, later = np.concatenate([server.flat(), first]), replace(shard, epoch=1)
+    both = np.concatenate([server.flat(), first])
+    later = replace(shard, epoch=1)
     results = [worker.compute(both, later).gradient for worker in (one, other)]
     assert results[0] is not None
     assert np.array_equal(results[0], results[1])
@@ -300,7 +288,7 @@ def test_error_between_outer_epochs_undoes_them(workplace: Path, monkeypatch: py
         run = workplace / "runs" / name
         assert checkpoints.load(run).progress.step == stop
         distmeta.train(Job.load(run / "job.yaml"), resume=run)
-        assert theta_bytes(run) == theta_bytes(calm)
+        assert read_theta(run) == read_theta(calm)
 
 
 @pytest.mark.parametrize("execution", ["loop", "vmap"])
@@ -309,11 +297,8 @@ def test_scores_before_adaptation_follow_before_every_and_change_no_bit(
 ) -> None:
     job = tree("maml", compute={"execution": execution}, run={"steps": 5})
     runs = {every: train_job(job, name=f"every-{every}", before_every=every) for every in (1, 3, 0)}
-    assert len({theta_bytes(run) for run in runs.values()}) == 1
-    rows = {
-        every: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        for every, run in runs.items()
-    }
+    assert read_theta(runs[1]) == read_theta(runs[3]) == read_theta(runs[0])
+    rows = {every: read_rows(run) for every, run in runs.items()}
     before = {every: [row["loss_before"] for row in rows[every]] for every in rows}
     assert None not in before[1]
     assert before[3] == [before[1][0], None, None, before[1][3], None]

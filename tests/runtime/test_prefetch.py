@@ -32,7 +32,8 @@ def test_prefetched_tasks_give_the_same_gradients(workplace: Path, monkeypatch: 
     worker, flat = build_worker(draw_ahead=True)
     problem = worker.enter_phase(0)
     drawn: list[tuple[str, int, tuple[int, ...]]] = []
-    inside, draw = threading.Lock(), problem.family.draw
+    inside = threading.Lock()
+    draw = problem.family.draw
 
     def watched(split: str, ids: np.ndarray) -> Episode:
         assert inside.acquire(blocking=False), "a task family is used by one thread at a time"
@@ -64,7 +65,8 @@ def test_prefetched_tasks_give_the_same_gradients(workplace: Path, monkeypatch: 
 
 def test_failed_prefetch_is_raised_when_the_shard_is_computed() -> None:
     shards = [Shard(index, "train", 0, 4, index, index + 1, 1) for index in range(2)]
-    prefetcher, failing = Prefetcher(1), set[int]()
+    prefetcher = Prefetcher(1)
+    failing: set[int] = set()
 
     def draw(shard: Shard) -> Any:
         if shard.step in failing:
@@ -86,7 +88,8 @@ def test_failed_prefetch_is_raised_when_the_shard_is_computed() -> None:
 
 def test_prefetched_tasks_are_used_with_a_later_theta() -> None:
     """`async` gives every shard the current theta when it is handed out."""
-    prefetcher, threads = Prefetcher(1), list[int]()
+    prefetcher = Prefetcher(1)
+    threads: list[int] = []
 
     def draw(shard: Shard) -> Any:
         threads.append(threading.get_ident())

@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import HOME, tree
+from support.outcomes import read_theta
 
 import distmeta
 from distmeta.config.job import Job
-from distmeta.runtime import checkpoint as checkpoints
 
 WITHOUT_COMPILER = {"CXX": "no-such-compiler"}
 
@@ -76,9 +76,7 @@ def test_run_without_a_compiler_on_its_worker_is_not_compiled(head: str, workpla
     assert len(re.findall(message, done.stderr)) == 1
     run = Path(json.loads(done.stdout)["run"])
     assert Job.load(run / "job.yaml").compute.compile is False
-    theta = checkpoints.load(run).theta
-    expected = checkpoints.load(uncompiled).theta
-    assert all(theta[name].equal(expected[name]) for name in expected)
+    assert read_theta(run) == read_theta(uncompiled)
 
 
 @pytest.mark.slow  # Ray itself tries for 20 s

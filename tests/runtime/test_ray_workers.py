@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -14,9 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import POLICIES, REPOSITORY, tree
+from conftest import POLICIES, tree
 from support.outcomes import ActingReporter, read_outcome, train_job
-from support.processes import find_workers, send_signal, wait_until_gone
+from support.processes import ENVIRONMENT, find_workers, send_signal, wait_until_gone
 
 from distmeta.compute.compiler import MissingCompilerError
 from distmeta.config.job import Job
@@ -193,7 +192,7 @@ def test_lost_shard_is_one_line_on_the_command_line(workplace: Path) -> None:
         capture_output=True,
         text=True,
         timeout=240,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])},
+        env=ENVIRONMENT,
     )
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import HOME, tree
+from support.outcomes import read_theta
 from support.ray_head import find_free_ports
 
 import distmeta
@@ -25,7 +26,7 @@ from distmeta.errors import InputError
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.remote_copy import join, local_folder, path_in_run, run_uri
 from distmeta.runtime.reporter import SilentReporter
-from distmeta.runtime.training import Run, train
+from distmeta.runtime.training import train
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +85,6 @@ def delete_local_copies() -> None:
     shutil.rmtree(os.environ["XDG_CACHE_HOME"])
 
 
-def have_equal_theta(one: Run, other: Run) -> bool:
-    first = checkpoints.load(one.place).theta
-    second = checkpoints.load(other.place).theta
-    return all(first[name].equal(second[name]) for name in first)
-
-
 @pytest.mark.parametrize("kind", ["s3", "file"])
 def test_run_is_trained_resumed_and_evaluated_behind_a_uri(
     kind: str, workplace: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
@@ -110,7 +105,7 @@ def test_run_is_trained_resumed_and_evaluated_behind_a_uri(
 
     delete_local_copies()
     resumed = train(make_job(output, steps=9, name="a"), "auto")
-    assert have_equal_theta(resumed, local)
+    assert read_theta(resumed.place) == read_theta(local.run)
     lines = (resumed.run / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [*range(1, 10)]
 
@@ -120,9 +115,8 @@ def test_run_is_trained_resumed_and_evaluated_behind_a_uri(
     assert distmeta.load(join(half.place, "checkpoints", "latest")).checkpoint.progress.step == 9
     assert not Path(os.environ["XDG_CACHE_HOME"]).exists(), "an evaluation leaves nothing"
 
-    longer = train(
-        make_job("elsewhere", steps=10), half.place
-    )  # resumed by its URI, whatever the job's output is
+    # resumed by its URI, whatever the job's output is
+    longer = train(make_job("elsewhere", steps=10), half.place)
     assert longer.place == half.place
     assert checkpoints.load(half.place).progress.step == 10
 
@@ -197,7 +191,7 @@ def test_store_that_is_away_for_a_while_loses_nothing(
     (workplace / "hidden").rename(store)
     assert checkpoints.load(done.place).progress.step == 8
     resumed = train(make_job(output, steps=11, name="a"), "auto")  # from the local copy, which is ahead
-    assert have_equal_theta(resumed, train(make_job("runs", steps=11)))
+    assert read_theta(resumed.place) == read_theta(train(make_job("runs", steps=11)).run)
     assert json.loads((resumed.run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 11
     assert checkpoints.load(done.place).progress.step == 11
 

@@ -6,9 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import tree
-from support.outcomes import ActingReporter, train_job
+from support.outcomes import ActingReporter, read_theta, train_job
 
 import distmeta
 from distmeta.config.job import Job
@@ -35,9 +34,7 @@ def test_damaged_checkpoint_is_skipped_by_a_resume(file: str, workplace: Path) -
     assert distmeta.train(Job.load(run / "job.yaml"), resume=run, reporter=reporter).step == 6
     assert reporter.reports[0].startswith("skipping a damaged checkpoint: runs/mine/checkpoints/")
     assert reporter.reports[1] == "continuing from step 5, the last complete checkpoint"
-    theta = checkpoints.load(run).theta
-    expected = checkpoints.load(uninterrupted).theta
-    assert all(torch.equal(theta[name], expected[name]) for name in expected)
+    assert read_theta(run) == read_theta(uninterrupted)
     assert (run / "metrics.jsonl").read_text().count("\n") == 6
 
 

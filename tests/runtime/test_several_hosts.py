@@ -15,6 +15,7 @@ import pytest
 import yaml
 from conftest import HOME, REPOSITORY, tree
 from support.network import Network, network, why_unavailable
+from support.outcomes import read_theta
 
 import distmeta
 from distmeta.config.job import Job
@@ -54,11 +55,6 @@ def wait_until(has_happened: Callable[[], bool], process: subprocess.Popen[str])
         time.sleep(0.2)
 
 
-def read_bits(run: Path) -> bytes:
-    theta = checkpoints.load(run).theta
-    return b"".join(name.encode() + theta[name].numpy().tobytes() for name in sorted(theta))
-
-
 @pytest.mark.slow
 def test_job_submitted_from_outside_uses_both_hosts(hosts: Network, workplace: Path) -> None:
     """It comes from a host without Ray, which reaches only the head's dashboard. Each host gets two workers."""
@@ -90,7 +86,7 @@ def test_job_submitted_from_outside_uses_both_hosts(hosts: Network, workplace: P
     assert json.loads(stdout)["status"] == "SUCCEEDED"
     assert "step 40/40" in stderr, "the log was followed"
     assert (2, 2) in numbers_of_workers
-    assert read_bits(workplace / "there" / "submitted") == read_bits(expected)
+    assert read_theta(workplace / "there" / "submitted") == read_theta(expected)
 
 
 @pytest.mark.slow  # two minutes, most of them until Ray gives up the host that was cut off
@@ -131,4 +127,4 @@ def test_run_survives_an_added_host_and_a_lost_one(hosts: Network, workplace: Pa
     assert "Traceback" not in output.read_text()
     step = checkpoints.load(run).progress.step
     expected = distmeta.train(Job.parse(tree("maml", run={"steps": step}))).run
-    assert read_bits(run) == read_bits(expected)
+    assert read_theta(run) == read_theta(expected)

@@ -84,10 +84,10 @@ def test_sharded_on_a_slow_link_is_limited_by_its_servers_cards() -> None:
 @pytest.mark.parametrize("workers", [1, 2, 8, 64])
 def test_all_reduce(workers: int) -> None:
     shards = -(-8 // workers)
-    alone = shards * C + (shards - 1) * MACHINE.add(B) + JOB.outer
+    computed = shards * C + (shards - 1) * MACHINE.add(B) + JOB.outer
     rounds = max(B / workers / RATE, MACHINE.ring(2 * B / workers) / 2) + LATENCY
     found = run("all-reduce", workers)
-    assert found.seconds_step == pytest.approx(alone + 2 * (workers - 1) * rounds, rel=1e-12)
+    assert found.seconds_step == pytest.approx(computed + 2 * (workers - 1) * rounds, rel=1e-12)
     assert found.bytes_step == pytest.approx(2 * (workers - 1) * B)
     assert found.bytes_busiest == pytest.approx(2 * 2 * (workers - 1) / workers * B)
 
@@ -115,20 +115,22 @@ def test_async_drops_stale_gradients() -> None:
 
 def test_local_with_one_worker() -> None:
     steps = 5
-    alone = 8 * C + 7 * MACHINE.add(B) + JOB.outer
+    computed = 8 * C + 7 * MACHINE.add(B) + JOB.outer
     around = MACHINE.step + MACHINE.put(B) + MACHINE.call + LATENCY + SENT + MACHINE.receive(B)
     around += MACHINE.reply(B) + SENT + JOB.outer
     found = run("local", local_steps=steps)
-    assert found.seconds_step == pytest.approx(alone + around / steps, rel=1e-12)
+    assert found.seconds_step == pytest.approx(computed + around / steps, rel=1e-12)
 
 
 def test_one_machine_has_no_network_and_few_cores() -> None:
-    alone, two, four = (run("driver", workers, link=Link(None)) for workers in (1, 2, 4))
+    one = run("driver", 1, link=Link(None))
+    two = run("driver", 2, link=Link(None))
+    four = run("driver", 4, link=Link(None))
     network_seconds = 17 * LATENCY + 9 * B / RATE
-    assert alone.seconds_step == pytest.approx(driver_step_seconds() - network_seconds, rel=1e-9)
+    assert one.seconds_step == pytest.approx(driver_step_seconds() - network_seconds, rel=1e-9)
     assert two.seconds_step > 4 * C * MACHINE.slowdown[1]
     assert four.seconds_step > 4 * C * MACHINE.slowdown[1]  # two cores, whatever the number of workers
-    assert two.seconds_step < alone.seconds_step
+    assert two.seconds_step < one.seconds_step
 
 
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "async"])
@@ -161,10 +163,14 @@ def test_failures_cost_time(strategy: str) -> None:
     machine = replace(MACHINE, call_driver=0.0, step=0.0, add=FREE, put=FREE)
     job = replace(JOB, outer=0.0)
     cluster = replace(CLUSTER, workers=8, link=UNLIMITED)
-    none, few, many, too_many = (
-        simulate(strategy, replace(cluster, failures_per_hour=failures), machine, job)
-        for failures in (0, 2, 200, 1e6)
-    )
+
+    def simulate_failures(per_hour: float) -> Prediction:
+        return simulate(strategy, replace(cluster, failures_per_hour=per_hour), machine, job)
+
+    none = simulate_failures(0)
+    few = simulate_failures(2)
+    many = simulate_failures(200)
+    too_many = simulate_failures(1e6)
     assert none.lost == 0
     assert none.tasks_per_second > few.tasks_per_second > many.tasks_per_second
     assert many.lost == pytest.approx(min(100 * few.lost, 1.0))
@@ -188,9 +194,9 @@ def test_failures_cost_more_with_rare_checkpoints() -> None:
 def test_the_same_seed_gives_the_same_prediction(strategy: str) -> None:
     uneven = Stragglers(0.3)
     # on a slow link, workers that do not move together would share the driver's card better
-    first, again, other = (
-        run(strategy, 4, link=UNLIMITED, stragglers=uneven, seed=seed) for seed in (0, 0, 1)
-    )
+    first = run(strategy, 4, link=UNLIMITED, stragglers=uneven, seed=0)
+    again = run(strategy, 4, link=UNLIMITED, stragglers=uneven, seed=0)
+    other = run(strategy, 4, link=UNLIMITED, stragglers=uneven, seed=1)
     assert first == again
     assert first.seconds_step != other.seconds_step
     if strategy != "async":

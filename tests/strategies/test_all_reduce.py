@@ -19,9 +19,16 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import HOME, POLICIES, REPOSITORY, tree
-from support.outcomes import ActingReporter, train_job
-from support.processes import find_actors, find_descendants, read_command, send_signal, wait_until_gone
+from conftest import HOME, POLICIES, tree
+from support.outcomes import ActingReporter, read_rows, train_job
+from support.processes import (
+    ENVIRONMENT,
+    find_actors,
+    find_descendants,
+    read_command,
+    send_signal,
+    wait_until_gone,
+)
 
 import distmeta
 from distmeta.config.job import Job
@@ -39,7 +46,6 @@ SGD = {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "clip_norm": 1.0}
 POISONED = {"type": "hard_cases:SomeTasksWithNaN"}
 """One task in four is not finite."""
 EPOCHS = {"type": "maml-rl", "inner_lr": 0.1, "kl": 0.1, "outer_epochs": 3}
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
 ALL_REDUCE = {"type": "all-reduce"}
 TWO_RANKS = {"workers": 2, "start_timeout": 120.0}
 
@@ -47,10 +53,6 @@ TWO_RANKS = {"workers": 2, "start_timeout": 120.0}
 def read_flat(run: Path) -> np.ndarray:
     theta = checkpoints.load(run).theta
     return np.concatenate([theta[name].numpy().ravel() for name in sorted(theta)])
-
-
-def read_rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def relative_distance(found: np.ndarray, expected: np.ndarray) -> float:
@@ -157,7 +159,7 @@ def test_ctrl_c_saves_and_a_resume_continues(workplace: Path, cluster: None) -> 
     assert step == json.loads(out)["step"] >= 5
     assert len(read_rows(run)) == progress.last_recorded_step, "a record waits for its evaluation"
     distmeta.train(Job.load(run / "job.yaml", [f"run.steps={step + 9}"]), resume=run)
-    driver = train_job(job, strategy={"type": "driver"}, workers=0, steps=step + 9, name="alone")
+    driver = train_job(job, strategy={"type": "driver"}, workers=0, steps=step + 9, name="undisturbed")
     assert [row["step"] for row in read_rows(run)] == list(range(1, step + 10))
     losses = [row["loss_after"] for row in read_rows(run)]
     assert losses == pytest.approx([row["loss_after"] for row in read_rows(driver)], rel=1e-2)
@@ -213,7 +215,8 @@ def test_placement_groups_of_a_dead_creator_are_removed(workplace: Path, cluster
     def find_existing() -> set[str]:
         return {key for key, group in placement_group_table().items() if group["state"] != "REMOVED"}
 
-    first, second = (ray.remote(Creator).options(num_cpus=0).remote() for _ in range(2))
+    first = ray.remote(Creator).options(num_cpus=0).remote()
+    second = ray.remote(Creator).options(num_cpus=0).remote()
     lost, kept = ray.get([first.create.remote(), second.create.remote()], timeout=90)
     own = placement_group([{"memory": 1.0}])
     ray.get(own.ready(), timeout=60)

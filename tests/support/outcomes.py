@@ -44,13 +44,26 @@ def train_job(
     return distmeta.train(Job.parse(changed), resume, reporter).run
 
 
+def read_theta(run: Path | str) -> dict[str, bytes]:
+    """Return theta at a run's latest checkpoint, or at a checkpoint, as bytes by name."""
+    return {name: value.numpy().tobytes() for name, value in checkpoints.load(run).theta.items()}
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_rows_without_times(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl without what depends on the clock."""
+    return [
+        {key: value for key, value in row.items() if not key.startswith(("seconds", "tasks_per"))}
+        for row in read_rows(run)
+    ]
+
+
 def read_outcome(run: Path) -> tuple[dict[str, bytes], dict[str, bytes], Any, list[dict[str, Any]]]:
     """Return theta and the optimizer state as bytes, the schedule, and metrics.jsonl without columns of time."""
     checkpoint = checkpoints.load(run)
-    theta = {name: value.numpy().tobytes() for name, value in checkpoint.theta.items()}
     moments = {name: value.numpy().tobytes() for name, value in checkpoint.optimizer.items()}
-    rows = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        rows.append({k: v for k, v in row.items() if not k.startswith(("seconds", "tasks_per"))})
-    return theta, moments, checkpoint.outer, rows
+    return read_theta(run), moments, checkpoint.outer, read_rows_without_times(run)

@@ -9,6 +9,10 @@ import struct
 import time
 from pathlib import Path
 
+from conftest import REPOSITORY
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])}
+"""Variables of a process that a test starts: it finds this package and the tests' modules."""
 LISTENING = "0A"
 """State of a listening socket in /proc/net/tcp."""
 
@@ -90,8 +94,8 @@ def find_listening_addresses(pids: list[int]) -> set[str]:
 
 def parse_kernel_address(text: str) -> str:
     """Return an address as people write it. The kernel prints 32-bit words in this machine's byte order."""
-    read_command = struct.iter_unpack(">I", bytes.fromhex(text))
-    address = ipaddress.ip_address(b"".join(struct.pack("=I", *word) for word in read_command))
+    words = struct.iter_unpack(">I", bytes.fromhex(text))
+    address = ipaddress.ip_address(b"".join(struct.pack("=I", *word) for word in words))
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         return str(address.ipv4_mapped)
     return str(address)

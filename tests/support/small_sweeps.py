@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from conftest import tree
-
-from distmeta.runtime import checkpoint as checkpoints
+from support.outcomes import read_rows
 
 RUN = {"steps": 6, "eval_every": 2, "eval_tasks": 5, "name": "swept"}
 RATES = {"algorithm.inner_lr": {"loguniform": [0.01, 0.2]}, "outer.lr": {"loguniform": [1e-3, 0.05]}}
@@ -28,16 +26,9 @@ def make_sweep(run: dict[str, Any] | None = None, tracked: bool = False, **sweep
     return tree("maml", run=RUN | (run or {}), sweep=section, tracking=tracking)
 
 
-def read_theta(run: Path) -> list[bytes]:
-    """Return the bytes of theta at a run's latest checkpoint."""
-    theta = checkpoints.load(run).theta
-    return [theta[name].numpy().tobytes() for name in sorted(theta)]
-
-
 def read_losses(run: Path) -> dict[int, float]:
     """Return a run's validation losses by step."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row["val_loss_after"] for row in rows if "val_loss_after" in row}
+    return {row["step"]: row["val_loss_after"] for row in read_rows(run) if "val_loss_after" in row}
 
 
 def read_mlflow_runs(client: Any) -> tuple[Any, dict[str, Any]]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from support.small_sweeps import RATES, make_sweep, read_losses, read_mlflow_runs, read_theta
+from support.outcomes import read_theta
+from support.small_sweeps import RATES, make_sweep, read_losses, read_mlflow_runs
 
 import distmeta
 from distmeta.config.job import Job
@@ -37,11 +38,11 @@ def test_sweep_from_its_job_to_its_best(
     assert {row["outer.lr"] for row in table} == {trial.values["outer.lr"] for trial in found.trials}
     for row in table:  # a trial equals the training with the same overrides
         overrides = {key: row[key] for key in RATES}
-        alone = distmeta.train(
-            job.with_values({**overrides, "run.name": "alone-" + row["trial"], "tracking.type": "none"})
+        single = distmeta.train(
+            job.with_values({**overrides, "run.name": "single-" + row["trial"], "tracking.type": "none"})
         ).run
-        assert read_theta(alone) == read_theta(Path(row["run"]))
-        assert read_losses(alone) == read_losses(Path(row["run"]))
+        assert read_theta(single) == read_theta(Path(row["run"]))
+        assert read_losses(single) == read_losses(Path(row["run"]))
 
     best = Job.load(found.folder / "sweep" / "best.yaml", ["tracking.type=none"])
     again = distmeta.train(best).run
@@ -84,8 +85,8 @@ def test_trials_with_workers_and_tpe(workplace: Path, cluster: None) -> None:
     assert len(found.trials) == 2
     for trial in found.trials:
         assert trial.run is not None
-        alone = job.with_values({**trial.values, "run.workers": 0, "run.name": "alone-" + trial.name})
-        assert read_theta(distmeta.train(alone).run) == read_theta(trial.run)
+        single = job.with_values({**trial.values, "run.workers": 0, "run.name": "single-" + trial.name})
+        assert read_theta(distmeta.train(single).run) == read_theta(trial.run)
     again = distmeta.sweep(job.replace(run={"name": "again"}))
     values = [sorted(trial.values["outer.lr"] for trial in sweep.trials) for sweep in (found, again)]
     assert values[0] == values[1], "the same seed gives the same values"
@@ -99,9 +100,9 @@ def test_trials_that_are_groups_under_ray_train(workplace: Path, cluster: None) 
     assert [trial.status for trial in found.trials] == ["finished"] * 3
     for trial in found.trials:
         assert trial.run is not None
-        overrides = {**trial.values, "run.workers": 0, "run.name": "alone-" + trial.name}
-        alone = distmeta.train(job.with_values(overrides, strategy={"type": "driver"})).run
-        assert read_losses(alone) == pytest.approx(read_losses(trial.run), rel=1e-3)
+        overrides = {**trial.values, "run.workers": 0, "run.name": "single-" + trial.name}
+        single = distmeta.train(job.with_values(overrides, strategy={"type": "driver"})).run
+        assert read_losses(single) == pytest.approx(read_losses(trial.run), rel=1e-3)
 
 
 @pytest.mark.slow

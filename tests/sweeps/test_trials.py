@@ -1,6 +1,6 @@
 """Trials that fail, are killed or change their values, and a sweep whose driver is killed.
 
-These tests are in a file of their own, because with `pytest -n` each file has one process.
+These tests have their own file, because with `pytest -n` each file has one process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from conftest import tree
-from support.small_sweeps import RATES, make_sweep, read_losses, read_mlflow_runs, read_theta
+from support.outcomes import read_theta
+from support.small_sweeps import RATES, make_sweep, read_losses, read_mlflow_runs
 
 import distmeta
 from distmeta.config.job import Job
@@ -56,9 +57,9 @@ def test_killed_trial_continues_from_its_checkpoint(client: Any, workplace: Path
     read_mlflow_runs(client)  # asserts that no trial has two runs
     for trial in found.trials:
         assert trial.run is not None
-        alone = Job.parse(job).with_values({**trial.values, "run.name": "alone", "tracking.type": "none"})
-        alone = alone.with_values({"output": trial.name})
-        assert read_theta(distmeta.train(alone).run) == read_theta(trial.run)
+        single = Job.parse(job).with_values({**trial.values, "run.name": "single", "tracking.type": "none"})
+        single = single.with_values({"output": trial.name})
+        assert read_theta(distmeta.train(single).run) == read_theta(trial.run)
 
 
 @pytest.mark.slow
@@ -153,8 +154,8 @@ def test_sweep_continues_after_its_driver_was_killed(
     assert sorted(children) == ["trial-00000", "trial-00001", "trial-00002"]
     for row in pq.read_table(folder / "sweep" / "trials.parquet").to_pylist():
         overrides = {key: row[key] for key in RATES}
-        alone = job.with_values({**overrides, "run.name": "alone-" + row["trial"], "tracking.type": "none"})
-        assert read_theta(distmeta.train(alone).run) == read_theta(Path(row["run"]))
+        single = job.with_values({**overrides, "run.name": "single-" + row["trial"], "tracking.type": "none"})
+        assert read_theta(distmeta.train(single).run) == read_theta(Path(row["run"]))
         history = client.get_metric_history(children[row["trial"]].info.run_id, "loss_after")
         assert [metric.step for metric in history] == list(range(1, 151))
         assert children[row["trial"]].info.status == "FINISHED"

@@ -370,7 +370,7 @@ def test_a_server_that_comes_late_gets_everything(
         assert remote.get_run(run_id).info.status == "FINISHED"
         assert [item.path for item in remote.list_artifacts(run_id)] == ["job.yaml"]
     finally:
-        os.killpg(server.pid, 9)  # a session of its own: the server and its worker
+        os.killpg(server.pid, 9)  # its whole session: the server and its worker
         server.wait(10)
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""

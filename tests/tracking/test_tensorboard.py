@@ -49,7 +49,7 @@ def test_every_step_is_there_once_also_after_a_resume(workplace: Path) -> None:
     assert sorted(steps["loss_after"]) == [1, 2, 3, 4, 5, 6, 7, 8]
 
 
-def test_runs_share_a_folder_of_their_own(workplace: Path) -> None:
+def test_runs_with_the_same_name_share_the_chosen_folder(workplace: Path) -> None:
     first = distmeta.train(Job.parse(make_job(folder="boards")))
     distmeta.train(Job.load(first.run / "job.yaml", ["run.steps=7"]), resume=first.run)
     assert read_steps(Path("boards/board"))["loss_after"] == [1, 2, 3, 4, 5, 6, 7]
