@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from memory import KINDS, STEPS, MetaGradient, peak_mb
 from raw_results import describe_environment, save_section
 from systems import NEAR, System, Way, Workload, distmeta_gradient, peer_gradient, synchronise
-from throughput import SAME, image_store, measure_rates, relative_distance
+from throughput import SAME, image_store, measure_rates
 from torch.utils.flop_counter import FlopCounterMode
+from training import relative_distance
 
 from distmeta.compute.numerics import apply_numerics
 from distmeta.errors import InputError

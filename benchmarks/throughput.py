@@ -40,8 +40,8 @@ from systems import (
     peer_gradient,
     peer_step,
 )
+from training import relative_distance
 
-from distmeta.protocols import Theta
 from distmeta.tasks.image_preparation import Preparation
 from distmeta.tasks.store import write_store
 
@@ -112,6 +112,7 @@ def compare_gradients(systems: Sequence[System]) -> list[dict[str, Any]]:
     assert reference is not None
     rows = []
     for system in systems:
+        assert system.gradient.keys() == reference.keys(), "gradients of the same parameters"
         exact = None if system.exact is None else relative_distance(system.exact, reference)
         rounded = relative_distance(system.gradient, reference)
         same = rounded < system.near if exact is None else exact < SAME
@@ -121,13 +122,6 @@ def compare_gradients(systems: Sequence[System]) -> list[dict[str, Any]]:
                 f"{system.name}: ANOTHER META-GRADIENT (off by {exact or rounded:.1e}): not timed", flush=True
             )
     return rows
-
-
-def relative_distance(gradient: Theta, reference: Theta) -> float:
-    """Return ‖g − r‖ / ‖r‖ over the whole gradient."""
-    assert gradient.keys() == reference.keys(), "gradients of the same parameters"
-    squares = [float((gradient[name].double() - value).square().sum()) for name, value in reference.items()]
-    return math.sqrt(sum(squares) / sum(float(value.square().sum()) for value in reference.values()))
 
 
 def measure_rates(systems: Sequence[System], tasks: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
@@ -186,9 +180,7 @@ def parse_arguments(description: str, rounds: int, seconds: float) -> argparse.N
     parser.add_argument("--quick", action="store_true", help="a smoke run with 4 tasks; writes nothing")
     parser.add_argument("--only", nargs="+", choices=names, default=names, help="some of the workloads")
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument(
-        "--seconds", type=float, default=seconds, help="of one system in one round, at least"
-    )
+    parser.add_argument("--seconds", type=float, default=seconds, help="of one system in one round, at least")
     parser.add_argument("--store", default="data/omniglot.arrow", help="random images if there is none")
     parser.add_argument("--eager", action="store_true", help="without compiled systems, which take minutes")
     given = parser.parse_args()
