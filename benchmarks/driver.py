@@ -74,7 +74,7 @@ class ZeroGradient:
 class ReadyWorker(WorkerProcess):
     """A worker that has the result of every shard already."""
 
-    def build_problem(self, spec: WorkerSpec) -> int:
+    def build(self, spec: WorkerSpec) -> int:
         self._gradient = np.zeros(spec.layout.size, np.float32)
         return super().build(spec)
 
