@@ -99,10 +99,10 @@ class BackgroundTracker:
         files = len(self._files) + self._refused_files
         is_late = self._thread.is_alive()
         if steps or files or is_late:
-            status = f", nor its status {self._end.status}" if self._end and is_late else ""
+            status = f"; its status {self._end.status} was not set" if self._end and is_late else ""
             self._report(
-                f"tracking: {steps} steps and {files} files of this run{status} did not reach {self._name}"
-                f"{self._reason}; the run folder has them"
+                f"tracking: {steps} steps and {files} files of this run did not reach {self._name}"
+                f"{self._reason}; the run folder has them{status}"
             )
 
     def _run(self) -> None:

@@ -124,10 +124,10 @@ def test_a_tracker_that_blocks_does_not_hold_up_training(monkeypatch: pytest.Mon
     for step in range(1, 1001):
         trackers.log_step({"step": step, "loss": 1.0})
     trackers.close("FINISHED")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 30, "the store blocks for 60 s"
     assert reported == [
-        "tracking: 1000 steps and 0 files of this run, nor its status FINISHED did not reach mine; the run folder has "
-        "them"
+        "tracking: 1000 steps and 0 files of this run did not reach mine; the run folder has them; "
+        "its status FINISHED was not set"
     ]
 
 

@@ -354,7 +354,7 @@ def test_a_server_that_comes_late_gets_everything(
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 300  # a server starts within seconds on a quiet machine
         while len(reported) < 2 and time.monotonic() < deadline:
             time.sleep(0.2)
         tracking.log_step({"step": 51, "loss_after": 1.0})
