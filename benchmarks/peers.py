@@ -1,4 +1,4 @@
-"""MAML as users of three other tools write it: a Python loop over tasks, on a model of their own.
+"""MAML as users of three other tools write it: a Python loop over tasks, on their own model.
 
 A peer is made once, `peer = higher_peer(module, inner)`. Then `peer(episodes)` adds the gradient of the mean query loss
 after adaptation to the `.grad` of the module's parameters, and returns that loss. `train_step(peer, optimizer,
