@@ -1,10 +1,13 @@
-"""Atomic writes, the lock on a run folder, and values as JSON has them."""
+"""Atomic writes, the lock on a run folder, and values for JSON."""
 
 from __future__ import annotations
 
 import fcntl
 import math
 import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +23,17 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(part, path)
     flush_to_disk(path.parent)
+
+
+@contextmanager
+def replace_when_complete(target: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `target`. Its file replaces `target` if the block succeeds, else it is removed."""
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def flush_to_disk(path: Path) -> None:

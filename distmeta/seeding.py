@@ -1,10 +1,9 @@
 """Counter-based random numbers: every draw is a function of (seed, stream, step, task index).
 
 No generator state exists between steps, so none is saved in checkpoints, and it does not matter which worker draws a
-task. A task's id counts steps and tasks from a number that `numpy.random.SeedSequence` hashes from seed and stream.
-Task families draw from Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): a fixed count of
-numbers from the blocks that the id counts (`draw_uniforms`), any count from a generator with the id as its key
-(`task_generator`).
+task. A task's id is a hash of seed and stream, plus its step and index (`task_ids`). Task families draw from Philox
+(Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). The id is either the counter (`draw_uniforms`: a
+fixed count of numbers, fast for many tasks) or the key (`task_generator`: any count of numbers).
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ def task_generator(task_id: int | np.integer, part: int = 0) -> np.random.Genera
 def torch_seed(task_id: int | np.integer) -> int:
     """Return the seed of torch's generator for one task, if the model draws random numbers (dropout).
 
-    The id itself would not do: on a CPU torch only uses the lower 32 bits of a seed, which several steps' ids share.
+    The seed is not the id, because on a CPU torch uses only the lower 32 bits, which the ids of several steps share.
     """
     return int(task_generator(task_id, DROPOUT).integers(2**63))
 

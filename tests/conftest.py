@@ -1,4 +1,4 @@
-"""What all tests share: an own home and Ray folder, token authentication, one Ray cluster, small jobs."""
+"""Shared by all tests: a temporary home and Ray folder, token authentication, one Ray cluster, small jobs."""
 
 from __future__ import annotations
 
@@ -22,32 +22,31 @@ os.environ.update(
     RAY_AUTH_TOKEN=secrets.token_hex(16),
     RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",
     RAY_USAGE_STATS_ENABLED="0",
-    RAY_worker_niceness="0",  # Ray's 15 lets them start when nobody else computes: not beside other tests
-    OMP_NUM_THREADS="1",  # two test processes of two threads each wait for each other: a hundred times as long
+    RAY_worker_niceness="0",  # with Ray's default of 15, workers would hardly start beside other tests
+    OMP_NUM_THREADS="1",  # two test processes with two threads each would be a hundred times slower
 )
 for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
     os.environ.pop(name, None)
 
-# a shell that starts the tests in the background has Ctrl-C ignored, in them and in all that they start
+# If a shell starts the tests in the background, they and their child processes ignore Ctrl-C. Undo that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parents[1]
 
-
 SHORT = ("algorithms", "benchmarks", "clusters", "config", "data", "models", "tasks")
-"""Folders of tests that compute for a moment."""
+"""Folders of short tests."""
 LONG = ("test_notebooks.py",)
-"""Files that start processes, outside the folders of their kind."""
+"""Long test files outside the folders of long tests."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start processes first, so that test processes beside each other are done at about the same time."""
+    """Run long tests first, so that parallel test processes end at about the same time."""
 
-    def short(item: pytest.Item) -> bool:
+    def is_short(item: pytest.Item) -> bool:
         folder = item.path.parent.name
         return folder in SHORT or (folder == "tests" and item.path.name not in LONG)
 
-    items.sort(key=short)
+    items.sort(key=is_short)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -61,7 +60,7 @@ def cluster() -> Iterator[None]:
 
     import ray
 
-    # parts that tests name are found on workers too, and this clone before another that is installed
+    # Workers can then import the parts that tests name, and this clone instead of an installed distmeta.
     os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     ray.init(
         address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False

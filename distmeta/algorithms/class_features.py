@@ -48,7 +48,7 @@ def embed_together(model: Model, theta: Theta, support: Batch, x: Tensor) -> tup
     return features[: len(support.x)], features[len(support.x) :]
 
 
-def class_means(features_SF: Tensor, y: Tensor, ways: int) -> tuple[Tensor, Tensor]:
+def average_by_class(features_SF: Tensor, y: Tensor, ways: int) -> tuple[Tensor, Tensor]:
     """Return each class's mean features [W, F], zero for a class without rows, and its number of rows [W]."""
     classes_SW = one_hot(y, ways, features_SF.dtype)
     counts_W = classes_SW.sum(0)

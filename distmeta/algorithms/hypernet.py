@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.algorithms.adaptation import select_adapted
-from distmeta.algorithms.class_features import class_means, find_head_shape, mask_absent_classes
+from distmeta.algorithms.class_features import average_by_class, find_head_shape, mask_absent_classes
 from distmeta.protocols import Batch, Model, Score, Theta, find_ways, select_prefix
 
 
@@ -94,7 +94,7 @@ class Hypernet:
             counts_W = None
             rows = generate_regressor(theta, features_SF, support.y)
         else:
-            means_WF, counts_W = class_means(features_SF, support.y, ways)
+            means_WF, counts_W = average_by_class(features_SF, support.y, ways)
             rows = generate_classifier(theta, means_WF, counts_W)
         weight = rows[:, : self.features]
         bias = rows[:, self.features :].flatten()

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.algorithms.class_features import (
-    class_means,
+    average_by_class,
     embed_together,
     mask_absent_classes,
     mask_logits,
@@ -115,7 +115,7 @@ def infer_clusters(
     features_SF: Tensor, y: Tensor, ways: int, sigma: Tensor, concentration: float, max_clusters: int | None
 ) -> Clusters:
     """Take steps 1 to 3. The centres are differentiable in the features; the rows' shares are constants."""
-    means_WF, counts_W = class_means(features_SF, y, ways)
+    means_WF, counts_W = average_by_class(features_SF, y, ways)
     constant_SF = features_SF.detach()
     starts_CF = torch.cat([means_WF.detach(), constant_SF])
     labels_C = torch.cat([torch.arange(ways, device=y.device), y])

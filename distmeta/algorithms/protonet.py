@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.algorithms.class_features import (
-    class_means,
+    average_by_class,
     cosines,
     embed_together,
     mask_absent_classes,
@@ -73,7 +73,7 @@ class ProtoNet:
     def predict(self, theta: Theta, state: Batch, x: Tensor) -> Tensor:
         ways = require_ways(self.score, "protonet")
         features_SF, features_QF = embed_together(self.model, theta, state, x)
-        prototypes_WF, counts_W = class_means(features_SF, state.y, ways)
+        prototypes_WF, counts_W = average_by_class(features_SF, state.y, ways)
         if self.distance == "euclidean":
             similarity_QW = -squared_distances(features_QF, prototypes_WF)
         else:

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.algorithms.class_features import (
-    class_means,
+    average_by_class,
     embed_together,
     find_feature_size,
     mask_absent_classes,
@@ -81,7 +81,7 @@ class RelationNet:
     def predict(self, theta: Theta, state: Batch, x: Tensor) -> Tensor:
         ways = require_ways(self.score, "relation")
         features_SF, features_QF = embed_together(self.model, theta, state, x)
-        classes_WF, counts_W = class_means(features_SF, state.y, ways)
+        classes_WF, counts_W = average_by_class(features_SF, state.y, ways)
         if self.combine == "sum":
             classes_WF = classes_WF * counts_W[:, None]
         shape = (len(features_QF), ways, -1)

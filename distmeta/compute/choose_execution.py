@@ -60,12 +60,12 @@ def inspect_model(module: nn.Module, inputs: Tensor) -> ModelTraits:
     buffers_before = {name: value.clone() for name, value in module.named_buffers()}
     gpus = [inputs.device] if inputs.is_cuda else []
     with torch.random.fork_rng(devices=gpus), torch.no_grad():
-        random_state_before = _random_state(inputs)
+        random_state_before = _read_random_state(inputs)
         try:
             feature_maps = _run_and_record_feature_maps(module, inputs)
         except Exception:  # a user's model may raise anything on inputs that it does not accept
             return ModelTraits(has_dropout(module), has_convolutions)
-        states = zip(random_state_before, _random_state(inputs), strict=True)
+        states = zip(random_state_before, _read_random_state(inputs), strict=True)
         uses_random_numbers = any(not torch.equal(before, after) for before, after in states)
         changed = _restore_buffers(module, buffers_before)
     if changed:
@@ -97,7 +97,7 @@ def _run_and_record_feature_maps(module: nn.Module, inputs: Tensor) -> list[int]
     return sizes
 
 
-def _random_state(inputs: Tensor) -> list[Tensor]:
+def _read_random_state(inputs: Tensor) -> list[Tensor]:
     """Return the states of the global generators that a model on the inputs' device may draw from."""
     states = [torch.get_rng_state()]
     if inputs.is_cuda:

@@ -102,7 +102,7 @@ def differentiate_in_constant_memory(loss: Loss, theta: Theta, vjp: Vjp) -> tupl
 
         return loss(theta, replay)
 
-    leaves = [[_float_leaves(loop.states[k]) for k in loop.returned] for loop in loops]
+    leaves = [[_list_float_leaves(loop.states[k]) for k in loop.returned] for loop in loops]
     value, pull_back, metrics = vjp(loss_of_states, constants, leaves, has_aux=True)
     gradient, adjoints = pull_back(torch.ones_like(value))
     for loop, adjoint in zip(loops, adjoints, strict=True):
@@ -123,16 +123,16 @@ def _back_through(loop: _InnerLoop, theta: Theta, adjoints: dict[int, list[Tenso
 
         def step(theta: Theta, leaves: list[Tensor], k: int = k) -> list[Tensor]:
             state = _replace_leaves(states[k], leaves)
-            return _float_leaves(algorithm.step(theta, state, support_at(loop.support, k), k))
+            return _list_float_leaves(algorithm.step(theta, state, support_at(loop.support, k), k))
 
-        _, pull_back = vjp(step, theta, _float_leaves(states[k]))
+        _, pull_back = vjp(step, theta, _list_float_leaves(states[k]))
         through_step, adjoint = pull_back(adjoint)
         if k in adjoints:
             adjoint = [a + b for a, b in zip(adjoint, adjoints[k], strict=True)]
         gradient = _add(gradient, through_step)
 
     def begin(theta: Theta) -> list[Tensor]:
-        return _float_leaves(algorithm.begin(theta, support_at(loop.support, 0)))
+        return _list_float_leaves(algorithm.begin(theta, support_at(loop.support, 0)))
 
     _, pull_back = vjp(begin, theta)
     (through_begin,) = pull_back(adjoint)
@@ -152,7 +152,7 @@ def _add(a: Theta, b: Theta) -> Theta:
     return {name: a[name] + b[name] for name in a}
 
 
-def _float_leaves(state: State) -> list[Tensor]:
+def _list_float_leaves(state: State) -> list[Tensor]:
     """Return the leaves of a state that have a derivative."""
     return [leaf for leaf in tree_flatten(state)[0] if _is_float(leaf)]
 

@@ -78,7 +78,7 @@ class Layout:
         """Numbers in theta."""
         return sum(stop - start for start, stop in self.places)
 
-    def blank(self) -> np.ndarray:
+    def allocate(self) -> np.ndarray:
         """Return a vector whose gaps are zero and whose other elements are not set."""
         flat = torch.empty(self.size).numpy()  # torch aligns it
         starts = [start for start, _ in self.places[1:]] + [self.size]
@@ -88,7 +88,7 @@ class Layout:
 
     def flatten(self, theta: Theta) -> np.ndarray:
         """Return theta as a vector, float32 [size]."""
-        flat = self.blank()
+        flat = self.allocate()
         for name, view in self.views(torch.from_numpy(flat)).items():
             view.copy_(theta[name])
         return flat
@@ -131,7 +131,7 @@ class Buffer:
     """
 
     def __init__(self, layout: Layout, on_device: torch.Tensor | None = None):
-        self.vector = layout.blank()
+        self.vector = layout.allocate()
         """The gradient, float32 [size]. On a GPU it is only valid after `fetch`."""
         self._on_device = on_device
         self.views = layout.views(torch.from_numpy(self.vector) if on_device is None else on_device)

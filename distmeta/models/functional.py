@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from distmeta.compute.gradient import to_float32
 from distmeta.compute.precision import bfloat16_device, compute_in_bfloat16
 from distmeta.errors import InputError
-from distmeta.models.head import HeadInit, find_head, prototype_head
+from distmeta.models.head import HeadInit, build_prototype_head, find_head
 from distmeta.models.module import build_seeded, find_frozen, has_tied_tensors
 from distmeta.models.pretrained import load_weights
 from distmeta.protocols import Theta
@@ -103,7 +103,7 @@ class FunctionalModel:
             raise InputError(f"model.head: got {self.head_init} for tasks without classes, expected linear")
         if self.head_init == "shared":
             return phi | {name: theta[name].expand(ways, *theta[name].shape[1:]) for name in self.head}
-        weight_and_bias = prototype_head(self.features(phi, support.x), support.y, ways)
+        weight_and_bias = build_prototype_head(self.features(phi, support.x), support.y, ways)
         return phi | dict(zip(self.head, weight_and_bias, strict=False))
 
     def features(self, phi: Mapping[str, Tensor], x: Any) -> Tensor:

@@ -33,7 +33,7 @@ def find_head(module: nn.Module, out_features: int | None) -> tuple[str, ...]:
     return (prefix + "weight", prefix + "bias")
 
 
-def prototype_head(features_NF: Tensor, y_N: Tensor, ways: int) -> tuple[Tensor, Tensor]:
+def build_prototype_head(features_NF: Tensor, y_N: Tensor, ways: int) -> tuple[Tensor, Tensor]:
     """Return the weight [W, F] and bias [W] of a linear layer that classifies like a prototypical network.
 
         w_c = 2 p_c,   b_c = −‖p_c‖²,   p_c = mean features of class c

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import hashlib
 import os
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from distmeta.errors import InputError, first_line
+from distmeta.files import replace_when_complete
 
 _CHUNK = 1 << 22
 """Bytes that are copied at once."""
@@ -45,17 +43,6 @@ def find_local_copy(path: str, field: str) -> Path:
         return _fetch_to_cache(filesystem, info, path, field)
     except (OSError, pa.ArrowException) as error:
         raise _path_error(field, path, f"cannot be fetched ({first_line(error)})") from None
-
-
-@contextlib.contextmanager
-def replace_when_complete(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target`. Its file replaces `target` if the block succeeds, else it is removed."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _fetch_to_cache(filesystem: Any, info: Any, uri: str, field: str) -> Path:

@@ -24,8 +24,9 @@ import numpy as np
 import pyarrow as pa
 
 from distmeta.errors import InputError, first_line
+from distmeta.files import replace_when_complete
 from distmeta.tasks.image_preparation import Preparation
-from distmeta.tasks.local_copy import find_local_copy, replace_when_complete
+from distmeta.tasks.local_copy import find_local_copy
 
 VERSION = 2
 _METADATA_KEY = b"distmeta"

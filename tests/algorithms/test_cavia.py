@@ -144,7 +144,7 @@ def test_rate_zero_adapts_nothing() -> None:
         ({"norm": "batch", "freeze": "blocks.*"}, None, "model.head.weight"),
     ],
 )
-def test_layer_that_the_context_enters(model, layer: str | None, weight: str) -> None:
+def test_context_enters_the_expected_layer(model, layer: str | None, weight: str) -> None:
     s = build_setting(CAVIA | {"layer": layer}, "conv4", **model)
     assert s.problem.algorithm.weight == weight
     assert distance(gradient(s), gradient(s, execution=VMAP)) <= 1e-9

@@ -158,7 +158,7 @@ def test_order_of_the_support_does_not_matter(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 2])
-def test_padding_and_absent_classes(steps: int) -> None:
+def test_padding_is_ignored_and_absent_classes_are_never_predicted(steps: int) -> None:
     """A class without support rows is never predicted, and the other classes do not depend on it."""
     _, algorithm, theta, (support, query) = build_setting(inner_steps=steps)
     absent = Batch(support.x, torch.where(support.y == 2, -1, support.y))
@@ -169,7 +169,7 @@ def test_padding_and_absent_classes(steps: int) -> None:
     assert bool((filled[:, 2] < -1e300).all())
 
 
-def test_more_ways_in_evaluation() -> None:
+def test_evaluation_may_have_more_ways() -> None:
     problem, _, theta, _ = build_setting(inner_steps=1)
     job = tree({"type": "hypernet", "inner_steps": 1}, **CLASSES)
     job["tasks"] = job["tasks"] | {"eval_ways": 6}

@@ -223,7 +223,7 @@ def test_step_uses_its_minibatch() -> None:
 
 
 @pytest.mark.parametrize("head", ["shared", "prototype"])
-def test_other_ways_with_a_free_head(head: str) -> None:
+def test_head_with_free_ways_predicts_other_ways(head: str) -> None:
     changes = CLASSES | {"model": CLASSES["model"] | {"head": head}}
     problem, theta, (support, query) = build_setting({"inner_steps": 2}, **changes)
     two = with_score(problem.algorithm, ClassificationScore(2))

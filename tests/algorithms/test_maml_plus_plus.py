@@ -172,7 +172,7 @@ def test_evaluation_may_have_more_steps_than_training() -> None:
 
 
 @pytest.mark.parametrize("head", ["shared", "prototype"])
-def test_heads_with_free_ways(head: str) -> None:
+def test_head_with_free_ways_has_one_rate_per_step(head: str) -> None:
     s = build_setting(PLUS, "conv4", head=head)
     assert s.theta["inner_lr.head.weight"].shape == (STEPS,)
     assert distance(gradient(s), gradient(s, execution=VMAP)) <= 1e-9

@@ -147,7 +147,7 @@ def test_training_reads_one_sequence_and_reports_the_query_loss() -> None:
     torch.testing.assert_close(metrics["loss"], value)
 
 
-def test_accuracy_by_instance() -> None:
+def test_accuracy_is_counted_by_instance_of_a_class() -> None:
     y = torch.tensor([0, 1, PADDING, 0, 0, 1, 1])
     outputs = torch.nn.functional.one_hot(torch.tensor([1, 1, 0, 0, 0, 0, 1]), 3).float()
     outputs[:, 2] = 9.0  # an output beyond the task's ways

@@ -22,7 +22,7 @@ def test_identity_equals_maml(kind: str, learned: bool) -> None:
     assert all(bool(value.any()) for name, value in ours.items() if name.startswith("curvature."))
 
 
-def test_keys_and_shapes() -> None:
+def test_theta_has_a_matrix_per_mode() -> None:
     theta = build_setting({"type": "meta-curvature"}, "conv4").theta
     shapes = {name: tuple(value.shape) for name, value in theta.items() if name.startswith("curvature.")}
     assert shapes["curvature.blocks.1.0.weight.out"] == (8, 8)

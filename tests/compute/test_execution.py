@@ -321,7 +321,7 @@ def test_driver_with_workers_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) 
     assert resolve(build_problem(job)).job.compute.compile is True
 
 
-def test_tools_that_compiling_for_a_gpu_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tools_for_a_gpu_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(compiler, "find_spec", lambda name: None)
     assert str(compiler.find_missing_tool("cuda")).startswith("no Triton on ")
@@ -434,7 +434,7 @@ def test_fastest_execution_is_chosen() -> None:
     assert tried == [1, 2, 3] * 4
 
 
-def test_collected_episodes_in_both_ways_of_differentiation() -> None:
+def test_both_differentiations_agree_on_collected_episodes() -> None:
     problem = build_problem(Job.parse(tree(tasks={"type": "hard_cases:TwoArmedBandit"})))
     theta = problem.init()
     ids = task_ids(0, "train", 0, 4)

@@ -57,7 +57,7 @@ def message(job: Any, overrides: tuple[str, ...] = ()) -> str:
         ({"outer": {"rates": {"a\r\nb": -1}}}, "outer.rates.a b: got -1, expected a value greater than 0"),
     ],
 )
-def test_unknown_key_is_answered_with_the_nearest_name(changes: dict[Any, Any], expected: str) -> None:
+def test_error_for_unknown_key_suggests_the_nearest_name(changes: dict[Any, Any], expected: str) -> None:
     job = tree()
     for section, value in changes.items():
         job[section] = {**job.get(section, {}), **value} if isinstance(value, dict) else value
@@ -174,7 +174,7 @@ def test_missing_sections_are_named_and_counted() -> None:
         ("plain", "got str, expected a mapping with the keys of a job"),
     ],
 )
-def test_text_that_is_no_job_file_is_refused(text: str, expected: str, tmp_path: Path) -> None:
+def test_text_that_is_not_a_job_is_refused(text: str, expected: str, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text(text)
     with pytest.raises(InputError) as caught:
@@ -183,14 +183,14 @@ def test_text_that_is_no_job_file_is_refused(text: str, expected: str, tmp_path:
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_an_unreadable_file(tmp_path: Path) -> None:
+def test_unreadable_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.yaml").write_bytes("näme: x".encode("latin-1"))
     for name in ("missing.yaml", "latin.yaml", "."):
         with pytest.raises(InputError, match="cannot be read"):
             Job.load(tmp_path / name)
 
 
-def test_overrides() -> None:
+def test_overrides_replace_and_merge_values() -> None:
     job = Job.parse(
         tree(),
         [
@@ -229,7 +229,7 @@ def test_overrides() -> None:
         ("outer.lr=.nan", "outer.lr: got nan, expected a finite number"),
     ],
 )
-def test_a_bad_override(text: str, expected: str) -> None:
+def test_bad_override_is_refused(text: str, expected: str) -> None:
     assert message(tree(), (text,)).startswith(expected)
 
 
@@ -240,7 +240,7 @@ def test_overrides_do_not_change_their_input() -> None:
     assert yaml.safe_dump(plain) == before
 
 
-def test_defaults() -> None:
+def test_omitted_keys_have_defaults() -> None:
     job = Job.parse(
         {
             "name": "d",
@@ -279,7 +279,7 @@ def test_defaults() -> None:
         ["output='a: {b}\\n# c'", "tracking={type: mlflow, experiment: 'μ — ∇'}"],
     ],
 )
-def test_a_dump_loads_to_an_equal_job(overrides: list[str], tmp_path: Path) -> None:
+def test_dumped_job_loads_to_an_equal_job(overrides: list[str], tmp_path: Path) -> None:
     plain = tree()
     if overrides and overrides[0].startswith("name="):
         plain["name"] = "1e5"
@@ -304,7 +304,7 @@ def test_any_string_and_number_survive_a_dump(text: str, rate: float, seed: int)
     assert Job.parse(parse_yaml(job.to_yaml(), "dump")) == job
 
 
-def test_a_job_is_frozen() -> None:
+def test_job_is_frozen() -> None:
     job = Job.parse(tree())
     for section, key in (
         (job, "seed"),

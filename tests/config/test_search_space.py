@@ -59,7 +59,7 @@ def test_sweep_without_evaluations_is_refused() -> None:
         job(RATES, run={"eval_every": 0})
 
 
-def test_the_line_at_fault_is_named(tmp_path: Path) -> None:
+def test_error_names_the_line_of_the_mistake(tmp_path: Path) -> None:
     text = (REPOSITORY / "jobs" / "sinusoid-maml.yaml").read_text()
     text += (
         "sweep:\n  space:\n    algorithm.inner_lr: {uniform: [0.1, 1]}\n    outer.lr: {loguniform: [0, 1]}\n"
@@ -77,7 +77,7 @@ def test_the_line_at_fault_is_named(tmp_path: Path) -> None:
         Job.load(path, ["sweep.space={outer.lr: {uniform: [3, 1]}}"])
 
 
-def test_a_grid_is_tried_with_every_draw() -> None:
+def test_grid_is_tried_with_every_draw() -> None:
     space = {
         "outer.lr": {"loguniform": [1e-4, 0.1]},
         "algorithm.inner_steps": {"grid": [1, 2, 3]},
@@ -98,7 +98,7 @@ def test_a_grid_is_tried_with_every_draw() -> None:
         job(space).with_values(point)
 
 
-def test_a_pure_grid_is_run_once() -> None:
+def test_grid_without_draws_is_run_once() -> None:
     section = job({"outer.lr": {"grid": [0.1, 0.2]}, "algorithm.inner_steps": {"grid": [1, 2]}}).sweep
     assert section is not None
     assert section.count == 4

@@ -95,7 +95,7 @@ loop_gradient = cache(partial(gradient, execution=LOOP))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_pure_and_deterministic(name: str) -> None:
+def test_gradient_is_deterministic_and_changes_no_argument(name: str) -> None:
     problem, theta, episodes, ids = parts(name)
     before = copy.deepcopy((theta, episodes))
     results = [

@@ -18,7 +18,7 @@ def make_image(value, kind="PNG"):
     return buffer.getvalue()
 
 
-def test_store_of_a_tree(tmp_path):
+def test_tree_becomes_a_store_in_sorted_order(tmp_path):
     tree = tmp_path / "tree"
     files = {"zebra/2.png": "PNG", "zebra/10.PNG": "PNG", "ant/1.jpg": "JPEG", "ant/b.jpeg": "JPEG"}
     for name, kind in files.items():
@@ -72,7 +72,7 @@ def domain_folders(tmp_path):
     return tmp_path / "pictures"
 
 
-def test_store_with_domains(domain_folders, tmp_path, monkeypatch, capsys):
+def test_domains_become_columns_of_the_store(domain_folders, tmp_path, monkeypatch, capsys):
     out = tmp_path / "x.arrow"
     arguments = ["data", "images", "--source", domain_folders, "--out", out, "--channels", "1", "--domains"]
     monkeypatch.setattr(sys, "argv", ["distmeta", *map(str, arguments)])

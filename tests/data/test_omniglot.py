@@ -196,7 +196,7 @@ def test_unknown_release_and_size_are_refused(tmp_path):
         build_omniglot(str(tmp_path), str(tmp_path / "x"), size=0)
 
 
-def test_download(small, tmp_path):
+def test_archives_are_downloaded(small, tmp_path):
     out = str(tmp_path / "y")
     with serve(small) as url:
         # the server answers 404 for the full archives, so the small ones are fetched

@@ -121,7 +121,7 @@ DOTTED_KEYS = st.lists(KEYS | st.text(max_size=2), min_size=1, max_size=3).map("
 
 
 @EXAMPLES
-def test_damaged_job_files(examples: int) -> None:
+def test_damaged_job_file_gives_one_line(examples: int) -> None:
     text = yaml.safe_dump(tree(run={"workers": {"min": 1, "max": 2}})).encode()
 
     def parse(data: bytes) -> None:
@@ -132,13 +132,13 @@ def test_damaged_job_files(examples: int) -> None:
 
 
 @EXAMPLES
-def test_any_text_as_a_job_file(examples: int) -> None:
+def test_any_text_as_job_file_gives_one_line(examples: int) -> None:
     texts = st.text() | st.text(" \n:-[]{}#&*!|>'\"%@`,?=.0159eEabxyn~<", max_size=40)
     fuzz(examples, texts, lambda text: Job.parse(parse_yaml(text, "file")))
 
 
 @EXAMPLES
-def test_any_tree_as_a_job(examples: int) -> None:
+def test_any_tree_as_job_gives_one_line(examples: int) -> None:
     sections = st.dictionaries(KEYS, TREES, max_size=3)
 
     def merge_sections(changes: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ def test_any_tree_as_a_job(examples: int) -> None:
 
 
 @EXAMPLES
-def test_overrides(examples: int) -> None:
+def test_any_override_gives_one_line(examples: int) -> None:
     texts = st.text(max_size=30) | st.builds("{}={}".format, DOTTED_KEYS, st.text())
     fuzz(examples, st.lists(texts, min_size=1, max_size=2), lambda words: Job.parse(tree(), words))
 
@@ -179,7 +179,7 @@ def test_aliases_of_aliases_are_counted_without_writing_them_out() -> None:
 
 
 @EXAMPLES
-def test_damaged_stores(examples: int, tmp_path: Path) -> None:
+def test_damaged_store_gives_one_line(examples: int, tmp_path: Path) -> None:
     whole = write_small_store(tmp_path)
     path = tmp_path / "store.arrow"
 
@@ -194,7 +194,7 @@ def test_damaged_stores(examples: int, tmp_path: Path) -> None:
 
 
 @EXAMPLES
-def test_damaged_episode_files(examples: int, tmp_path: Path) -> None:
+def test_damaged_episode_file_gives_one_line(examples: int, tmp_path: Path) -> None:
     whole = write_small_episodes(tmp_path)
     path = tmp_path / "episodes.parquet"
 
@@ -219,7 +219,7 @@ def load_quietly(path: Path) -> None:
 
 
 @EXAMPLES
-def test_damaged_checkpoints(examples: int, run: Path, workplace: Path) -> None:
+def test_damaged_checkpoint_gives_one_line(examples: int, run: Path, workplace: Path) -> None:
     """Checksums find the damage."""
     whole = checkpoints.find(run)
     copy = workplace / "copy"
@@ -240,7 +240,7 @@ def test_damaged_checkpoints(examples: int, run: Path, workplace: Path) -> None:
 
 
 @EXAMPLES
-def test_forged_checkpoints(examples: int, run: Path) -> None:
+def test_forged_checkpoint_gives_one_line(examples: int, run: Path) -> None:
     """The checksums are right, so the content has to be checked."""
     path = checkpoints.find(run)
     theta = (path / "theta.safetensors").read_bytes()
@@ -258,7 +258,7 @@ def test_forged_checkpoints(examples: int, run: Path) -> None:
 
 
 @EXAMPLES
-def test_resume_from_forged_checkpoints(examples: int, run: Path) -> None:
+def test_resume_from_forged_checkpoint_gives_one_line(examples: int, run: Path) -> None:
     path = checkpoints.find(run) / "state.json"
     state = json.loads(path.read_text())
     job = Job.load(run / "job.yaml")

@@ -45,7 +45,7 @@ def find_classes(family, split, tasks=300):
 
 
 @given(st.integers(1, 500), st.integers(0, 500))
-def test_space_evenly(count, more):
+def test_positions_are_spaced_evenly(count, more):
     positions = space_evenly(count, count + more)
     assert len(set(positions)) == count
     assert positions == sorted(positions)
@@ -54,7 +54,7 @@ def test_space_evenly(count, more):
     assert count == 1 or np.ptp(np.diff(positions)) <= 1
 
 
-def test_splits_by_class(path):
+def test_classes_are_split_evenly(path):
     family = arrow(path, **SMALL)
     splits = {split: find_classes(family, split) for split in ("train", "val", "test")}
     assert splits["test"] == {2, 7, 12, 17}
@@ -66,7 +66,7 @@ def test_splits_by_class(path):
     assert find_classes(arrow(path, **SMALL, test=4, val=2), "test") == splits["test"]
 
 
-def test_splits_by_group(path):
+def test_groups_are_split(path):
     family = arrow(path, **SMALL, split_by="group", test=2, val=4, within_group=False)
     assert find_classes(family, "test") == {4, 5, 6, 7, 12, 13, 14, 15}
     assert find_classes(family, "val") == {1, 8, 11, 18}
@@ -77,7 +77,7 @@ def test_splits_by_group(path):
     assert torch.equal(classes[:, 0] // 4, classes[:, 1] // 4)
 
 
-def test_splits_by_name(path, tmp_path):
+def test_names_choose_the_splits(path, tmp_path):
     family = arrow(path, **SMALL, test=["g0/c3", "g4/c19"], val=["g1/c4", "g1/c5"])
     assert find_classes(family, "test") == {3, 19}
     assert find_classes(family, "val") == {4, 5}

@@ -18,7 +18,7 @@ def test_digits_that_look_alike_are_the_same():
     assert len(all_looks) == 3 * 2 + 7 * 4 - 4
 
 
-def test_default_classes():
+def test_default_splits_have_the_documented_classes():
     train, test = choose_classes([7, 8, 9])
     assert test == [(7, 0), (7, 1), (8, 0), (8, 1), (9, 0), (9, 1)]
     assert len(train) == 2 + 2 + 4 * 4 + 2

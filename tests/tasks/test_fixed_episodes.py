@@ -53,7 +53,7 @@ def path(tmp_path):
         {"x": pa.large_list(pa.float64()), "split": pa.dictionary(pa.int8(), pa.string())},
     ],
 )
-def test_episodes_of_vectors(path, types, tmp_path, monkeypatch):
+def test_vectors_are_read_by_episode(path, types, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     first, second = read_episodes(write_file(path, types=types), (2,))
     assert (first.episode, second.episode) == (7, 3)  # in the file's order
@@ -72,7 +72,7 @@ def test_episodes_of_vectors(path, types, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
-def test_episodes_of_images(path, kind):
+def test_images_are_read_as_in_the_store(path, kind):
     images = [make_png(i % 2) for i in range(7)]
     preparation = Preparation(size=4)
     write_file(path, types={"image": kind}, x=None, image=images)

@@ -74,7 +74,7 @@ def test_trajectories_depend_only_on_the_task(name: str, actions: int) -> None:
     ("name", "algorithm"),
     [("half-cheetah-direction", "maml-rl"), ("half-cheetah-velocity", "meta-sgd"), ("ant-goal", "reptile")],
 )
-def test_short_run_of_each_environment(name: str, algorithm: str, workplace: Path) -> None:
+def test_each_environment_trains_and_evaluates(name: str, algorithm: str, workplace: Path) -> None:
     pytest.importorskip("mujoco", reason="needs the extra rl")
     job = tree(
         {"type": algorithm},

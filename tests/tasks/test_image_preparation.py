@@ -41,7 +41,7 @@ def test_scaled_pixels_reach_exactly_one():
     assert scaled.dtype == np.float32
 
 
-def test_polarity_and_filters():
+def test_ink_inverts_and_filters_differ():
     light = prepare_image(draw_stroke(), Preparation(ink="light"))
     assert np.array_equal(255 - light, prepare_image(draw_stroke(), Preparation(ink="dark")))
     filters = ("box", "nearest", "bilinear")
@@ -49,7 +49,7 @@ def test_polarity_and_filters():
     assert len(results) == 3
 
 
-def test_image_modes():
+def test_every_image_mode_is_prepared():
     colour = Image.new("RGB", (10, 6), (255, 0, 0))
     prepared = prepare_image(encode(colour), Preparation(size=4, ink="light", channels=3))
     assert prepared.shape == (3, 4, 4)

@@ -143,7 +143,7 @@ def test_only_training_images_are_warped(order):
     assert is_close(zero.query.x, before.query.x)
 
 
-def test_jitter_of_a_store(tmp_path):
+def test_store_is_jittered_as_its_option_says(tmp_path):
     path = tmp_path / "store.arrow"
     names = [f"c{k}" for k in range(CLASSES)]
     write_store(path, IMAGES, names, [""] * CLASSES, [DRAWINGS] * CLASSES, Preparation(size=SIDE))
