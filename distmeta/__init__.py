@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distmeta.cluster.submit import submit as submit
+    from distmeta.compute.inner_gradient import inner_gradient as inner_gradient
     from distmeta.config.job import Job as Job
     from distmeta.errors import InputError as InputError
     from distmeta.evaluation.evaluate import evaluate as evaluate
@@ -36,6 +37,7 @@ MODULES = {
     "Batch": "distmeta.protocols",
     "Episode": "distmeta.protocols",
     "InputError": "distmeta.errors",
+    "inner_gradient": "distmeta.compute.inner_gradient",
 }
 """The public names, and the modules that define them."""
 

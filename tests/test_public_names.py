@@ -19,7 +19,7 @@ assert not {"ray", "mlflow"} & set(sys.modules)
 
 
 def test_every_public_name_can_be_imported() -> None:
-    verbs = {"train", "sweep", "evaluate", "load", "submit"}
+    verbs = {"train", "sweep", "evaluate", "load", "submit", "inner_gradient"}
     types = {"Job", "Run", "Batch", "Episode", "InputError"}
     assert set(distmeta.MODULES) == verbs | types
     for name, module in distmeta.MODULES.items():

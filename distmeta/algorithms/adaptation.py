@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from distmeta.compute.inner_gradient import inner_gradient
 from distmeta.errors import InputError, did_you_mean
 from distmeta.protocols import PADDING, Batch, MayLackClasses, Model, Score, Theta, find_ways
 from distmeta.trees import tree_leaves, tree_map
@@ -136,8 +137,11 @@ def support_gradient(
 ) -> Theta:
     """Return ∇L_support(φ) for the entries `names` of φ (None: all). It is a constant if `first_order`."""
     adapted = phi if names is None else {name: phi[name] for name in names}
-    gradient = torch.func.grad(lambda p: score(model({**phi, **p}, support.x), support)[0])(adapted)
-    return {name: g.detach() for name, g in gradient.items()} if first_order else gradient
+
+    def support_loss(p: Theta) -> Tensor:
+        return score(model({**phi, **p}, support.x), support)[0]
+
+    return inner_gradient(support_loss, adapted, first_order=first_order)
 
 
 def check_inner_optimizer(model: Model, name: OptimizerName) -> None:

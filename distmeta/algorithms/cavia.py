@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from distmeta.algorithms.adaptation import NORM_LAYERS, begin_phi
+from distmeta.compute.inner_gradient import inner_gradient
 from distmeta.errors import InputError, did_you_mean
 from distmeta.protocols import Model, Score, Theta
 
@@ -106,9 +107,7 @@ class CAVIA:
             outputs = self.predict(theta, ContextState(state.phi, context), support.x)
             return self.score(outputs, support)[0]
 
-        gradient = torch.func.grad(support_loss)(state.context)
-        if self.first_order:
-            gradient = gradient.detach()
+        gradient = inner_gradient(support_loss, state.context, first_order=self.first_order)
         return ContextState(state.phi, state.context - self.inner_lr * gradient)
 
     def predict(self, theta: Theta, state: ContextState, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.algorithms.adaptation import begin_phi, support_gradient
+from distmeta.compute.inner_gradient import inner_gradient
 from distmeta.protocols import Episode, Metrics, Model, Score, Theta, Unroll
 
 
@@ -68,7 +69,7 @@ class GradientNorm:
             loss, metrics = score(self.predict(theta, p, episode.query.x), episode.query)
             return loss, (loss, metrics)
 
-        gradient, (loss, metrics) = torch.func.grad(query_loss, has_aux=True)(phi)
+        gradient, (loss, metrics) = inner_gradient(query_loss, phi, has_aux=True)
         squared_norm = torch.stack([g.square().sum() for g in gradient.values()]).sum()
         norm = squared_norm.detach().sqrt()
         return loss + 0.5 * self.lam * squared_norm, {"loss": loss, **metrics, "gradient_norm": norm}

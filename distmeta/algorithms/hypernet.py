@@ -15,6 +15,7 @@ from torch import Tensor
 
 from distmeta.algorithms.adaptation import select_adapted
 from distmeta.algorithms.class_features import average_by_class, find_head_shape, mask_absent_classes
+from distmeta.compute.inner_gradient import inner_gradient
 from distmeta.protocols import Batch, Model, Score, Theta, find_ways, select_prefix
 
 
@@ -106,7 +107,7 @@ class Hypernet:
             outputs = self.predict(theta, state._replace(phi=state.phi | adapted), support.x)
             return self.score(outputs, support)[0]
 
-        gradient = torch.func.grad(support_loss)({name: state.phi[name] for name in self.names})
+        gradient = inner_gradient(support_loss, {name: state.phi[name] for name in self.names})
         moved = {name: state.phi[name] - self.inner_lr * g for name, g in gradient.items()}
         return state._replace(phi=state.phi | moved)
 

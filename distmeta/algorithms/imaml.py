@@ -11,6 +11,7 @@ from torch import Tensor
 
 from distmeta.algorithms.adaptation import begin_phi, support_gradient
 from distmeta.compute.gradient import query_loss, support_at
+from distmeta.compute.inner_gradient import inner_gradient, inner_vjp
 from distmeta.protocols import Episode, Metrics, Model, Score, Theta, Unroll
 
 
@@ -87,12 +88,12 @@ class IMAML:
         def support_gradient_at(p: Theta) -> Theta:
             return support_gradient(self.model, self.score, p, support)
 
-        query_gradient, metrics = torch.func.grad(query_loss_at, has_aux=True)(phi)
+        query_gradient, metrics = inner_gradient(query_loss_at, phi, has_aux=True)
         # The Hessian is symmetric, so its product with v is a vjp. One graph serves all CG steps.
-        multiply_hessian = torch.func.vjp(support_gradient_at, phi)[1]
+        _, multiply_hessian = inner_vjp(support_gradient_at, phi)
 
         def matvec(v: Theta) -> Theta:
-            (hessian_v,) = multiply_hessian(v)
+            hessian_v = multiply_hessian(v)
             return {name: (1 + self.cg_damping) * v[name] + hessian_v[name] / self.lam for name in v}
 
         v = solve_conjugate_gradients(matvec, query_gradient, self.cg_steps)

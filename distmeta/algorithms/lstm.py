@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.algorithms.adaptation import begin_phi, check_inner_batch, select_minibatch
+from distmeta.compute.inner_gradient import inner_gradient
 from distmeta.protocols import Model, Score, Theta
 
 PREPROCESSING_P = 10
@@ -106,12 +107,12 @@ class LSTMMetaLearner:
         if self.first_order:
             phi = {name: value.detach() for name, value in phi.items()}
 
-        def support_loss(p: Theta) -> Tensor:
-            return self.score(self.model(p, batch.x), batch)[0]
+        def support_loss(p: Theta) -> tuple[Tensor, Tensor]:
+            loss = self.score(self.model(p, batch.x), batch)[0]
+            return loss, loss
 
-        gradient, loss = torch.func.grad_and_value(support_loss)(phi)
+        gradient, loss = inner_gradient(support_loss, phi, has_aux=True, first_order=self.first_order)
         if self.first_order:
-            gradient = {name: g.detach() for name, g in gradient.items()}
             loss = loss.detach()
         return update(theta, state, gradient, loss)
 

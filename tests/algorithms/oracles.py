@@ -115,4 +115,5 @@ def group_losses(s: Setting, theta: Theta, algorithm: Any) -> Iterator[float]:
     for first in range(0, TASKS, size):
         rows = first if size == 1 else slice(first, first + size)
         episode = tree_map(lambda leaf, rows=rows: leaf[rows], s.episodes)
-        yield size * float(algorithm.meta_loss(theta, episode, unroll, s.problem.score("train"))[0])
+        loss, _ = algorithm.meta_loss(theta, episode, unroll, s.problem.score("train"))
+        yield size * float(loss.detach())

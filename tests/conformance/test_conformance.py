@@ -195,7 +195,8 @@ def replayed_loss(problem: Problem, theta: Theta, episodes: Episode) -> float:
         state = algorithm.begin(theta, support_at(episode.support, 0))
         for k in range(algorithm.inner_steps):
             state = algorithm.step(theta, state, support_at(episode.support, k), k)
-        total += float(score(algorithm.predict(theta, state, episode.query.x), episode.query)[0])
+        loss, _ = score(algorithm.predict(theta, state, episode.query.x), episode.query)
+        total += float(loss.detach())
     return total
 
 
