@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from raw_results import describe_environment, save_section
 
-from distmeta.compute.choose_execution import inspect_model
 from distmeta.compute.execution import WHOLE_SHARD, Execution, shard_gradient
+from distmeta.compute.inspection import inspect_model
 from distmeta.compute.memory import keep_freed_memory
 from distmeta.config.job import Job
 from distmeta.runtime.problem import apply_job_numerics, build_problem

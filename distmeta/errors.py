@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 LONGEST_LINE = 300
 """Characters of another program's error message that we repeat."""
+PACKAGE = str(Path(__file__).parent)
+"""The folder of distmeta's own code."""
 MOST_NAMES = 12
 """Known names that an error message lists."""
 
@@ -50,6 +54,18 @@ def first_line(error: BaseException) -> str:
     if not lines:
         return type(error).__name__
     return redact(lines[0].strip())[:LONGEST_LINE]
+
+
+def describe_failure(error: BaseException) -> str:
+    """Return `Type: first line of the message (file:line)`, with the innermost line of the user's own code.
+
+    Lines of installed packages and of distmeta are passed over. Without a line of the user's, there is no place.
+    """
+    place = ""
+    for frame in traceback.extract_tb(error.__traceback__):
+        if "site-packages" not in frame.filename and not frame.filename.startswith((PACKAGE, "<frozen")):
+            place = f" ({frame.filename}:{frame.lineno})"
+    return summarize_error(error) + place
 
 
 def summarize_error(error: BaseException) -> str:

@@ -15,13 +15,14 @@ forward over reverse. On a CPU that is slower and needs as much memory; the benc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distmeta.compute.gradient import detach_tree, support_at
+from distmeta.compute.random_state import RandomState, read_random_state, set_random_state
 from distmeta.errors import InputError
 from distmeta.protocols import Algorithm, State, Theta, Unroll
 from distmeta.trees import tree_flatten, tree_map, tree_unflatten
@@ -41,6 +42,8 @@ class _InnerLoop(NamedTuple):
     support: Any
     states: list[State]
     """φ_0 … φ_K, constants."""
+    marks: list[RandomState]
+    """The generators' states before φ_0 … φ_K were computed, and after φ_K, [K + 2]."""
     returned: list[int]
     """Indices of the states that the loss received."""
     is_constant: bool
@@ -52,10 +55,16 @@ class _InnerLoop(NamedTuple):
         return states if self.every else states[-1]
 
 
-def differentiate_in_constant_memory(loss: Loss, theta: Theta, vjp: Vjp) -> tuple[Theta, Any]:
+def differentiate_in_constant_memory(
+    loss: Loss, theta: Theta, vjp: Vjp, gpus: Sequence[torch.device] | None = None
+) -> tuple[Theta, Any]:
     """Return ∇_θ of a loss that unrolls inner loops from theta, and its metrics.
 
-    The loss is computed twice. The first time is without a graph, to run its inner loops.
+    The loss is computed twice. The first time is without a graph, to run its inner loops. If random numbers are drawn
+    on the way, the second time sees the same ones.
+
+    Args:
+        gpus: GPUs whose random numbers are repeated besides the CPU's; None: none are drawn (vmap refuses them).
 
     Raises:
         InputError: the loss unrolls from anything but its theta. That part of the gradient would be lost.
@@ -73,7 +82,7 @@ def differentiate_in_constant_memory(loss: Loss, theta: Theta, vjp: Vjp) -> tupl
     ) -> Any:
         """Run an inner loop and remember its states."""
         count = algorithm.inner_steps if steps is None else steps
-        states = list(_run_inner_loop(algorithm, detach_tree(theta), support, count))
+        states, marks = _run_inner_loop(algorithm, detach_tree(theta), support, count, gpus)
         is_own_theta = theta.keys() == constants.keys() and all(theta[n] is constants[n] for n in constants)
         if not detach and not is_own_theta:
             raise InputError(
@@ -81,12 +90,14 @@ def differentiate_in_constant_memory(loss: Loss, theta: Theta, vjp: Vjp) -> tupl
                 "theta: use reverse, or unroll from theta itself or with detach=True"
             )
         returned = list(range(1, count + 1)) if every else [count]
-        loop = _InnerLoop(algorithm, support, states, returned, detach, every)
+        loop = _InnerLoop(algorithm, support, states, marks, returned, detach, every)
         loops.append(loop)
         return loop.select_result([states[k] for k in returned])
 
+    start = read_random_state(gpus)
     with torch.no_grad():
         loss(constants, record)
+    end = read_random_state(gpus)
 
     def loss_of_states(theta: Theta, leaves: list[list[list[Tensor]]]) -> tuple[Tensor, Any]:
         """Return the loss as a function of theta and of the states that it receives from its inner loops."""
@@ -95,6 +106,7 @@ def differentiate_in_constant_memory(loss: Loss, theta: Theta, vjp: Vjp) -> tupl
         def replay(*_: Any, **__: Any) -> Any:
             """Return the states of the same inner loops, in the same order."""
             loop, own_leaves = next(remaining)
+            set_random_state(loop.marks[-1], gpus)
             states = [loop.states[k] for k in loop.returned]
             if not loop.is_constant:
                 states = [_replace_leaves(state, new) for state, new in zip(states, own_leaves, strict=True)]
@@ -103,16 +115,24 @@ def differentiate_in_constant_memory(loss: Loss, theta: Theta, vjp: Vjp) -> tupl
         return loss(theta, replay)
 
     leaves = [[_list_float_leaves(loop.states[k]) for k in loop.returned] for loop in loops]
+    set_random_state(start, gpus)
     value, pull_back, metrics = vjp(loss_of_states, constants, leaves, has_aux=True)
     gradient, adjoints = pull_back(torch.ones_like(value))
     for loop, adjoint in zip(loops, adjoints, strict=True):
         if not loop.is_constant and any(adjoint):
-            through_loop = _back_through(loop, constants, dict(zip(loop.returned, adjoint, strict=True)), vjp)
-            gradient = _add(gradient, through_loop)
+            adjoints_of_states = dict(zip(loop.returned, adjoint, strict=True))
+            gradient = _add(gradient, _back_through(loop, constants, adjoints_of_states, vjp, gpus))
+    set_random_state(end, gpus)
     return gradient, metrics
 
 
-def _back_through(loop: _InnerLoop, theta: Theta, adjoints: dict[int, list[Tensor]], vjp: Vjp) -> Theta:
+def _back_through(
+    loop: _InnerLoop,
+    theta: Theta,
+    adjoints: dict[int, list[Tensor]],
+    vjp: Vjp,
+    gpus: Sequence[torch.device] | None,
+) -> Theta:
     """Return the part of the gradient in theta that comes from the adjoints of some of the loop's states."""
     algorithm = loop.algorithm
     states = loop.states
@@ -125,6 +145,7 @@ def _back_through(loop: _InnerLoop, theta: Theta, adjoints: dict[int, list[Tenso
             state = _replace_leaves(states[k], leaves)
             return _list_float_leaves(algorithm.step(theta, state, support_at(loop.support, k), k))
 
+        set_random_state(loop.marks[k + 1], gpus)
         _, pull_back = vjp(step, theta, _list_float_leaves(states[k]))
         through_step, adjoint = pull_back(adjoint)
         if k in adjoints:
@@ -134,18 +155,22 @@ def _back_through(loop: _InnerLoop, theta: Theta, adjoints: dict[int, list[Tenso
     def begin(theta: Theta) -> list[Tensor]:
         return _list_float_leaves(algorithm.begin(theta, support_at(loop.support, 0)))
 
+    set_random_state(loop.marks[0], gpus)
     _, pull_back = vjp(begin, theta)
     (through_begin,) = pull_back(adjoint)
     return _add(gradient, through_begin)
 
 
-def _run_inner_loop(algorithm: Algorithm, theta: Theta, support: Any, steps: int) -> Iterator[State]:
-    """Yield φ_0 … φ_K as constants."""
-    state = algorithm.begin(theta, support_at(support, 0))
-    yield detach_tree(state)
+def _run_inner_loop(
+    algorithm: Algorithm, theta: Theta, support: Any, steps: int, gpus: Sequence[torch.device] | None
+) -> tuple[list[State], list[RandomState]]:
+    """Return φ_0 … φ_K as constants, and the generators' states before each of them and after the last, [K + 2]."""
+    marks = [read_random_state(gpus)]
+    states = [detach_tree(algorithm.begin(theta, support_at(support, 0)))]
     for k in range(steps):
-        state = detach_tree(algorithm.step(theta, state, support_at(support, k), k))
-        yield state
+        marks.append(read_random_state(gpus))
+        states.append(detach_tree(algorithm.step(theta, states[-1], support_at(support, k), k)))
+    return states, [*marks, read_random_state(gpus)]
 
 
 def _add(a: Theta, b: Theta) -> Theta:

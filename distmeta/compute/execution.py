@@ -6,6 +6,7 @@ depend on it (`compute.choose_execution`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -90,22 +91,34 @@ def compute_groups(
     gradient of a vectorised loss (torch 2.13), and right in vectorised gradients.
     """
     if execution.mode == "vmap":
-        compute_one = partial(_compute_gradient, execution.differentiation, torch.func.vjp, objective)
+        compute_one = partial(_compute_gradient, execution.differentiation, torch.func.vjp, None, objective)
         gradients, metrics = torch.func.vmap(compute_one, (None, 0))(theta, chunk)
     else:
         group = tree_map(lambda leaf: leaf[0], chunk)
-        gradient, metrics = _compute_gradient(execution.differentiation, reverse_vjp, objective, theta, group)
+        gpus = None if is_traced else list({value.device for value in theta.values() if value.is_cuda})
+        gradient, metrics = _compute_gradient(
+            execution.differentiation, reverse_vjp, gpus, objective, theta, group
+        )
         gradients = {name: value[None] for name, value in gradient.items()}
     return sum_groups(gradients, metrics, objective.algorithm.group_size, is_traced)
 
 
 def _compute_gradient(
-    differentiation: str, vjp: Any, objective: Objective, theta: Theta, group: Episode
+    differentiation: str,
+    vjp: Any,
+    gpus: Sequence[torch.device] | None,
+    objective: Objective,
+    theta: Theta,
+    group: Episode,
 ) -> tuple[Theta, Metrics]:
-    """Return the gradient of one group's meta-loss, leaves [G, ...], and the metrics of its tasks, [G] each."""
+    """Return the gradient of one group's meta-loss, leaves [G, ...], and the metrics of its tasks, [G] each.
+
+    Args:
+        gpus: GPUs that may draw random numbers, besides the CPU; None: none are drawn.
+    """
     if differentiation == "constant-memory":
         gradient, metrics = differentiate_in_constant_memory(
-            lambda theta, unroll: group_loss(objective, theta, group, unroll), theta, vjp
+            lambda theta, unroll: group_loss(objective, theta, group, unroll), theta, vjp, gpus
         )
     else:
         loss, pull_back, metrics = vjp(lambda theta: group_loss(objective, theta, group), theta, has_aux=True)

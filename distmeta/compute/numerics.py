@@ -26,6 +26,8 @@ class _Settings(NamedTuple):
     deterministic: bool
     benchmark: bool
     """Whether cuDNN tries several kernels and takes the fastest one, which may differ from run to run."""
+    attention_fast_path: bool
+    """Whether torch's attention layers use another implementation in evaluation than in training."""
 
 
 @contextmanager
@@ -34,7 +36,8 @@ def apply_numerics(
 ) -> Iterator[None]:
     """Apply a job's numerical settings within the block, and restore those of the process afterwards.
 
-    Attention uses the backend that has second derivatives. The fused backends have none.
+    Attention uses the backend that has second derivatives. The fused backends have none. `nn.TransformerEncoder` and
+    `nn.MultiheadAttention` compute the same way in evaluation as in training.
 
     Args:
         threads: of torch's operations. The bits of a sum depend on how it is split over threads.
@@ -45,7 +48,9 @@ def apply_numerics(
         device: type of device that computes, "cpu" or "cuda".
     """
     before = _read_settings()
-    _change_settings(_Settings(threads, deterministic or before.deterministic, benchmark=False))
+    _change_settings(
+        _Settings(threads, deterministic or before.deterministic, benchmark=False, attention_fast_path=False)
+    )
     bfloat16_device = device if precision == "bf16" else None
     try:
         with (
@@ -104,6 +109,7 @@ def _read_settings() -> _Settings:
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cudnn.benchmark,
+        torch.backends.mha.get_fastpath_enabled(),
     )
 
 
@@ -113,3 +119,4 @@ def _change_settings(settings: _Settings) -> None:
     if settings.deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(settings.deterministic)
     torch.backends.cudnn.benchmark = settings.benchmark
+    torch.backends.mha.set_fastpath_enabled(settings.attention_fast_path)

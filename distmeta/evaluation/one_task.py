@@ -8,15 +8,17 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from distmeta.compute.compiler import Compiler
-from distmeta.compute.episodes import make_episodes
+from distmeta.compute.episodes import draw_episodes, make_episodes
 from distmeta.compute.execution import shard_gradient
-from distmeta.compute.gradient import ShardGradient
+from distmeta.compute.gradient import ShardGradient, build_objective
+from distmeta.compute.inspection import inspect_gradient
 from distmeta.compute.vectors import Layout
 from distmeta.config.job import Job
 from distmeta.errors import InputError
-from distmeta.protocols import Episodes, list_capabilities
+from distmeta.protocols import CollectsData, Episodes, Theta, list_capabilities
 from distmeta.runtime.parameter_server import vector_norm
 from distmeta.runtime.problem import Problem, apply_job_numerics, build_problem, choose_device
 from distmeta.runtime.resolve import resolve
@@ -53,6 +55,8 @@ def run_one_task(job: Job) -> Iterator[str]:
             problem.family, algorithm, theta, "train", ids, algorithm.inner_steps, problem.device
         )
         yield _describe_episodes(episodes)
+        _check_draw(problem, ids, episodes)
+        yield _describe_random_numbers(problem, theta, episodes, ids)
         layout = Layout.from_theta(theta)
         yield _describe_theta(layout, problem)
         compute = problem.job.compute
@@ -86,6 +90,26 @@ def _describe_episodes(episodes: Episodes) -> str:
     leaves = tree_leaves(episodes)
     shapes = [f"{list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}" for leaf in leaves]
     return "episode: " + ", ".join(shapes)
+
+
+def _check_draw(problem: Problem, ids: np.ndarray, episodes: Episodes) -> None:
+    """Draw the same tasks again and compare."""
+    if isinstance(problem.family, CollectsData):  # its data depend on a policy
+        return
+    again = draw_episodes(problem.family, "train", ids, problem.device)
+    pairs = zip(tree_leaves(episodes), tree_leaves(again), strict=True)
+    if not all(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) for a, b in pairs):
+        raise InputError(
+            "tasks.type: draw gave two different episodes for the same ids, so results would depend on the worker: "
+            "derive every random number from the ids (distmeta.seeding.task_generator)"
+        )
+
+
+def _describe_random_numbers(problem: Problem, theta: Theta, episodes: Episodes, ids: np.ndarray) -> str:
+    objective = build_objective(problem.training_at(0), problem.score("train"))
+    if inspect_gradient(objective, theta, problem.model.constants, episodes, ids):
+        return "random numbers: drawn within a task, from a generator that is seeded for each task"
+    return "random numbers: none are drawn within a task"
 
 
 def _describe_theta(layout: Layout, problem: Problem) -> str:

@@ -16,8 +16,11 @@ from distmeta.models.head import HeadInit, build_prototype_head, find_head
 from distmeta.models.module import build_seeded, find_frozen, has_tied_tensors
 from distmeta.models.pretrained import load_weights
 from distmeta.protocols import Theta
+from distmeta.trees import tree_map_only
 
 PREFIX = "model."
+NEEDS_GRAD_MODE = "does not require grad"
+"""What torch says of a derivative in a forward pass without grad mode."""
 
 
 class FunctionalModel:
@@ -68,6 +71,8 @@ class FunctionalModel:
         self.constants: dict[str, Tensor] = {n: parameters[n].detach() for n in sorted(frozen)}
         self.constants |= {n: b.detach() for n, b in self.module.named_buffers()}
         self._has_tied_tensors = has_tied_tensors(self.module)
+        self._differentiates = False
+        """Whether the module takes a derivative in its forward pass (`torch.autograd.grad`)."""
         self._is_recurrent = any(isinstance(layer, nn.RNNBase) for layer in self.module.modules())
 
     @property
@@ -133,6 +138,19 @@ class FunctionalModel:
         return to_float32(outputs)
 
     def _call_module(self, values: dict[str, Tensor], x: Any) -> Any:
+        """Run the module, in grad mode if its forward pass takes a derivative."""
+        if not self._differentiates or torch.is_grad_enabled():
+            try:
+                return self._call_module_as_it_is(values, x)
+            except RuntimeError as error:
+                if torch.is_grad_enabled() or NEEDS_GRAD_MODE not in str(error):
+                    raise
+                self._differentiates = True
+        with torch.enable_grad():
+            outputs = self._call_module_as_it_is(values, x)
+        return tree_map_only(Tensor, Tensor.detach, outputs)
+
+    def _call_module_as_it_is(self, values: dict[str, Tensor], x: Any) -> Any:
         with disable_cudnn() if self._is_recurrent else nullcontext():
             return torch.func.functional_call(self.module, values, (x,), tie_weights=self._has_tied_tensors)
 

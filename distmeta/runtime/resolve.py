@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from distmeta.compute.buckets import group_by_shape
 from distmeta.compute.choose_execution import (
     MANY_STEPS,
-    ModelTraits,
     Trial,
     choose_differentiation,
     choose_execution,
-    has_dropout,
     holds_graphs,
-    inspect_model,
 )
 from distmeta.compute.compiler import Compiler, find_missing_tool
-from distmeta.compute.episodes import draw_episodes, make_episodes
+from distmeta.compute.episodes import make_episodes
 from distmeta.compute.execution import WHOLE_SHARD, Execution, shard_gradient
-from distmeta.compute.scoring import score_tasks
+from distmeta.compute.gradient import build_objective
+from distmeta.compute.inspection import ModelTraits, has_dropout, inspect_gradient, inspect_model, watch
+from distmeta.compute.scoring import evaluation_mode, score_tasks
 from distmeta.config.job import Job
 from distmeta.errors import InputError
-from distmeta.protocols import CollectsData, Episode, ScoresPerSplit, Theta
+from distmeta.protocols import CollectsData, Episode, Episodes, Theta
 from distmeta.runtime.problem import Problem
 from distmeta.seeding import task_ids
 from distmeta.trees import tree_map
@@ -40,7 +42,6 @@ def resolve(problem: Problem, report: Callable[[str], None] = lambda text: None)
     _check_compute(problem)
     problem = _check_compiler(problem, report)
     theta = {name: value.to(problem.device) for name, value in problem.init().items()}
-    _check_evaluation(problem, theta)
     execution = _choose_execution(problem, theta, report)
     job = problem.job
     schedule = job.outer.schedule.model_dump()
@@ -82,23 +83,36 @@ def _choose_execution(problem: Problem, theta: Theta, report: Callable[[str], No
     group_size = problem.algorithm.group_size
     episodes, ids = _make_probe_tasks(problem, theta, 2)
     first = group_by_shape(episodes, group_size)[0].episodes if isinstance(episodes, list) else episodes
-    traits = inspect_model(problem.model.module, first.query.x[0])
-    if asked.compile and traits.uses_random_numbers:
+    traits = inspect_model(problem.model.module, tree_map(lambda leaf: leaf[0], first.query.x))
+    uses_random_numbers = _inspect_first_gradient(problem, theta, episodes, ids)
+    if asked.compile and uses_random_numbers:
         raise InputError(
-            "compute.compile: got true for a model that draws random numbers (dropout), which compiled code draws in "
-            "another way: use compute.compile=false"
+            "compute.compile: got true for a job that draws random numbers within a task (dropout, noise, "
+            "minibatches), which compiled code draws in another way: use compute.compile=false"
         )
+    try_evaluation = _build_evaluation_trial(problem, theta)
+    try_evaluation(Execution("loop", 1))
     has_long_graphs = _has_long_graphs(problem, traits, theta, first)
-    differentiation = choose_differentiation(asked.differentiation, traits, has_long_graphs)
+    differentiation = choose_differentiation(asked.differentiation, has_long_graphs)
     groups = job.run.tasks_per_step // group_size
     largest_shard = math.ceil(groups / (job.run.shards or 1))
     compiler = Compiler(asked.precision) if asked.compile else None
+    try_gradient = _build_trial(problem, theta, lambda: (episodes, ids), None)
+
+    def try_tasks(execution: Execution) -> None:
+        with warnings.catch_warnings():
+            # torch computes an operation without a batching rule row by row; the loop is faster then
+            warnings.filterwarnings("error", "There is a performance drop")
+            try_gradient(execution)
+            try_evaluation(execution)
+
     execution = choose_execution(
         Execution(asked.execution, asked.chunk or WHOLE_SHARD, differentiation),
         traits,
+        uses_random_numbers,
         job.run.gpus_per_worker > 0,
         asked.precision,
-        _build_trial(problem, theta, lambda: (episodes, ids), None),
+        try_tasks,
         _build_trial(problem, theta, lambda: _make_probe_tasks(problem, theta, largest_shard), compiler),
         largest_shard,
     )
@@ -114,6 +128,41 @@ def _choose_execution(problem: Problem, theta: Theta, report: Callable[[str], No
         only_trace = Compiler(asked.precision, trace_only=True)
         _build_trial(problem, theta, lambda: (episodes, ids), only_trace)(execution)
     return execution
+
+
+def _inspect_first_gradient(problem: Problem, theta: Theta, episodes: Episodes, ids: np.ndarray) -> bool:
+    """Compute one group's meta-gradient by plain autograd. Return whether it draws random numbers.
+
+    Raises:
+        InputError: that is impossible, or the gradient is not a pure function of theta and the data.
+    """
+    objective = build_objective(problem.training_at(0), problem.score("train"))
+    return inspect_gradient(objective, theta, problem.model.constants, episodes, ids)
+
+
+def _build_evaluation_trial(problem: Problem, theta: Theta) -> Trial:
+    """Return a function that evaluates theta on two validation tasks, as the run will.
+
+    Missing classes, more ways than the head has, or an operation that works only in training are then found now and
+    not at the first evaluation.
+    """
+    if problem.job.run.eval_every == 0:
+        return lambda execution: None
+    algorithm = problem.adapting("val")
+    ids = task_ids(problem.job.seed, "probe", 0, 2)
+    steps = problem.eval_steps
+    with evaluation_mode(problem.model.module):
+        episodes = make_episodes(problem.family, algorithm, theta, "val", ids, steps, problem.device)
+    kept = {f"model's {name!r}": value for name, value in problem.model.constants.items()}
+
+    def trial(execution: Execution) -> object:
+        def compute() -> object:
+            return score_tasks(algorithm, problem.score("val"), theta, episodes, ids, execution, steps)
+
+        with evaluation_mode(problem.model.module):
+            return watch(compute, kept, "the first evaluation") if execution.mode == "loop" else compute()
+
+    return trial
 
 
 def _make_probe_tasks(problem: Problem, theta: Theta, groups: int) -> tuple[Any, Any]:
@@ -182,17 +231,3 @@ def _check_compiler(problem: Problem, report: Callable[[str], None]) -> Problem:
         return problem
     report(f"compute.compile: there is {missing_tool}; the whole run is computed without compilation")
     return without_compiler(problem)
-
-
-def _check_evaluation(problem: Problem, theta: Theta) -> None:
-    """Score one validation task without adaptation.
-
-    Missing classes, or more ways than the head has, are then found now and not at the first evaluation.
-    """
-    if problem.job.run.eval_every == 0 or not isinstance(problem.family, ScoresPerSplit):
-        return
-    ids = task_ids(problem.job.seed, "probe", 0, 1)
-    episodes = draw_episodes(problem.family, "val", ids, problem.device)
-    score_tasks(
-        problem.adapting("val"), problem.score("val"), theta, episodes, ids, Execution("loop", 1), steps=0
-    )

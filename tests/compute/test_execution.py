@@ -163,10 +163,23 @@ def test_meta_loss_that_breaks_the_protocol_is_refused() -> None:
         gradient(tree({"type": "test_execution:UnreducedLoss"}), LOOP)
 
 
-def test_constant_memory_is_refused_for_dropout() -> None:
-    job = tree(model={"type": "hard_cases:DropoutNet"}, compute={"differentiation": "constant-memory"})
-    with pytest.raises(InputError, match=r"compute.differentiation: got constant-memory, .* \(dropout\)"):
-        resolve(build_problem(Job.parse(job)))
+def test_constant_memory_repeats_the_draws_of_dropout() -> None:
+    job = tree(model={"type": "hard_cases:DropoutNet"})
+    problem = build_problem(Job.parse(job))
+    theta = problem.init()
+    ids = task_ids(0, "train", 0, 3)
+    episodes = problem.family.draw("train", ids)
+    reverse, constant_memory = (
+        shard_gradient(
+            problem.algorithm, problem.score("train"), theta, episodes, ids, Execution("loop", 1, how)
+        )
+        for how in ("reverse", "constant-memory")
+    )
+    for name, value in reverse.gradient.items():
+        torch.testing.assert_close(constant_memory.gradient[name], value, rtol=1e-4, atol=1e-6)
+    assert all(
+        np.array_equal(reverse.metrics[name], constant_memory.metrics[name]) for name in reverse.metrics
+    )
 
 
 @pytest.mark.parametrize(
@@ -288,7 +301,7 @@ def test_model_that_cannot_be_compiled_is_refused_before_anything_is_written(wor
 
 
 def test_compiling_dropout_is_refused() -> None:
-    with pytest.raises(InputError, match=r"compute.compile: got true for a model that draws random numbers"):
+    with pytest.raises(InputError, match=r"compute.compile: got true for a job that draws random numbers"):
         resolve(
             build_problem(Job.parse(tree(model={"type": "hard_cases:DropoutNet"}, compute={"compile": True})))
         )
