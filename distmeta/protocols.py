@@ -105,7 +105,9 @@ class Model(Protocol):
     """A network as a pure function of its parameters (`models.functional.FunctionalModel`)."""
 
     head: tuple[str, ...]
-    """Keys of the last linear layer in theta; empty if there is none."""
+    """Keys of the last layer's parameters in theta; empty if there is none."""
+    linear_head: tuple[str, ...]
+    """The same for a plain linear layer: (weight,) or (weight, bias)."""
     head_init: str
     """How a task's head starts: `linear`, `shared` or `prototype`."""
     adaptable: tuple[str, ...]
@@ -240,6 +242,14 @@ class ScoresSupport(Protocol):
     score: Score
 
 
+@runtime_checkable
+class AdaptsParameters(Protocol):
+    """An algorithm whose inner loop changes some of the model's parameters. `distmeta check` prints which ones."""
+
+    names: tuple[str, ...]
+    """Keys of phi."""
+
+
 # --- Task families ------------------------------------------------------------------------------------------------
 
 
@@ -360,6 +370,7 @@ CAPABILITIES: dict[str, tuple[type, ...]] = {
         RepeatsOuterStep,
         ActsWithMemory,
         ScoresSupport,
+        AdaptsParameters,
     ),
     "tasks": (
         ScoresPerSplit,

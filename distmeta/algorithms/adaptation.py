@@ -15,6 +15,8 @@ from distmeta.errors import InputError, did_you_mean
 from distmeta.protocols import PADDING, Batch, MayLackClasses, Model, Score, Theta, find_ways
 from distmeta.trees import tree_leaves, tree_map
 
+Adapt = str | list[str]
+"""Which parameters an inner loop changes: `all`, `head`, `body`, a glob, or a list of these."""
 OptimizerName = Literal["sgd", "momentum", "adam"]
 Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
 BETAS = [0.9, 0.999]
@@ -97,34 +99,42 @@ def begin_phi(model: Model, score: Score, theta: Theta, support: Any) -> Theta:
     return model.begin(theta, support, find_ways(score))
 
 
-def select_adapted(model: Model, adapt: str) -> tuple[str, ...]:
+def select_adapted(model: Model, adapt: Adapt) -> tuple[str, ...]:
     """Return the keys of the parameters that the inner loop adapts.
 
     Args:
-        adapt: `all`, `head`, `body`, or a glob over parameter names.
+        adapt: `all`, `head`, `body`, a glob over parameter names, or a list of these.
 
     Raises:
-        InputError: no parameter matches, or a shared head would not be adapted.
+        InputError: an entry matches no parameter, or a shared head would not be adapted.
     """
-    if adapt == "head":
-        names = tuple(name for name in model.adaptable if name in model.head)
-    elif adapt == "body":
-        names = tuple(name for name in model.adaptable if name not in model.head)
-    else:
-        glob = "*" if adapt == "all" else adapt
-        names = tuple(name for name in model.adaptable if fnmatchcase(name.removeprefix("model."), glob))
-    if not names:
-        known = [name.removeprefix("model.") for name in model.adaptable]
-        raise InputError(
-            f"algorithm.adapt: got {adapt!r}, which matches no parameter, expected all, head, body or a glob; "
-            f"{did_you_mean(adapt, known)}"
-        )
+    entries = [adapt] if isinstance(adapt, str) else adapt
+    found: set[str] = set()
+    for entry in entries:
+        matching = _match_parameters(model, entry)
+        if not matching:
+            known = [name.removeprefix("model.") for name in model.adaptable]
+            raise InputError(
+                f"algorithm.adapt: got {entry!r}, which matches no parameter, expected all, head, body or a glob; "
+                f"{did_you_mean(entry, known)}"
+            )
+        found |= matching
+    names = tuple(name for name in model.adaptable if name in found)
     if model.head_init == "shared" and not set(model.head) & set(names):
         raise InputError(
             f"model.head: got shared with algorithm.adapt = {adapt!r}, expected linear or prototype: without "
             "adaptation, the rows of a shared head stay equal for all classes"
         )
     return names
+
+
+def _match_parameters(model: Model, entry: str) -> set[str]:
+    if entry == "head":
+        return set(model.adaptable) & set(model.head)
+    if entry == "body":
+        return set(model.adaptable) - set(model.head)
+    glob = "*" if entry == "all" else entry
+    return {name for name in model.adaptable if fnmatchcase(name.removeprefix("model."), glob)}
 
 
 def support_gradient(

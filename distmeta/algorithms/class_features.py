@@ -97,7 +97,7 @@ def find_head_shape(model: Model, method: str) -> tuple[int, int]:
             f"model.type: got {type(model.module).__name__}, which has no last linear layer, expected a model that has "
             f"one: {method} takes the number of outputs and features from it"
         )
-    outputs, features = model.module.get_parameter(model.head[0].removeprefix("model.")).shape
+    outputs, features = model.module.get_parameter(model.linear_head[0].removeprefix("model.")).shape
     return outputs, features
 
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.adaptation import begin_phi, select_adapted, sqrt_or_zero, support_gradient
+from distmeta.algorithms.adaptation import Adapt, begin_phi, select_adapted, sqrt_or_zero, support_gradient
 from distmeta.protocols import Episode, Metrics, Model, Score, Theta, Unroll
 from distmeta.trees import tree_map
 
@@ -54,7 +54,7 @@ class Contrastive:
         margin: Annotated[float, Field(ge=0)] = 1.0,
         weight: Annotated[float, Field(ge=0)] = 0.1,
         query_weight: Annotated[float, Field(ge=0)] = 1.0,
-        adapt: str = "all",
+        adapt: Adapt = "all",
     ):
         self.model = model
         self.score = score

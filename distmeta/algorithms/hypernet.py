@@ -13,7 +13,7 @@ import torch.nn.functional as functional
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.adaptation import select_adapted
+from distmeta.algorithms.adaptation import Adapt, select_adapted
 from distmeta.algorithms.class_features import average_by_class, find_head_shape, mask_absent_classes
 from distmeta.compute.inner_gradient import inner_gradient
 from distmeta.protocols import Batch, Model, Score, Theta, find_ways, select_prefix
@@ -62,7 +62,7 @@ class Hypernet:
         hidden: Annotated[int, Field(ge=1)] | None = None,
         inner_steps: Annotated[int, Field(ge=0)] = 0,
         inner_lr: Annotated[float, Field(gt=0)] = 0.1,
-        adapt: str = "head",
+        adapt: Adapt = "head",
     ):
         self.model = model
         self.score = score
@@ -74,7 +74,7 @@ class Hypernet:
 
     def init(self, generator: torch.Generator) -> Theta:
         theta = self.model.init_body()
-        row = self.features + len(self.model.head) - 1  # one more for the bias, if the head has one
+        row = self.features + len(self.model.linear_head) - 1  # one more for the bias, if the head has one
         if find_ways(self.score) is None:
             hidden = [self.hidden] * 3
             sizes = [self.features + self.targets, *hidden, self.targets * row]
@@ -99,7 +99,7 @@ class Hypernet:
             rows = generate_classifier(theta, means_WF, counts_W)
         weight = rows[:, : self.features]
         bias = rows[:, self.features :].flatten()
-        head = dict(zip(self.model.head, (weight, bias), strict=False))
+        head = dict(zip(self.model.linear_head, (weight, bias), strict=False))
         return HypernetState(select_prefix(theta, "model.") | head, counts_W)
 
     def step(self, theta: Theta, state: HypernetState, support: Any, k: int) -> HypernetState:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distmeta.algorithms.adaptation import (
     BETAS,
+    Adapt,
     Betas,
     InnerOptimizer,
     InnerState,
@@ -33,9 +34,9 @@ class MAML:
         inner_lr: α > 0. The default is the paper's for 5-way Omniglot (appendix A.1).
         inner_steps: K ≥ 1.
         first_order: treat ∇L_support as a constant (FOMAML, §5.2). The meta-gradient is then ∇L_query(φ_K).
-        adapt: the parameters that the inner loop changes. `all`; `head`, only the last linear layer (ANIL: Raghu et
-            al. 2020, arXiv 1909.09157); `body`, all others (BOIL: Oh et al. 2021, arXiv 2008.08882); or a glob over
-            parameter names.
+        adapt: the parameters that the inner loop changes. `all`; `head`, only the last layer (ANIL: Raghu et al.
+            2020, arXiv 1909.09157); `body`, all others (BOIL: Oh et al. 2021, arXiv 2008.08882); or a glob or a list
+            of globs over parameter names.
         inner_optimizer: `sgd`, `momentum` or `adam`, as in torch.optim. Its state starts at zero in every task.
         momentum: μ in [0, 1), for `momentum`.
         betas: β₁ and β₂ in [0, 1), for `adam`.
@@ -52,7 +53,7 @@ class MAML:
         inner_lr: Annotated[float, Field(gt=0)] = 0.4,
         inner_steps: Annotated[int, Field(ge=1)] = 1,
         first_order: bool = False,
-        adapt: str = "all",
+        adapt: Adapt = "all",
         inner_optimizer: OptimizerName = "sgd",
         momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9,
         betas: Betas = BETAS,

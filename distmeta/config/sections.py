@@ -105,6 +105,9 @@ class ModelSection(PartSection):
     """Glob over parameter names. Matching parameters are not trained."""
     init_from: str | None = None
     """safetensors file with parameters and buffers to start from."""
+    head_module: str | None = None
+    """Name of the submodule that is the head, for `adapt: head`, `model.head` and features; null: the module's own
+    `head_module`, else its submodule `head`, else its only linear layer with as many outputs as the tasks need."""
     head: Literal["linear", "shared", "prototype"] = "linear"
     """How the last linear layer of a task starts: `linear` uses theta's own, `shared` copies one row to every class,
     and `prototype` computes it from the class means. The last two work with any number of ways."""

@@ -17,8 +17,8 @@ from distmeta.compute.gradient import ShardGradient, build_objective
 from distmeta.compute.inspection import inspect_gradient
 from distmeta.compute.vectors import Layout
 from distmeta.config.job import Job
-from distmeta.errors import InputError
-from distmeta.protocols import CollectsData, Episodes, Theta, list_capabilities
+from distmeta.errors import MOST_NAMES, InputError
+from distmeta.protocols import AdaptsParameters, CollectsData, Episodes, Theta, list_capabilities
 from distmeta.runtime.parameter_server import vector_norm
 from distmeta.runtime.problem import Problem, apply_job_numerics, build_problem, choose_device
 from distmeta.runtime.resolve import resolve
@@ -59,6 +59,7 @@ def run_one_task(job: Job) -> Iterator[str]:
         yield _describe_random_numbers(problem, theta, episodes, ids)
         layout = Layout.from_theta(theta)
         yield _describe_theta(layout, problem)
+        yield from _describe_adapted(problem)
         compute = problem.job.compute
         compiler = Compiler(compute.precision) if compute.compile else None
         runs = []
@@ -118,6 +119,18 @@ def _describe_theta(layout: Layout, problem: Problem) -> str:
         f"theta: {len(layout.names)} tensors, {layout.parameters:,} numbers, {layout.size * 4 / 1e6:.2f} MB; "
         f"{constants or 'no'} constants"
     )
+
+
+def _describe_adapted(problem: Problem) -> Iterator[str]:
+    """Yield a line on what the inner loop changes, if the algorithm says so."""
+    if not isinstance(problem.algorithm, AdaptsParameters):
+        return
+    names = problem.algorithm.names
+    parameters = dict(problem.model.module.named_parameters())
+    numbers = sum(parameters[name.removeprefix("model.")].numel() for name in names)
+    listed = ", ".join(name.removeprefix("model.") for name in names[:MOST_NAMES])
+    more = ", …" if len(names) > MOST_NAMES else ""
+    yield f"adapts {len(names)} of {len(problem.model.adaptable)} tensors, {numbers:,} numbers: {listed}{more}"
 
 
 def _check_gradient(problem: Problem, first: GradientRun, second: GradientRun) -> str:

@@ -29,9 +29,8 @@ class FunctionalModel:
     Trainable parameters are in phi. Frozen parameters and buffers are *constants*: they are not in theta, are sent to
     a worker once, and are stored beside theta in a checkpoint.
 
-    The *head* is the submodule `head` if that is a linear layer, else the last linear layer with `out_features`
-    outputs. The inputs of the head are the *features*. If there is no head, the module is an embedding, and its outputs
-    are the features.
+    The *head* is the last layer (`models.head.find_head`). The inputs of the head are the *features*. If there is no
+    head, the module is an embedding, and its outputs are the features.
 
     Args:
         build: makes the module.
@@ -42,7 +41,8 @@ class FunctionalModel:
             which is copied for each class of the task; a softmax does not depend on its value, so only the body is
             learned (UnicornMAML: Ye & Chao 2022, arXiv 2106.16245, §6). `prototype`: from the support set; theta has
             none (ProtoMAML: Triantafillou et al. 2020, arXiv 1903.03096, §3).
-        out_features: outputs that the tasks need, from which the head is found.
+        head_module: name of the submodule that is the head; None: it is found by `out_features`.
+        out_features: outputs that the tasks need.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class FunctionalModel:
         freeze: str | None = None,
         init_from: str | None = None,
         head: HeadInit = "linear",
+        head_module: str | None = None,
         out_features: int | None = None,
     ):
         self.module = build_seeded(build, generator)
@@ -60,9 +61,8 @@ class FunctionalModel:
             load_weights(self.module, init_from)
         frozen = find_frozen(parameters, freeze)
         self.head_init: HeadInit = head
-        self.head = tuple(PREFIX + name for name in find_head(self.module, out_features))
-        """Keys of the head in theta: (weight,) or (weight, bias); empty if there is none."""
-        if head != "linear" and (not self.head or {key.removeprefix(PREFIX) for key in self.head} & frozen):
+        self._head = find_head(self.module, out_features, head_module)
+        if head != "linear" and (not self.linear_head or set(self._head.parameters) & frozen):
             raise InputError(
                 f"model.head: got {head}, but {type(self.module).__name__} has no trainable linear head, expected "
                 "linear"
@@ -74,6 +74,32 @@ class FunctionalModel:
         self._differentiates = False
         """Whether the module takes a derivative in its forward pass (`torch.autograd.grad`)."""
         self._is_recurrent = any(isinstance(layer, nn.RNNBase) for layer in self.module.modules())
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Keys of the head's parameters in theta; empty if there is no head.
+
+        Raises:
+            InputError: it is not certain which layer is the head.
+        """
+        if self._head.doubt is not None:
+            raise InputError(f"model.head_module: missing, but {self._head.doubt}")
+        return tuple(PREFIX + name for name in self._head.parameters)
+
+    @property
+    def linear_head(self) -> tuple[str, ...]:
+        """The same for a head that is a plain linear layer: (weight,) or (weight, bias).
+
+        Raises:
+            InputError: the head is something else, for example a linear layer with weight norm.
+        """
+        keys = self.head
+        if keys and not self._head.is_linear:
+            raise InputError(
+                f"model.head_module: got {self._head.module!r} of {type(self.module).__name__}, expected a plain "
+                "linear layer (without weight norm, pruning or tied weights): this method computes its weight"
+            )
+        return keys
 
     @property
     def adaptable(self) -> tuple[str, ...]:
@@ -109,13 +135,13 @@ class FunctionalModel:
         if self.head_init == "shared":
             return phi | {name: theta[name].expand(ways, *theta[name].shape[1:]) for name in self.head}
         weight_and_bias = build_prototype_head(self.features(phi, support.x), support.y, ways)
-        return phi | dict(zip(self.head, weight_and_bias, strict=False))
+        return phi | dict(zip(self.linear_head, weight_and_bias, strict=False))
 
     def features(self, phi: Mapping[str, Tensor], x: Any) -> Tensor:
         """Return the inputs of the head, [N, F]. `phi` does not need the head's parameters."""
         if not self.head:
             return self(phi, x).flatten(1)
-        head = self.module.get_submodule(self.head[0].removeprefix(PREFIX).rpartition(".")[0])
+        head = self.module.get_submodule(str(self._head.module))
         inputs_of_head: list[Tensor] = []
         hook = head.register_forward_pre_hook(lambda _, inputs: inputs_of_head.append(inputs[0]))
         try:
@@ -132,7 +158,7 @@ class FunctionalModel:
         device = bfloat16_device.get()
         if device is None:
             return self._call_module(values, x)
-        head_weight = values.get(self.head[0].removeprefix(PREFIX)) if self.head else None
+        head_weight = values.get(self._head.parameters[0]) if self._head.is_linear else None
         with compute_in_bfloat16(device, head_weight):
             outputs = self._call_module(values, x)
         return to_float32(outputs)

@@ -35,6 +35,7 @@ class MLP(nn.Sequential):
         for fan_in, fan_out in pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), ACTIVATIONS[activation]()]
         super().__init__(*layers[:-1])
+        self.head_module = str(len(self) - 1)
         if init == "normal":
             for layer in self:
                 if isinstance(layer, nn.Linear):

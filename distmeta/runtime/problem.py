@@ -139,6 +139,7 @@ def build_problem(
         freeze=job.model.freeze,
         init_from=job.model.init_from if constants is None else None,
         head=job.model.head,
+        head_module=job.model.head_module,
         out_features=family.out_features,
     )
     if constants is not None:

@@ -23,9 +23,7 @@ def build_job(**changes: Any) -> Job:
 
 
 def test_running_statistics_are_an_error_with_a_remedy(workplace: Path) -> None:
-    with pytest.raises(
-        InputError, match=r"the forward pass changes '1.running_mean'.*use GroupNorm"
-    ):
+    with pytest.raises(InputError, match=r"the forward pass changes '1.running_mean'.*use GroupNorm"):
         distmeta.train(build_job(model={"type": "hard_cases:RunningStatisticsNet"}))
     assert not list(workplace.iterdir())
 
@@ -39,9 +37,7 @@ def test_dropout_runs_in_the_loop_and_repeats_bit_by_bit(workplace: Path) -> Non
     first = checkpoints.load(distmeta.train(small).run).theta
     second = checkpoints.load(distmeta.train(small).run).theta
     assert all(torch.equal(first[name], second[name]) for name in first)
-    with pytest.raises(
-        InputError, match=r"compute.execution: got vmap for a job that draws random numbers"
-    ):
+    with pytest.raises(InputError, match=r"compute.execution: got vmap for a job that draws random numbers"):
         resolve(build_problem(small.replace(compute={"execution": "vmap"})))
 
 
