@@ -33,9 +33,12 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     if close:
         return f"did you mean {close[0]!r}?"
-    listed = sorted(known)
-    more = ", …" if len(listed) > MOST_NAMES else ""
-    return "known: " + ", ".join(listed[:MOST_NAMES]) + more
+    return "known: " + shorten_list(sorted(known))
+
+
+def shorten_list(names: Sequence[str]) -> str:
+    """Return the first names, and … if there are more."""
+    return ", ".join(names[:MOST_NAMES]) + (", …" if len(names) > MOST_NAMES else "")
 
 
 def redact(text: str) -> str:

@@ -11,7 +11,7 @@ a job's parts provide. This module imports only torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -313,6 +313,27 @@ class HasEvaluationWays(Protocol):
 
 
 @runtime_checkable
+class PredictsLabels(Protocol):
+    """A family that says which predictions a model's outputs mean. `distmeta evaluate --predictions` asks it.
+
+    Without it, float labels are predicted by the outputs themselves, and integer labels by the largest output along the
+    class axis, or by the sign if outputs and labels have the same shape.
+    """
+
+    def predict_labels(self, outputs: Any, batch: Any) -> Any:
+        """Return the predictions of one task's query set, a pytree like `batch.y`."""
+        ...
+
+
+@runtime_checkable
+class NamesClasses(Protocol):
+    """A family of named classes. Evaluation compares the tested ones with those that the run was trained on."""
+
+    class_names: Mapping[str, Sequence[str]]
+    """The names of each split's classes."""
+
+
+@runtime_checkable
 class HasPreparation(Protocol):
     """A family of images. Its preparation is stored in checkpoints, so that a learner can treat new images alike."""
 
@@ -377,6 +398,8 @@ CAPABILITIES: dict[str, tuple[type, ...]] = {
         CollectsData,
         HasFingerprint,
         HasEvaluationWays,
+        PredictsLabels,
+        NamesClasses,
         HasPreparation,
         DrawsFigures,
         Films,

@@ -88,7 +88,8 @@ def _format(value: Any) -> str:
 
 def build_evaluation_table(evaluation: Evaluation) -> Table:
     """Build a table of the mean scores before adaptation and after inner steps, each with its 95 % interval."""
-    table = Table(title=f"{evaluation.tasks} unseen tasks, ± 95 %", title_justify="left", show_lines=True)
+    unseen = "" if evaluation.seen_classes else "unseen "
+    table = Table(title=f"{evaluation.tasks} {unseen}tasks, ± 95 %", title_justify="left", show_lines=True)
     table.add_column("")
     count = len(next(iter(evaluation.curve.values())))
     steps = sorted({*range(min(count, FIRST_STEPS)), count - 1})

@@ -21,7 +21,6 @@ from distmeta.compute.gradient import (
     support_at,
     to_float32,
 )
-from distmeta.errors import InputError
 from distmeta.protocols import Algorithm, Episode, Episodes, Metrics, PerStep, Score, Theta
 from distmeta.trees import tree_leaves, tree_map
 
@@ -114,21 +113,3 @@ def evaluation_mode(module: torch.nn.Module) -> Iterator[None]:
     finally:
         for submodule, is_training in modes.items():
             submodule.training = is_training
-
-
-def predict_labels(episodes: Episodes, outputs: Any, ways: int | None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return labels and predictions of every task's query rows, [Q] each (or [Q, D]).
-
-    For integer labels, a prediction is the largest of the first `ways` outputs (None: of all); otherwise it is the
-    outputs themselves.
-    """
-    try:
-        is_list = isinstance(episodes, list)
-        labels_T = [episode.query.y for episode in episodes] if is_list else episodes.query.y
-    except AttributeError:
-        raise InputError("--predictions: this task family has no labels") from None
-    rows = []
-    for labels, output in zip(labels_T, outputs, strict=True):
-        predicted = output if labels.is_floating_point() else output[..., :ways].argmax(-1)
-        rows.append((labels.cpu().numpy(), predicted.cpu().numpy()))
-    return rows

@@ -1,4 +1,4 @@
-"""Evaluation on unseen tasks: scores before adaptation and after each inner step, figures, a video."""
+"""Evaluation on test tasks: scores before adaptation and after each inner step, figures, a video."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from distmeta.compute.execution import Execution
+from distmeta.compute.predictions import Predictions
 from distmeta.compute.scoring import Scores, score_tasks
 from distmeta.compute.vectors import Layout
-from distmeta.errors import InputError
+from distmeta.config.job import Job
+from distmeta.config.parts import build_part
+from distmeta.errors import InputError, shorten_list
 from distmeta.evaluation.figures import check_video, draw_curve, draw_tasks, write_video
 from distmeta.evaluation.learner import Learner, load
 from distmeta.evaluation.predictions import write_predictions
 from distmeta.files import to_json_value
-from distmeta.protocols import Batch, Episode
+from distmeta.protocols import Batch, Episode, NamesClasses, TaskFamily
 from distmeta.runtime.parameter_server import mean_metrics
 from distmeta.runtime.pool import open_pool
 from distmeta.runtime.problem import Problem, with_score
@@ -49,6 +52,8 @@ class Evaluation:
     """Each metric's mean after 0, 1, … inner steps."""
     curve_ci95: dict[str, list[float | None]]
     """The interval of each number in `curve`."""
+    seen_classes: int = 0
+    """How many of the tested classes were trained on."""
 
 
 def evaluate(
@@ -78,6 +83,13 @@ def evaluate(
             cannot be filmed.
     """
     learner = load(checkpoint, overrides, report=report)
+    seen = _find_seen_classes(learner) if episodes is None else []
+    if seen:
+        total = len(_list_classes(learner.problem.family, "test"))
+        report(
+            f"tasks.test: {len(seen)} of {total} tested classes were trained on ({shorten_list(seen)}), so these are "
+            "not scores of unseen tasks"
+        )
     if predictions is not None and not Path(predictions).absolute().parent.is_dir():
         raise InputError(f"--predictions: the folder of {str(predictions)!r} does not exist")
     if video is not None:
@@ -85,7 +97,7 @@ def evaluate(
     if figures is not None:
         _make_folder(Path(figures))
     if episodes is None:
-        evaluation = _score_unseen_tasks(learner, predictions)
+        evaluation = replace(_score_test_tasks(learner, predictions), seen_classes=len(seen))
     else:
         evaluation = _score_fixed_episodes(learner, episodes, predictions)
     files: list[Path] = []
@@ -132,7 +144,22 @@ def _write_record(
     return paths
 
 
-def _score_unseen_tasks(learner: Learner, predictions: str | Path | None) -> Evaluation:
+def _list_classes(family: TaskFamily, split: str) -> list[str]:
+    return list(family.class_names.get(split, [])) if isinstance(family, NamesClasses) else []
+
+
+def _find_seen_classes(learner: Learner) -> list[str]:
+    """Return the tested classes that the run was trained on, which overrides make possible (`tasks.test=[…]`)."""
+    tested = _list_classes(learner.problem.family, "test")
+    stored = learner.checkpoint.job
+    if not tested or stored["tasks"] == learner.problem.job.to_dict()["tasks"]:
+        return []  # the splits of one family are disjoint
+    section = Job.parse({**stored, "sweep": None}).tasks
+    trained = set(_list_classes(build_part(section.part, section.options, {}), "train"))
+    return [name for name in tested if name in trained]
+
+
+def _score_test_tasks(learner: Learner, predictions: str | Path | None) -> Evaluation:
     """Score the first tasks of the test split, in the job's pool."""
     problem = learner.problem
     layout = Layout.from_theta(learner.theta)
@@ -167,7 +194,7 @@ def _score_fixed_episodes(learner: Learner, path: str | Path, predictions: str |
     adapts = problem.algorithm.inner_steps > 0
     parts: dict[str, list[np.ndarray]] = {}
     numbers: list[int] = []
-    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    rows: list[Predictions] = []
     for fixed in read_episodes(str(path), in_shape, _read_preparation(learner)):
         scores = _score_fixed_episode(learner, fixed)
         for name, column in split_curves(scores.metrics, adapts).items():
@@ -176,7 +203,7 @@ def _score_fixed_episodes(learner: Learner, path: str | Path, predictions: str |
         outputs_QW = scores.outputs[0][:, : len(labels)]
         predicted = outputs_QW.argmax(-1).cpu().numpy()
         numbers.append(fixed.episode)
-        rows.append((labels[fixed.query.y.numpy()], labels[predicted]))
+        rows.append(Predictions({"": labels[fixed.query.y.numpy()]}, {"": labels[predicted]}))
     if predictions is not None:
         write_predictions(predictions, numbers, rows)
     columns = {name: np.concatenate(arrays) for name, arrays in parts.items()}

@@ -44,7 +44,7 @@ def draw_curve(
     axes = figure.subplots()
     bars = [interval or 0.0 for interval in intervals]
     axes.errorbar(range(len(means)), means, bars, capsize=3, marker="o")
-    axes.set(xlabel="inner steps", ylabel=metric, title=f"{tasks} unseen tasks, mean and 95 % interval")
+    axes.set(xlabel="inner steps", ylabel=metric, title=f"{tasks} tasks, mean and 95 % interval")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.savefig(path, dpi=DPI)
 

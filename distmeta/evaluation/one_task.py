@@ -17,7 +17,7 @@ from distmeta.compute.gradient import ShardGradient, build_objective
 from distmeta.compute.inspection import inspect_gradient
 from distmeta.compute.vectors import Layout
 from distmeta.config.job import Job
-from distmeta.errors import MOST_NAMES, InputError
+from distmeta.errors import InputError, shorten_list
 from distmeta.protocols import AdaptsParameters, CollectsData, Episodes, Theta, list_capabilities
 from distmeta.runtime.parameter_server import vector_norm
 from distmeta.runtime.problem import Problem, apply_job_numerics, build_problem, choose_device
@@ -128,9 +128,8 @@ def _describe_adapted(problem: Problem) -> Iterator[str]:
     names = problem.algorithm.names
     parameters = dict(problem.model.module.named_parameters())
     numbers = sum(parameters[name.removeprefix("model.")].numel() for name in names)
-    listed = ", ".join(name.removeprefix("model.") for name in names[:MOST_NAMES])
-    more = ", …" if len(names) > MOST_NAMES else ""
-    yield f"adapts {len(names)} of {len(problem.model.adaptable)} tensors, {numbers:,} numbers: {listed}{more}"
+    listed = shorten_list([name.removeprefix("model.") for name in names])
+    yield f"adapts {len(names)} of {len(problem.model.adaptable)} tensors, {numbers:,} numbers: {listed}"
 
 
 def _check_gradient(problem: Problem, first: GradientRun, second: GradientRun) -> str:

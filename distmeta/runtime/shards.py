@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from distmeta.compute.compression import Vector
+from distmeta.compute.predictions import Predictions
 from distmeta.compute.vectors import Layout
 from distmeta.config.job import Job
 from distmeta.runtime.problem import Problem, build_problem, check_data, export_constants, read_fingerprint
@@ -65,8 +66,8 @@ class ShardResult:
     """The other tasks, numbered within the step."""
     metrics: dict[str, np.ndarray]
     """Training: one number per task, [T]. Evaluation: [T, K+1], after 0 … K inner steps."""
-    predictions: list[tuple[np.ndarray, np.ndarray]] | None
-    """Labels and predictions of every task's query rows, [Q] each (or [Q, D])."""
+    predictions: list[Predictions] | None
+    """Labels and predictions of every task's query rows."""
     seconds_draw: float
     seconds_compute: float
 

@@ -122,6 +122,7 @@ class FewShot:
         self.out_features = ways
         self.preparation = preparation
         self.fingerprint = fingerprint
+        self.class_names = {split: [entry.name for entry in entries] for split, entries in splits.items()}
         self.score: Score = self.scorer("train")
         """`ClassificationScore` of a training episode."""
 

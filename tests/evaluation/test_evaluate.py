@@ -260,11 +260,12 @@ def test_evaluation_is_plain_data(run: Path) -> None:
 
 
 def test_predictions_of_several_targets_are_lists(tmp_path: Path) -> None:
+    from distmeta.compute.predictions import Predictions
     from distmeta.evaluation.predictions import write_predictions
 
     labels = np.zeros((2, 3), np.float32)
     predictions = np.ones((2, 3), np.float32)
-    write_predictions(tmp_path / "p.parquet", [5], [(labels, predictions)])
+    write_predictions(tmp_path / "p.parquet", [5], [Predictions({"": labels}, {"": predictions})])
     table = pq.read_table(tmp_path / "p.parquet").to_pydict()
     assert table == {
         "episode": [5, 5],
@@ -272,3 +273,15 @@ def test_predictions_of_several_targets_are_lists(tmp_path: Path) -> None:
         "label": [[0.0] * 3] * 2,
         "prediction": [[1.0] * 3] * 2,
     }
+
+
+def test_tested_classes_that_were_trained_on_are_reported(run: Path) -> None:
+    notes: list[str] = []
+    result = distmeta.evaluate(run, ["tasks.test_digits=[0,8,9]", "run.eval_tasks=2"], report=notes.append)
+    assert result.seen_classes == 2
+    expected = "tasks.test: 2 of 6 tested classes were trained on (0@0, 0@90), so these are not scores of unseen tasks"
+    assert notes == [expected]
+    assert (
+        distmeta.evaluate(run, ["tasks.shots=2", "run.eval_tasks=2"], report=notes.append).seen_classes == 0
+    )
+    assert len(notes) == 1

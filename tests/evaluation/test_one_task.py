@@ -35,11 +35,11 @@ def check(job: dict[str, Any]) -> str:
 @pytest.mark.parametrize(
     ("job", "algorithm", "tasks"),
     [
-        (tree("maml"), "FirstOrder, ScoresSupport", "none"),
+        (tree("maml"), "FirstOrder, ScoresSupport, AdaptsParameters", "none"),
         (
             tree("protonet"),
             "ScoresSupport",
-            "ScoresPerSplit, HasFingerprint, HasEvaluationWays, HasPreparation",
+            "ScoresPerSplit, HasFingerprint, HasEvaluationWays, NamesClasses, HasPreparation",
         ),
         (tree("rl2"), "ActsWithMemory, ScoresSupport", "CollectsData"),
     ],
