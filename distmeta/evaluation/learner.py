@@ -9,21 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from distmeta.compute.gradient import detach_tree, to_float32, unroll
+from distmeta.compute.predictions import choose_predictions
 from distmeta.compute.scoring import evaluation_mode
 from distmeta.config.job import Job, remove_workers
 from distmeta.config.yaml_text import apply_overrides
 from distmeta.errors import InputError
 from distmeta.evaluation.trusted_parts import read_stored_job
-from distmeta.protocols import Algorithm, Batch, CollectsData, ScoresPerSplit, State, Theta
+from distmeta.evaluation.user_data import (
+    build_inputs,
+    build_support,
+    is_class_index,
+    read_field,
+    replace_field,
+)
+from distmeta.protocols import Algorithm, CollectsData, PredictsLabels, ScoresPerSplit, State, Theta
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint
 from distmeta.runtime.outer_optimizer import check_theta
 from distmeta.runtime.problem import Problem, apply_job_numerics, build_problem, with_score
 from distmeta.tasks.few_shot import ClassificationScore
+from distmeta.trees import tree_leaves, tree_map
 
 EVALUATION_KEYS = ("ways", "shots", "queries", "support_domain", "query_domain")
 """Keys of few-shot tasks that have an `eval_` twin. `distmeta evaluate RUN tasks.ways=3` means `tasks.eval_ways=3`."""
@@ -80,17 +88,21 @@ class Learner:
     """Inner steps of `adapt`, if it is not told otherwise."""
     checkpoint: Checkpoint
 
-    def adapt(self, x: Any, y: Any, steps: int | None = None) -> Adapted:
+    def adapt(self, x: Any, y: Any = None, steps: int | None = None) -> Adapted:
         """Learn one task from its support set.
 
+        The algorithm receives a support set of the same type as in training. `adapt(support)` takes a whole one, which
+        is needed if the family's support sets have more than inputs and targets.
+
         Args:
-            x: inputs, [N, *in_shape].
-            y: integer labels [N], or targets [N, D]. Labels may be any integers; output i means the i-th smallest.
+            x: inputs, [N, *in_shape], or a pytree like those of the family.
+            y: integer labels [N], targets [N, ...], or a pytree like those of the family. Integer labels [N] may be any
+                integers; output i means the i-th smallest.
             steps: inner steps; None: as in the job.
 
         Raises:
-            InputError: x does not have the model's input shape, y is not one label or target per example, or there are
-                more classes than outputs.
+            InputError: x or y differs in structure, shape or kind of numbers from the family's data, or there are more
+                classes than outputs.
         """
         problem = self.problem
         if isinstance(problem.family, CollectsData):
@@ -98,19 +110,20 @@ class Learner:
                 f"adapt: the tasks {problem.job.tasks.type} have no x and y, a policy collects their data: use "
                 "distmeta.evaluate, or compute.episodes.make_episodes with your own family"
             )
-        x = _as_inputs(x, problem)
-        y = _as_targets(y, len(x), problem)
+        support = build_support(problem, x, y)
         classes = None
         algorithm = problem.algorithm
-        if not y.is_floating_point():
-            classes, y = torch.unique(y, return_inverse=True)
+        labels = read_field(support, "y")
+        if is_class_index(labels):
+            classes, labels = torch.unique(labels, return_inverse=True)
+            support = replace_field(support, "y", labels)
             algorithm = _restrict_ways(problem, len(classes))
         if steps and algorithm.inner_steps == 0:
             kind = problem.job.algorithm.type
             raise InputError(f"steps: got {steps}, but {kind} has no inner loop: leave it out")
         steps = self.steps if steps is None else steps
         with self.inference_settings():
-            state = detach_tree(unroll(algorithm, self.theta, Batch(x, y), steps, detach=True))
+            state = detach_tree(unroll(algorithm, self.theta, support, steps, detach=True))
         return Adapted(self, algorithm, state, classes)
 
     @contextmanager
@@ -135,17 +148,30 @@ class Adapted:
     classes: torch.Tensor | None
     """The task's labels [classes], in the order of the outputs; None for regression."""
 
-    def __call__(self, x: Any) -> torch.Tensor:
-        """Return the outputs for x [Q, *in_shape]: logits [Q, classes], or targets [Q, D]."""
-        inputs = _as_inputs(x, self.learner.problem)
+    def __call__(self, x: Any) -> Any:
+        """Return the outputs for x [Q, *in_shape]: logits [Q, classes], targets [Q, D], or what the model returns."""
+        inputs = build_inputs(self.learner.problem, x)
         with self.learner.inference_settings(), torch.no_grad():
             outputs = to_float32(self.algorithm.predict(self.learner.theta, self.state, inputs))
         return outputs if self.classes is None else outputs[..., : len(self.classes)]
 
-    def predict(self, x: Any) -> torch.Tensor:
-        """Return the label of each row of x, [Q], or its target, [Q, D]."""
+    def predict(self, x: Any) -> Any:
+        """Return the label of each row of x, [Q], or its target, [Q, D]; a pytree if the family's targets are one.
+
+        Raises:
+            InputError: it is not clear which prediction the outputs mean (`compute.predictions`).
+        """
         outputs = self(x)
-        return outputs if self.classes is None else self.classes[outputs.argmax(-1)]
+        if self.classes is not None:
+            return self.classes[outputs.argmax(-1)]
+        problem = self.learner.problem
+        rows = len(tree_leaves(build_inputs(problem, x))[0])
+        query = problem.example.query
+        targets = tree_map(lambda leaf: leaf.new_zeros(rows, *leaf.shape[1:]), read_field(query, "y"))
+        if isinstance(problem.family, PredictsLabels):
+            batch = replace_field(replace_field(query, "y", targets), "x", build_inputs(problem, x))
+            return problem.family.predict_labels(outputs, batch)
+        return choose_predictions(targets, outputs)
 
 
 def make_evaluation_job(tree: Mapping[str, Any], overrides: Sequence[str]) -> tuple[Job, int | None]:
@@ -200,38 +226,3 @@ def _restrict_ways(problem: Problem, ways: int) -> Algorithm:
             "or targets as floats"
         )
     return problem.algorithm
-
-
-def _as_inputs(x: Any, problem: Problem) -> torch.Tensor:
-    tensor = _as_tensor("x", x).to(problem.device, problem.input_dtype)
-    expected = tuple(problem.family.in_shape)
-    if tuple(tensor.shape[1:]) != expected:
-        raise InputError(f"x: got examples of shape {tuple(tensor.shape[1:])}, expected {expected}")
-    return tensor
-
-
-def _as_targets(y: Any, examples: int, problem: Problem) -> torch.Tensor:
-    """Return integer labels [N] as int64, or targets [N, D] as float32."""
-    tensor = _as_tensor("y", y).to(problem.device)
-    shape = tuple(tensor.shape)
-    target_shape = (examples, problem.family.out_features)
-    if tensor.is_floating_point():
-        if shape != target_shape:
-            raise InputError(
-                f"y: got numbers of shape {shape}, expected integer labels of shape {(examples,)} "
-                f"or targets of shape {target_shape}"
-            )
-        return tensor.to(torch.float32)
-    if shape != (examples,):
-        raise InputError(f"y: got labels of shape {shape}, expected one for each of the {examples} examples")
-    return tensor.to(torch.int64)
-
-
-def _as_tensor(field: str, value: Any) -> torch.Tensor:
-    """Return a detached tensor. Arrays are copied, because they may be read-only."""
-    try:
-        return value.detach() if isinstance(value, torch.Tensor) else torch.tensor(np.asarray(value))
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"{field}: got {type(value).__name__} ({error}), expected an array of numbers"
-        ) from None

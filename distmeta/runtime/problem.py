@@ -22,6 +22,7 @@ from distmeta.errors import InputError
 from distmeta.models.functional import FunctionalModel
 from distmeta.protocols import (
     Algorithm,
+    Batch,
     ChangesOverTraining,
     CollectsData,
     Episode,
@@ -37,6 +38,7 @@ from distmeta.protocols import (
 from distmeta.runtime.checkpoint import Checkpoint, Progress, TrainingState
 from distmeta.seeding import task_ids, torch_generator
 from distmeta.tasks.few_shot import ClassificationScore
+from distmeta.trees import tree_map
 
 
 @dataclass(frozen=True)
@@ -95,14 +97,20 @@ class Problem:
         return theta
 
     @cached_property
-    def input_dtype(self) -> torch.dtype:
-        """The dtype of the inputs that the family draws (integers for tokens); float32 if it cannot draw."""
+    def example(self) -> Episode:
+        """The episode of one task, without a task axis: the types, structure and dtypes of the family's data.
+
+        Few-shot classes whose data are not here have an episode of zeros.
+        """
+        if isinstance(self.family, AbsentTasks):
+            batch = Batch(torch.zeros(1, *self.family.in_shape), torch.zeros(1, dtype=torch.int64))
+            return Episode(batch, batch)
+        ids = task_ids(self.job.seed, "probe", 0, 1)
         try:
-            episodes = draw_episodes(self.family, "test", task_ids(self.job.seed, "probe", 0, 1))
-            assert not isinstance(episodes, list), "one task is stacked"
-            return episodes.query.x.dtype
-        except (InputError, AttributeError):
-            return torch.float32
+            episodes = draw_episodes(self.family, "test", ids)
+        except InputError:  # there is no test split
+            episodes = draw_episodes(self.family, "train", ids)
+        return tree_map(lambda leaf: leaf[0], episodes)
 
     @property
     def eval_steps(self) -> int:

@@ -131,7 +131,7 @@ def test_tasks_of_a_group_must_have_equal_shapes() -> None:
 def test_unequal_tasks_are_resolved(execution: str) -> None:
     problem = resolve(build_problem(Job.parse(tree(tasks=UNEQUAL, compute={"execution": execution}))))
     assert problem.execution.mode in ("loop", "vmap")
-    assert problem.input_dtype == torch.float32
+    assert problem.example.query.x.dtype == torch.float32
     assert isinstance(make_episodes(problem.family, problem.algorithm, {}, "train", IDS, 2), list)
 
 

@@ -181,10 +181,10 @@ def test_wrong_support_sets_are_refused(run: Path, x: Any, y: Any, expected: str
 
 def test_wrong_support_sets_of_a_regression_are_refused(waves: Path) -> None:
     learner, support, query = draw_task(waves)
-    with pytest.raises(InputError, match=r"y: got numbers of shape \(5,\), .* or targets of shape \(5, 1\)"):
+    with pytest.raises(
+        InputError, match=r"y: got numbers of shape \(5,\), expected targets of shape \(5, 1\)"
+    ):
         learner.adapt(support.x, support.y[:, 0])
-    with pytest.raises(InputError, match=r"y: got 5 classes, expected at most 1 .* or targets as floats"):
-        learner.adapt(support.x, range(5))
     with pytest.raises(InputError, match=r"x: got examples of shape \(\), expected \(1,\)"):
         learner.adapt(*support)(query.x[:, 0])
 
