@@ -46,6 +46,14 @@ class Batch(NamedTuple):
     y: Any
 
 
+@runtime_checkable
+class Examples(Protocol):
+    """A support or query set of inputs and targets: a `Batch`, or a user's own NamedTuple with further fields."""
+
+    x: Any
+    y: Any
+
+
 class Episode(NamedTuple):
     """The data drawn for one task. In `Episodes` of several tasks every tensor has a leading task axis, [T, ...].
 

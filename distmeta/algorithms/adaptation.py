@@ -186,7 +186,8 @@ def select_minibatch(support: Any, k: int, size: int | None) -> Any:
     if size is None or size >= count:
         return support
     rows: Any = [(k * size + i) % count for i in range(size)]
-    if isinstance(support, Batch) and isinstance(support.y, Tensor) and not support.y.is_floating_point():
+    has_labels = isinstance(support, Batch) and isinstance(support.y, Tensor) and support.y.dim() == 1
+    if has_labels and not support.y.is_floating_point():
         is_real_N = support.y != PADDING
         real_first_N = (~is_real_N).int().argsort(stable=True)
         positions = k * size + torch.arange(size, device=support.y.device)

@@ -41,13 +41,24 @@ def images(
     ] = "light",
     channels: Annotated[int, typer.Option(help="1 (grey) or 3 (colour).")] = 3,
     domains: Annotated[bool, typer.Option("--domains", help="The first folder level is a domain.")] = False,
+    levels: Annotated[
+        float | None, typer.Option(help="Value of a 16-bit image that means white; default: 65535.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Build a store from a tree of image files."""
     from distmeta.data.images import build_images
 
     # build_images checks `ink`; typer has no type for it that keeps our message
-    built = build_images(source, out, size=size, ink=ink, channels=channels, domains=domains)  # pyright: ignore[reportArgumentType]
+    built = build_images(
+        source,
+        out,
+        size=size,
+        ink=ink,  # pyright: ignore[reportArgumentType]
+        channels=channels,  # pyright: ignore[reportArgumentType]
+        domains=domains,
+        levels=levels,
+    )
     _print_store(built, as_json)
 
 

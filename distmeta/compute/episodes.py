@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from distmeta.compute.buckets import stack_if_equal
+from distmeta.compute.conversion import convert_episodes
 from distmeta.compute.gradient import detach_tree, to_float32
 from distmeta.protocols import (
     ActsWithMemory,
@@ -56,7 +57,7 @@ def draw_episodes(
     Raises:
         InputError: the family did not return one episode per task.
     """
-    episodes = family.draw(split, ids)
+    episodes = convert_episodes(family.draw(split, ids), family.score)
     if isinstance(episodes, list):
         episodes = stack_if_equal(episodes, len(ids))
     return episodes if torch.device(device).type == "cpu" else to_device(episodes, device)

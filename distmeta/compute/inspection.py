@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from distmeta.compute.gradient import Method, Objective, compute_group, cut_into_chunks, seed_generators
 from distmeta.compute.random_state import is_same_state, read_random_state
-from distmeta.errors import InputError, describe_failure
+from distmeta.errors import InputError, describe_failure, first_line
 from distmeta.protocols import Episodes, Theta
-from distmeta.trees import tree_leaves
+from distmeta.trees import name_leaves, tree_leaves
 
 CONVOLUTIONS = (
     nn.Conv1d,
@@ -174,7 +174,16 @@ def inspect_gradient(
             compute_group(objective, theta, chunk.episodes)
             return not is_same_state(before, read_random_state(gpus))
 
-    return watch(compute, kept, "the first meta-gradient")
+    try:
+        return watch(compute, kept, "the first meta-gradient")
+    except InputError as error:
+        pixels = [name for name, leaf in name_leaves(chunk.episodes) if leaf.dtype == torch.uint8]
+        if error.__cause__ is None or not pixels:
+            raise
+        raise InputError(
+            f"tasks.type: draw returned {pixels[0]} as uint8, which the model cannot compute with "
+            f"({first_line(error.__cause__)}), expected float32 for pixels (x.float() / 255), or int64 for tokens"
+        ) from error.__cause__
 
 
 def watch(compute: Callable[[], Any], kept: Mapping[str, Tensor], what: str) -> Any:

@@ -19,6 +19,7 @@ def build_images(
     ink: Ink = "dark",
     channels: Literal[1, 3] = 1,
     domains: bool = False,
+    levels: float | None = None,
 ) -> dict[str, Any]:
     """Build a store from a tree CLASS/*.png or GROUP/CLASS/*.png (or jpg), everything in sorted order.
 
@@ -27,7 +28,7 @@ def build_images(
             matched by their names. Files of a class with the same name before the ending show the same drawing in
             several domains.
         out: the file to write.
-        size, ink, channels: see `tasks.image_preparation.Preparation`.
+        size, ink, channels, levels: see `tasks.image_preparation.Preparation`.
 
     Returns:
         {"path", "classes", "examples"}.
@@ -38,7 +39,7 @@ def build_images(
     root = Path(source).expanduser()
     if not root.is_dir():
         raise InputError(f"--source: got {source!r}, expected a folder of image folders")
-    preparation = Preparation(size=size, ink=ink, channels=channels)
+    preparation = Preparation(size=size, ink=ink, channels=channels, levels=levels)
     if not domains:
         return write_drawings(out, {NO_DOMAIN: _read_tree(root)}, preparation)
     trees = {folder.name: _read_tree(folder) for folder in _list_folders(root)}

@@ -19,6 +19,7 @@ from distmeta.compute.choose_execution import (
     holds_graphs,
 )
 from distmeta.compute.compiler import Compiler, find_missing_tool
+from distmeta.compute.conversion import check_episodes
 from distmeta.compute.episodes import make_episodes
 from distmeta.compute.execution import WHOLE_SHARD, Execution, shard_gradient
 from distmeta.compute.gradient import build_objective
@@ -170,7 +171,10 @@ def _make_probe_tasks(problem: Problem, theta: Theta, groups: int) -> tuple[Any,
     algorithm = problem.algorithm
     ids = task_ids(problem.job.seed, "probe", 0, groups * algorithm.group_size)
     steps = algorithm.inner_steps
-    return make_episodes(problem.family, algorithm, theta, "train", ids, steps, problem.device), ids
+    episodes = make_episodes(problem.family, algorithm, theta, "train", ids, steps, problem.device)
+    if not isinstance(problem.family, CollectsData):
+        check_episodes(episodes, len(ids), problem.family.score)
+    return episodes, ids
 
 
 def _has_long_graphs(problem: Problem, traits: ModelTraits, theta: Theta, episodes: Episode) -> bool:

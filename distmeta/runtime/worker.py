@@ -14,10 +14,9 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 
-from distmeta.compute.buckets import stack_if_equal
 from distmeta.compute.compiler import Compiler, MissingCompilerError, find_missing_tool
 from distmeta.compute.compression import encode
-from distmeta.compute.episodes import collect_episodes, to_device
+from distmeta.compute.episodes import collect_episodes, draw_episodes
 from distmeta.compute.execution import build_method
 from distmeta.compute.gradient import build_objective, sum_gradients
 from distmeta.compute.memory import keep_freed_memory
@@ -200,10 +199,7 @@ class Worker:
             return collect_episodes(
                 family, problem.algorithm, theta, shard.split, ids, shard.inner_steps, problem.device
             )
-        episodes = family.draw(shard.split, ids)
-        if isinstance(episodes, list):
-            episodes = stack_if_equal(episodes, len(ids))
-        return episodes if problem.device.type == "cpu" else to_device(episodes, problem.device)
+        return draw_episodes(family, shard.split, ids, problem.device)
 
 
 class LocalPool:

@@ -20,6 +20,9 @@ from distmeta.errors import InputError, did_you_mean, first_line
 Filter = Literal["lanczos", "bilinear", "box", "nearest"]
 Ink = Literal["dark", "light"]
 
+LEAST_SHARE = 1 / 16
+"""An image of more than 8 bits that uses less of its range than this is probably scaled differently."""
+
 _RESAMPLING = {
     "lanczos": Image.Resampling.LANCZOS,
     "bilinear": Image.Resampling.BILINEAR,
@@ -38,6 +41,8 @@ class Preparation:
     ink: Ink = "dark"
     """Polarity of the source. Dark ink on light paper is inverted, so that ink is 255."""
     channels: Literal[1, 3] = 1
+    levels: float | None = None
+    """The value of a 16-bit, 32-bit or float source that means white; null: the type's range (65,535; 1 for floats)."""
     scale: float = 1 / 255
     """A stored value is multiplied by this to give the float32 input of a model."""
 
@@ -52,6 +57,8 @@ class Preparation:
             raise InputError(f"preparation.size: got {self.size!r}, expected an integer of at least 1")
         if type(self.scale) not in (int, float) or not (0 < self.scale < math.inf):
             raise InputError(f"preparation.scale: got {self.scale!r}, expected a positive number")
+        if self.levels is not None and not (type(self.levels) in (int, float) and 0 < self.levels < math.inf):
+            raise InputError(f"preparation.levels: got {self.levels!r}, expected a positive number or null")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -76,13 +83,14 @@ def prepare_image(source: bytes | Image.Image, preparation: Preparation, where: 
     """Return the image as uint8 [C, H, W], with ink at 255.
 
     Converts to greyscale (or RGB), resizes, then inverts if the ink is dark. One-bit images become 0 and 255;
-    transparent pixels show paper; 16-bit greyscale keeps its upper byte.
+    transparent pixels show paper; values of more than 8 bits are scaled by `Preparation.levels`.
 
     Args:
         where: names the image in errors.
 
     Raises:
-        InputError: the bytes are not a complete PNG or JPEG image.
+        InputError: the bytes are not a complete PNG or JPEG image, or its values do not fit the range that they are
+            scaled by, so that it would be nearly black or cut off.
     """
     try:
         image = source
@@ -90,6 +98,8 @@ def prepare_image(source: bytes | Image.Image, preparation: Preparation, where: 
             image = Image.open(io.BytesIO(image), formats=("PNG", "JPEG"))
         image.load()
         flat = _flatten(image, preparation)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise InputError(
             f"{where}: got no readable image ({first_line(error)}), expected PNG or JPEG"
@@ -107,12 +117,29 @@ def scale_pixels(pixels: np.ndarray, scale: float) -> np.ndarray:
     return np.multiply(pixels, np.float32(scale), dtype=np.float32)
 
 
+def _scale_to_8_bits(values: np.ndarray, mode: str, levels: float | None) -> np.ndarray:
+    """Return values of more than 8 bits as uint8, with `levels` at 255.
+
+    Raises:
+        InputError: no range is given, and the values use less than a sixteenth of the type's range or exceed it.
+    """
+    full = 1.0 if mode == "F" else 65535.0
+    largest = float(values.max(initial=0.0))
+    if levels is None and largest > 0 and not full * LEAST_SHARE <= largest <= full:
+        raise InputError(
+            f"got values up to {largest:g} in an image of mode {mode}, whose range is 0 to {full:g}, expected "
+            "levels: the value that means white (4095 for 12 bits; the range itself if the image is so dark)"
+        )
+    return np.rint(np.clip(values / (levels or full), 0, 1) * 255).astype(np.uint8)
+
+
 def _flatten(image: Image.Image, preparation: Preparation) -> Image.Image:
     """Return the image without transparency, in mode L or RGB."""
     mode = "L" if preparation.channels == 1 else "RGB"
-    if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip at 255
-        wide = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((np.clip(wide, 0, 65535) >> 8).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):  # Pillow would clip these at 255
+        image = Image.fromarray(
+            _scale_to_8_bits(np.asarray(image, np.float64), image.mode, preparation.levels)
+        )
     if image.has_transparency_data:
         paper = (255, 255, 255, 255) if preparation.ink == "dark" else (0, 0, 0, 255)
         layer = image.convert("RGBA")

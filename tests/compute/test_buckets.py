@@ -60,6 +60,8 @@ def test_equal_tasks_are_stacked_and_wrong_length_is_refused() -> None:
     assert isinstance(draw_episodes(family, "train", IDS[:2]), list)
 
     class Short:
+        score = family.score
+
         def draw(self, split: str, ids: Any) -> Any:
             return family.draw(split, ids)[1:]
 

@@ -93,3 +93,36 @@ def test_damaged_images_are_refused():
         ) as caught:
             prepare_image(data, Preparation(), "row 7")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("factor", "levels"), [(257, None), (1, 255), (16, 4080), (16.0 / 4080, 1.0)])
+def test_wide_values_give_the_same_image_as_8_bits(factor: float, levels: float | None):
+    narrow = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    expected = prepare_image(Image.fromarray(narrow), Preparation(size=16, ink="light"))
+    kind = np.uint16 if isinstance(factor, int) else np.float32
+    wide = Image.fromarray((narrow * np.float64(factor)).astype(kind))
+    preparation = Preparation(size=16, ink="light", levels=levels)
+    assert np.array_equal(prepare_image(wide, preparation), expected)
+    if kind is np.uint16:
+        assert np.array_equal(prepare_image(encode(wide), preparation), expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (
+            np.full((4, 4), 255, np.uint16),
+            r"scan: got values up to 255 in an image of mode I;16, .* expected levels",
+        ),
+        (np.full((4, 4), 4095, np.uint16), r"scan: got values up to 4095 .* \(4095 for 12 bits"),
+        (
+            np.full((4, 4), 80.0, np.float32),
+            r"scan: got values up to 80 in an image of mode F, whose range is 0 to 1",
+        ),
+        (np.full((4, 4), 70000, np.int32), r"scan: got values up to 70000"),
+    ],
+)
+def test_wide_values_of_an_unknown_range_are_refused(image: np.ndarray, message: str):
+    with pytest.raises(InputError, match=message):
+        prepare_image(Image.fromarray(image), Preparation(), "scan")
+    assert prepare_image(Image.fromarray(np.zeros_like(image)), Preparation(ink="light")).max() == 0
