@@ -5,12 +5,15 @@ Shapes: S support rows, Q query rows, F features, W ways.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from distmeta.compute.gradient import to_float32
 from distmeta.errors import InputError
-from distmeta.protocols import Batch, Model, Score, Theta, find_ways, one_hot
+from distmeta.protocols import Examples, Model, Score, Theta, find_ways, one_hot
+from distmeta.trees import tree_leaves, tree_map
 
 
 def require_ways(score: Score, method: str) -> int:
@@ -38,14 +41,32 @@ def check_ways(score: Score, outputs: int, method: str) -> None:
         )
 
 
-def embed_together(model: Model, theta: Theta, support: Batch, x: Tensor) -> tuple[Tensor, Tensor]:
+def require_rows(y: Any, method: str) -> Tensor:
+    """Return the targets [N, D] of a regression.
+
+    Raises:
+        InputError: they are several tensors, or have another shape.
+    """
+    if not isinstance(y, Tensor) or y.dim() != 2:
+        found = (
+            f"targets of shape {list(y.shape)}" if isinstance(y, Tensor) else f"{type(y).__name__} as targets"
+        )
+        raise InputError(
+            f"algorithm.type: got {method} with {found}, expected one tensor [N, D], because {method} reads the "
+            "targets: use maml, reptile, meta-sgd or another method that only needs the loss"
+        )
+    return y
+
+
+def embed_together(model: Model, theta: Theta, support: Examples, x: Any) -> tuple[Tensor, Tensor]:
     """Return the features of the support rows [S, F] and of x [Q, F], computed as one batch.
 
     A batch norm then uses the same statistics for everything that is compared, even for a single query, as in the
     reference code of prototypical networks.
     """
-    features = model.features(theta, torch.cat([support.x, x]))
-    return features[: len(support.x)], features[len(support.x) :]
+    features = model.features(theta, tree_map(lambda *rows: torch.cat(rows), support.x, x))
+    count = len(tree_leaves(support.x)[0])
+    return features[:count], features[count:]
 
 
 def average_by_class(features_SF: Tensor, y: Tensor, ways: int) -> tuple[Tensor, Tensor]:

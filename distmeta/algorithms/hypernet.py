@@ -14,7 +14,12 @@ from pydantic import Field
 from torch import Tensor
 
 from distmeta.algorithms.adaptation import Adapt, select_adapted
-from distmeta.algorithms.class_features import average_by_class, find_head_shape, mask_absent_classes
+from distmeta.algorithms.class_features import (
+    average_by_class,
+    find_head_shape,
+    mask_absent_classes,
+    require_rows,
+)
 from distmeta.compute.inner_gradient import inner_gradient
 from distmeta.protocols import Batch, Model, Score, Theta, find_ways, select_prefix
 
@@ -93,7 +98,7 @@ class Hypernet:
         ways = find_ways(self.score)
         if ways is None:
             counts_W = None
-            rows = generate_regressor(theta, features_SF, support.y)
+            rows = generate_regressor(theta, features_SF, require_rows(support.y, "hypernet"))
         else:
             means_WF, counts_W = average_by_class(features_SF, support.y, ways)
             rows = generate_classifier(theta, means_WF, counts_W)

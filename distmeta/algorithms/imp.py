@@ -94,7 +94,7 @@ class IMP:
             features_SF, state.y, ways, sigma.detach(), self.concentration, self.clusters
         )
         logits_QC = -squared_distances(features_QF, clusters.centres) / (2 * sigma)
-        classes_W = torch.arange(ways, device=x.device)
+        classes_W = torch.arange(ways, device=features_QF.device)
         belongs_WC = (clusters.labels == classes_W[:, None]) & clusters.exists
         logits_QW = mask_logits(logits_QC[:, None, :], belongs_WC).amax(-1)
         return mask_absent_classes(logits_QW, belongs_WC.sum(1))

@@ -18,6 +18,7 @@ from distmeta.algorithms.class_features import (
     find_feature_size,
     mask_absent_classes,
     mask_logits,
+    require_rows,
 )
 from distmeta.algorithms.protonet import init_scale, read_scale
 from distmeta.protocols import PADDING, Batch, Model, Score, Theta, find_ways, one_hot
@@ -100,7 +101,7 @@ class MatchingNet:
         scores_QS = read_scale(theta, self.scale) * cosines(features_QF, features_SF)
         log_attention_QS = mask_logits(scores_QS, real_S).log_softmax(-1)
         if ways is None:
-            return log_attention_QS.exp() @ state.y
+            return log_attention_QS.exp() @ require_rows(state.y, "matching")
         classes_WS = one_hot(state.y, ways, features_SF.dtype).T
         log_p_QW = mask_logits(log_attention_QS[:, None, :], classes_WS > 0).logsumexp(-1)
         return mask_absent_classes(log_p_QW, classes_WS.sum(1))

@@ -12,8 +12,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.class_features import check_ways, embed_together, find_head_shape
+from distmeta.algorithms.class_features import check_ways, embed_together, find_head_shape, require_rows
 from distmeta.protocols import PADDING, Batch, Model, Score, Theta, find_ways, one_hot
+from distmeta.trees import tree_map
 
 Size = Annotated[int, Field(ge=1)]
 Attention = Annotated[list[Annotated[list[Size], Field(min_length=2, max_length=2)]], Field(min_length=1)]
@@ -97,7 +98,7 @@ class SNAIL:
             return support
         check_ways(self.score, self.outputs, "snail")
         order = torch.argsort((support.y != PADDING).int(), stable=True)
-        return Batch(support.x[order], support.y[order])
+        return Batch(tree_map(lambda leaf: leaf[order], support.x), support.y[order])
 
     def step(self, theta: Theta, state: Batch, support: Batch, k: int) -> Batch:
         raise AssertionError("there is no inner step")
@@ -107,12 +108,12 @@ class SNAIL:
         embedded_SC = apply_linear(theta, "snail.embedding", features_SF)
         embedded_QC = apply_linear(theta, "snail.embedding", features_QF)
         if find_ways(self.score) is None:
-            labels = state.y
-            real_S = torch.ones_like(state.y[:, 0], dtype=torch.bool)
+            labels = require_rows(state.y, "snail")
+            real_S = torch.ones_like(labels[:, 0], dtype=torch.bool)
         else:
             labels = one_hot(state.y, self.outputs, embedded_SC.dtype)
             real_S = state.y != PADDING
-        unknown = embedded_QC.new_zeros(len(x), labels.shape[1])
+        unknown = embedded_QC.new_zeros(len(embedded_QC), labels.shape[1])
         s_SC = torch.cat([embedded_SC, labels], 1) * real_S[:, None]
         q_QC = torch.cat([embedded_QC, unknown], 1)
         _, q_QC = self.read_sequences(theta, s_SC, q_QC, real_S)

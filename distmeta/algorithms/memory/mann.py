@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from distmeta.algorithms.class_features import check_ways, embed_together, find_head_shape
+from distmeta.algorithms.class_features import check_ways, embed_together, find_head_shape, require_rows
 from distmeta.algorithms.memory.addressing import Memory
 from distmeta.algorithms.memory.dnc import build_dnc
 from distmeta.algorithms.memory.lrua import build_lrua
@@ -161,7 +161,7 @@ class MANN:
     def predict(self, theta: Theta, state: MANNState, x: Tensor) -> Tensor:
         _, features_QF = embed_together(self.model, theta, state.support, x)
         if self.sequential:
-            unknown_QD = features_QF.new_zeros(len(x), self.outputs)
+            unknown_QD = features_QF.new_zeros(len(features_QF), self.outputs)
             _, outputs = self._read_sequence(theta, state.controller, features_QF, unknown_QD)
             return outputs
         return self._read_each(theta, state.controller, features_QF)
@@ -172,12 +172,13 @@ class MANN:
         if self.sequential:
             return query_loss(self, theta, episode, unroll, score)
         support, query = episode
-        continuation = Batch(*(leaf[: self.sequence] for leaf in query))
+        continuation = tree_map(lambda leaf: leaf[: self.sequence], Batch(query.x, query.y))
         features_SF = self.model.features(theta, support.x)  # as in `begin`
         _, features_QF = embed_together(self.model, theta, support, query.x)
         controller, support_SD = self._read_sequence(theta, self._start(theta), features_SF, support.y)
         _, query_ND = self._read_sequence(theta, controller, features_QF[: self.sequence], continuation.y)
-        rows = Batch(*(torch.cat(pair) for pair in zip(support, continuation, strict=True)))
+        read = Batch(support.x, support.y)
+        rows = tree_map(lambda *parts: torch.cat(parts), read, continuation)
         outputs_ND = torch.cat([support_SD, query_ND])
         loss, _ = score(outputs_ND, rows)
         constants = tree_map(lambda leaf: leaf.detach(), (theta, controller, features_QF))
@@ -200,8 +201,8 @@ class MANN:
         self, theta: Theta, controller: ControllerState, features_NF: Tensor, y: Tensor
     ) -> tuple[ControllerState, Tensor]:
         """Read rows with their labels, one after the other. Return the state after the last, and the outputs [N, D]."""
-        has_classes = not y.is_floating_point()
-        labels_ND = one_hot(y, self.outputs, features_NF.dtype) if has_classes else y
+        has_classes = isinstance(y, Tensor) and not y.is_floating_point()
+        labels_ND = one_hot(y, self.outputs, features_NF.dtype) if has_classes else require_rows(y, "mann")
         known = []
         for n, inputs in enumerate(self._project_inputs(theta, features_NF)):
             after = self._read_row(theta, controller, inputs)._replace(label=labels_ND[n])
