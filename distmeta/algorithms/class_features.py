@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distmeta.compute.gradient import to_float32
 from distmeta.errors import InputError
-from distmeta.protocols import Examples, Model, Score, Theta, find_ways, one_hot
+from distmeta.protocols import Model, Score, Theta, find_ways, one_hot
 from distmeta.trees import tree_leaves, tree_map
 
 
@@ -58,7 +58,7 @@ def require_rows(y: Any, method: str) -> Tensor:
     return y
 
 
-def embed_together(model: Model, theta: Theta, support: Examples, x: Any) -> tuple[Tensor, Tensor]:
+def embed_together(model: Model, theta: Theta, support: Any, x: Any) -> tuple[Tensor, Tensor]:
     """Return the features of the support rows [S, F] and of x [Q, F], computed as one batch.
 
     A batch norm then uses the same statistics for everything that is compared, even for a single query, as in the

@@ -115,7 +115,8 @@ def replay(
     for gradient, loss in recorded:
         state = update(theta, state, gradient, loss)
     outputs = problem.algorithm.predict(theta, state, episode.query.x)
-    return float(problem.score("train")(outputs, episode.query)[0])
+    loss, _ = problem.score("train")(outputs, episode.query)
+    return float(loss.detach())
 
 
 def record(problem: Problem, theta: Theta, episode: Episode) -> list[tuple[Theta, torch.Tensor]]:
