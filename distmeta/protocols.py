@@ -258,6 +258,38 @@ class AdaptsParameters(Protocol):
     """Keys of phi."""
 
 
+@runtime_checkable
+class BilevelProblem(Protocol):
+    """Two nested problems, as pure functions. The algorithm `bilevel` calls them; a job names the class.
+
+    Upper parameters are what the outer optimizer updates. Lower parameters are trained in each task by an inner loop.
+    The constructor receives `algorithm.options`, and the job's model and score if it has such parameters.
+    """
+
+    def init_upper(self, generator: torch.Generator) -> Theta:
+        """Return the upper parameters at step 0. Called once per run."""
+        ...
+
+    def init_lower(self, generator: torch.Generator) -> Theta:
+        """Return the lower parameters before the first inner step.
+
+        Called once when the algorithm is built, and in every task with `lower_start: random`.
+        """
+        ...
+
+    def lower_loss(self, upper: Theta, lower: Theta, support: Any, /) -> Tensor:
+        """Return the loss that every inner step reduces, a scalar."""
+        ...
+
+    def upper_loss(self, upper: Theta, lower: Theta, query: Any, /) -> tuple[Tensor, Metrics]:
+        """Return the loss of the trained lower parameters, a scalar, and metrics. Called once after the inner loop."""
+        ...
+
+    def predict(self, upper: Theta, lower: Theta, x: Any, /) -> Any:
+        """Return the outputs for inputs `x`. Evaluation scores them by the task family's score."""
+        ...
+
+
 # --- Task families ------------------------------------------------------------------------------------------------
 
 

@@ -109,6 +109,16 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
     "meta-sgd": {"type": "meta-sgd", "inner_steps": 2},
     "meta-curvature": {"type": "meta-curvature", "inner_lr": 0.05, "inner_steps": 2},
     "gradient-norm": {"type": "gradient-norm", "inner_lr": 0.05, "inner_steps": 2, "lam": 0.1},
+    "bilevel": {"type": "bilevel", "problem": "learned-loss", "inner_lr": 0.05, "inner_steps": 2},
+    "bilevel-implicit": {
+        "type": "bilevel",
+        "problem": "reweighting",
+        "inner_lr": 0.1,
+        "inner_steps": 3,
+        "hypergradient": "conjugate-gradients",
+        "implicit_steps": 3,
+        "damping": 1.0,
+    },
     "contrastive": {"type": "contrastive", "inner_lr": 0.05, "inner_steps": 2, "margin": 1.0},
     "hypernet": {"type": "hypernet", "hidden": 8, "inner_steps": 1},
     "hypernet-regression": {"type": "hypernet", "hidden": 8, "inner_steps": 0},
@@ -141,6 +151,7 @@ SETTINGS: dict[str, dict[str, Any]] = dict.fromkeys(
     ("protonet", "matching-fce", "relation", "imp", "mann", "mann-ntm", "mann-dnc", "snail", "hypernet"),
     CLASSES,
 )
+SETTINGS["bilevel-implicit"] = CLASSES
 SETTINGS |= dict.fromkeys(("maml-rl", "e-maml", "meta-sgd-policy", "reptile-policy"), POLICIES)
 SETTINGS["rl2"] = {"model": {"type": "mlp"}, "tasks": {"type": "bandit", "arms": 3, "horizon": 6}}
 """What else an algorithm's small job needs: those that learn classes, or policies."""

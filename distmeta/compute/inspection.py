@@ -26,7 +26,7 @@ CONVOLUTIONS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+REMEDY = "Compute it without changing a tensor: return a new one instead (x = x + 1 instead of x += 1)"
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 RUNNING_NORMS = (
     nn.BatchNorm1d,
@@ -78,10 +78,6 @@ def inspect_model(module: nn.Module, inputs: Any) -> ModelTraits:
     return ModelTraits(has_convolutions, max(feature_maps, default=0))
 
 
-def has_dropout(module: nn.Module) -> bool:
-    return any(isinstance(layer, DROPOUTS) and layer.p > 0 for layer in module.modules())
-
-
 def check_embeddings(module: nn.Module) -> None:
     """Refuse embeddings that shorten their vectors in the forward pass. They write to theta, as soon as one is long."""
     for name, layer in module.named_modules():
@@ -106,7 +102,7 @@ def find_remedy(module: nn.Module, changed: str) -> str:
             "Spectral norm updates its vectors in each forward pass in training mode: call .eval() on that layer in "
             "__init__ (fixed vectors), or use weight_norm or orthogonal"
         )
-    return "Compute it without changing a tensor of the module: return a new tensor instead"
+    return REMEDY
 
 
 def _list_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -146,12 +142,12 @@ def _restore_tensors(module: nn.Module, before: Mapping[str, Tensor]) -> list[st
 
 
 def inspect_gradient(
-    objective: Objective, theta: Theta, constants: Mapping[str, Tensor], episodes: Episodes, ids: np.ndarray
+    objective: Objective, theta: Theta, module: nn.Module, episodes: Episodes, ids: np.ndarray
 ) -> bool:
     """Compute the meta-gradient of the first group of tasks by plain autograd, and watch what else happens.
 
     Args:
-        constants: the model's frozen parameters and buffers.
+        module: the user's model.
 
     Returns:
         Whether random numbers were drawn from torch's global generators (dropout, noise).
@@ -164,8 +160,7 @@ def inspect_gradient(
     size = objective.algorithm.group_size
     chunk = next(iter(cut_into_chunks(episodes, ids, size, Method())))
     kept = {f"theta[{name!r}]": value for name, value in theta.items()}
-    kept |= {f"model's {name!r}": value for name, value in constants.items()}
-    kept |= {f"data[{i}]": value for i, value in enumerate(tree_leaves(chunk.episodes))}
+    kept |= dict(name_leaves(chunk.episodes))
 
     def compute() -> bool:
         with torch.random.fork_rng(devices=gpus):
@@ -175,7 +170,7 @@ def inspect_gradient(
             return not is_same_state(before, read_random_state(gpus))
 
     try:
-        return watch(compute, kept, "the first meta-gradient")
+        return watch(compute, module, kept, "the first meta-gradient")
     except InputError as error:
         pixels = [name for name, leaf in name_leaves(chunk.episodes) if leaf.dtype == torch.uint8]
         if error.__cause__ is None or not pixels:
@@ -186,13 +181,15 @@ def inspect_gradient(
         ) from error.__cause__
 
 
-def watch(compute: Callable[[], Any], kept: Mapping[str, Tensor], what: str) -> Any:
+def watch(compute: Callable[[], Any], module: nn.Module, kept: Mapping[str, Tensor], what: str) -> Any:
     """Return what a computation with a user's code returns.
 
     Raises:
-        InputError: it failed; or it changed one of the `kept` tensors; or it drew from a generator that is not seeded.
+        InputError: it failed; or it changed a tensor of the module or one of the `kept` tensors; or it drew from a
+            generator that is not seeded.
     """
-    before = {name: value.detach().clone() for name, value in kept.items()}
+    watched = {**_list_tensors(module), **kept}
+    before = {name: value.detach().clone() for name, value in watched.items()}
     generators_before = _read_unseeded_generators()
     try:
         result = compute()
@@ -205,11 +202,11 @@ def watch(compute: Callable[[], Any], kept: Mapping[str, Tensor], what: str) -> 
             f"{what} of this job failed: {describe_failure(error)}: expected a model, an algorithm and a score that "
             "plain PyTorch can run and differentiate"
         ) from error
-    for name, value in kept.items():
+    for name, value in watched.items():
         if not torch.equal(torch.nan_to_num(value.detach()), torch.nan_to_num(before[name])):
+            remedy = REMEDY if name in kept else find_remedy(module, name)
             raise InputError(
-                f"{what} of this job changes the {name} in place, so tasks would influence each other: expected new "
-                "tensors (x = x + 1 instead of x += 1)"
+                f"{what} of this job changes {name!r}, so tasks would influence each other. {remedy}"
             )
     drawn = _find_changed_generator(generators_before)
     if drawn is not None:  # perhaps only by an import that the first call made

@@ -101,10 +101,18 @@ class ModelSection(PartSection):
     table = MODELS
     given = ("in_shape", "out_features")
 
-    freeze: str | None = None
-    """Glob over parameter names. Matching parameters are not trained."""
+    freeze: str | list[str] | None = None
+    """Glob over parameter names, or a list of globs. Matching parameters are not trained."""
     init_from: str | None = None
-    """safetensors file with parameters and buffers to start from."""
+    """File with weights to start from (safetensors; `.pt`, `.pth`, `.bin` or `.ckpt` with tensors only), or a run
+    folder. Tensors whose name and shape fit are taken; the run says which ones were not."""
+    init_prefix: str | None = None
+    """Prefix that is removed from the names in `init_from`; null: the one with which most tensors fit."""
+    init_strict: bool = False
+    """Refuse `init_from` unless all tensors of the file and of the model fit."""
+    train_mode: Literal["keep", "train"] = "keep"
+    """`keep` leaves layers in the mode that the constructor left them in: `from_pretrained` leaves evaluation mode, so
+    dropout does nothing. `train` puts all layers into training mode."""
     head_module: str | None = None
     """Name of the submodule that is the head, for `adapt: head`, `model.head` and features; null: the module's own
     `head_module`, else its submodule `head`, else its only linear layer with as many outputs as the tasks need."""

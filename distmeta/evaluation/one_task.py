@@ -108,7 +108,7 @@ def _check_draw(problem: Problem, ids: np.ndarray, episodes: Episodes) -> None:
 
 def _describe_random_numbers(problem: Problem, theta: Theta, episodes: Episodes, ids: np.ndarray) -> str:
     objective = build_objective(problem.training_at(0), problem.score("train"))
-    if inspect_gradient(objective, theta, problem.model.constants, episodes, ids):
+    if inspect_gradient(objective, theta, problem.model.module, episodes, ids):
         return "random numbers: drawn within a task, from a generator that is seeded for each task"
     return "random numbers: none are drawn within a task"
 

@@ -13,7 +13,14 @@ from distmeta.compute.gradient import to_float32
 from distmeta.compute.precision import bfloat16_device, compute_in_bfloat16
 from distmeta.errors import InputError
 from distmeta.models.head import HeadInit, build_prototype_head, find_head
-from distmeta.models.module import build_seeded, find_frozen, has_tied_tensors
+from distmeta.models.module import (
+    Glob,
+    TrainMode,
+    build_seeded,
+    find_frozen,
+    has_tied_tensors,
+    prepare_module,
+)
 from distmeta.models.pretrained import load_weights
 from distmeta.protocols import Theta
 from distmeta.trees import tree_map_only
@@ -36,29 +43,38 @@ class FunctionalModel:
         build: makes the module.
         generator: seeds the module's own initialisation.
         freeze: glob over parameter names. Matching parameters are frozen.
-        init_from: safetensors file with all or some of the module's parameters and buffers.
+        init_from: file or run folder with some of the module's parameters and buffers (`models.pretrained`).
+        init_prefix, init_strict: how its names fit (`models.pretrained.load_weights`).
+        train_mode: `keep` or `train` (`models.module.prepare_module`).
         head: how a task's head starts. `linear`: as in theta, with a fixed number of ways. `shared`: theta has one row,
             which is copied for each class of the task; a softmax does not depend on its value, so only the body is
             learned (UnicornMAML: Ye & Chao 2022, arXiv 2106.16245, §6). `prototype`: from the support set; theta has
             none (ProtoMAML: Triantafillou et al. 2020, arXiv 1903.03096, §3).
         head_module: name of the submodule that is the head; None: it is found by `out_features`.
         out_features: outputs that the tasks need.
+        make_inputs: makes one task's inputs, with which lazy layers find their sizes.
     """
 
     def __init__(
         self,
         build: Callable[[], nn.Module],
         generator: torch.Generator,
-        freeze: str | None = None,
+        freeze: Glob | None = None,
         init_from: str | None = None,
+        init_prefix: str | None = None,
+        init_strict: bool = False,
+        train_mode: TrainMode = "keep",
         head: HeadInit = "linear",
         head_module: str | None = None,
         out_features: int | None = None,
+        make_inputs: Callable[[], Any] | None = None,
     ):
-        self.module = build_seeded(build, generator)
+        self.module = build_seeded(build, generator, make_inputs)
+        self.notes = prepare_module(self.module, train_mode)
+        """What a user should know of how the model starts, a line each."""
         parameters = dict(self.module.named_parameters())
         if init_from is not None:
-            load_weights(self.module, init_from)
+            self.notes.append(str(load_weights(self.module, init_from, init_prefix, init_strict)))
         frozen = find_frozen(parameters, freeze)
         self.head_init: HeadInit = head
         self._head = find_head(self.module, out_features, head_module)

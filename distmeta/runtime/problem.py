@@ -146,9 +146,13 @@ def build_problem(
         torch_generator(job.seed, "model"),
         freeze=job.model.freeze,
         init_from=job.model.init_from if constants is None else None,
+        init_prefix=job.model.init_prefix,
+        init_strict=job.model.init_strict,
+        train_mode=job.model.train_mode,
         head=job.model.head,
         head_module=job.model.head_module,
         out_features=family.out_features,
+        make_inputs=lambda: make_example_inputs(family, job.seed),
     )
     if constants is not None:
         model.constants = {name: torch.from_numpy(np.array(value)) for name, value in constants.items()}
@@ -160,6 +164,14 @@ def build_problem(
             f"{job.algorithm.type} compares {algorithm.group_size} tasks at a time"
         )
     return Problem(job, family, model, algorithm, device, read_execution(job))
+
+
+def make_example_inputs(family: TaskFamily, seed: int) -> Any:
+    """Return the query inputs of one training task, or zeros if the data are collected or not here."""
+    if isinstance(family, CollectsData | AbsentTasks):
+        return torch.zeros(1, *family.in_shape)
+    episodes = draw_episodes(family, "train", task_ids(seed, "probe", 0, 1))
+    return tree_map(lambda leaf: leaf[0], episodes).query.x
 
 
 def _build_algorithm(job: Job, model: FunctionalModel, family: TaskFamily) -> Algorithm:

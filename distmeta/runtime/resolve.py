@@ -23,10 +23,11 @@ from distmeta.compute.conversion import check_episodes
 from distmeta.compute.episodes import make_episodes
 from distmeta.compute.execution import WHOLE_SHARD, Execution, shard_gradient
 from distmeta.compute.gradient import build_objective
-from distmeta.compute.inspection import ModelTraits, has_dropout, inspect_gradient, inspect_model, watch
+from distmeta.compute.inspection import ModelTraits, inspect_gradient, inspect_model, watch
 from distmeta.compute.scoring import evaluation_mode, score_tasks
 from distmeta.config.job import Job
 from distmeta.errors import InputError
+from distmeta.models.module import has_dropout
 from distmeta.protocols import CollectsData, Episode, Episodes, Theta
 from distmeta.runtime.problem import Problem
 from distmeta.seeding import task_ids
@@ -39,6 +40,8 @@ def resolve(problem: Problem, report: Callable[[str], None] = lambda text: None)
     Raises:
         InputError: the parts of the job do not fit together.
     """
+    for note in problem.model.notes:
+        report(note)
     problem = replace(problem, job=_set_shards(problem))
     _check_compute(problem)
     problem = _check_compiler(problem, report)
@@ -138,7 +141,7 @@ def _inspect_first_gradient(problem: Problem, theta: Theta, episodes: Episodes, 
         InputError: that is impossible, or the gradient is not a pure function of theta and the data.
     """
     objective = build_objective(problem.training_at(0), problem.score("train"))
-    return inspect_gradient(objective, theta, problem.model.constants, episodes, ids)
+    return inspect_gradient(objective, theta, problem.model.module, episodes, ids)
 
 
 def _build_evaluation_trial(problem: Problem, theta: Theta) -> Trial:
@@ -154,14 +157,15 @@ def _build_evaluation_trial(problem: Problem, theta: Theta) -> Trial:
     steps = problem.eval_steps
     with evaluation_mode(problem.model.module):
         episodes = make_episodes(problem.family, algorithm, theta, "val", ids, steps, problem.device)
-    kept = {f"model's {name!r}": value for name, value in problem.model.constants.items()}
 
     def trial(execution: Execution) -> object:
         def compute() -> object:
             return score_tasks(algorithm, problem.score("val"), theta, episodes, ids, execution, steps)
 
         with evaluation_mode(problem.model.module):
-            return watch(compute, kept, "the first evaluation") if execution.mode == "loop" else compute()
+            if execution.mode == "loop":
+                return watch(compute, problem.model.module, theta, "the first evaluation")
+            return compute()
 
     return trial
 

@@ -66,7 +66,7 @@ def digits(
     """
     if not test_digits or len(set(test_digits)) < len(test_digits) or not set(test_digits) < set(range(10)):
         raise InputError(f"tasks.test_digits: got {test_digits}, expected one to nine different digits")
-    images, target = _load_digits()
+    images, target = load_digit_images()
     rows = {digit: np.flatnonzero(target == digit) for digit in range(10)}
     train, test = choose_classes(test_digits, rotations)
     train_pair: DomainPair = (support_domain, query_domain)
@@ -140,7 +140,7 @@ def choose_classes(
     return train, test
 
 
-def _load_digits() -> tuple[np.ndarray, np.ndarray]:
+def load_digit_images() -> tuple[np.ndarray, np.ndarray]:
     """Return the images, uint8 [1797, 1, 8, 8] from 0 to `INK`, and their digits [1797]."""
     from sklearn.datasets import load_digits
 

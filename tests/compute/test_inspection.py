@@ -137,7 +137,7 @@ def test_failing_forward_pass_names_the_users_line() -> None:
 
 
 def test_changed_buffer_is_found() -> None:
-    with pytest.raises(InputError, match=r"forward pass changes 'calls'.*return a new tensor"):
+    with pytest.raises(InputError, match=r"forward pass changes 'calls'.*return a new one instead"):
         resolve_job(model=MODEL.CountingNet)
 
 

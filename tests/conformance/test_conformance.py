@@ -39,6 +39,7 @@ EXACT = (
     "cavia",
     "meta-sgd",
     "meta-curvature",
+    "bilevel",
     "protonet",
     "matching",
     "matching-fce",

@@ -155,23 +155,3 @@ def test_init_from_loads_all_or_some_tensors(tmp_path: Path) -> None:
     partly = build_model(seed=6, init_from=path, freeze="1.weight")
     assert partly.constants["1.weight"].eq(1).all()
     assert torch.equal(partly.init()["model.3.weight"], build_model(seed=6).init()["model.3.weight"])
-
-
-@pytest.mark.parametrize(
-    ("tensors", "expected"),
-    [
-        ({"1.weight": torch.ones(2, 3)}, r"tensor '1.weight' has shape \[2, 3\], expected \[4, 3\]"),
-        ({"1.wieght": torch.ones(4, 3)}, r"tensor '1.wieght' is not in the model; did you mean '1.weight'\?"),
-        (None, "expected an existing safetensors file"),
-        (b"not safetensors", "is not a readable safetensors file"),
-        (b"", "is not a readable safetensors file"),
-    ],
-)
-def test_init_from_with_another_content_is_an_error(tensors: Any, expected: str, tmp_path: Path) -> None:
-    path = tmp_path / "start.safetensors"
-    if isinstance(tensors, bytes):
-        path.write_bytes(tensors)
-    elif tensors is not None:
-        save_file(tensors, path)
-    with pytest.raises(InputError, match=rf"model.init_from: .*{expected}"):
-        build_model(init_from=str(path))
