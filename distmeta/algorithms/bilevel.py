@@ -48,8 +48,8 @@ class Bilevel:
         dL_upper/du = ∂_u L_upper − ∂_u ∂_w L_lower · v,   (∇²_w L_lower + δI) v = ∂_w L_upper
 
     with v from conjugate gradients (Pedregosa 2016, arXiv 1602.02355) or from the Neumann series
-    η Σ_{j=0..J} (I − η(∇²_w L_lower + δI))^j ∂_w L_upper (Lorraine et al. 2020, arXiv 1911.02590, §4). Their memory does
-    not grow with `inner_steps`.
+    η Σ_{j=0..J} (I − η(∇²_w L_lower + δI))^j ∂_w L_upper (Lorraine et al. 2020, arXiv 1911.02590, §4). Their
+    memory does not grow with `inner_steps`.
 
     Args:
         problem: `reweighting`, `learned-loss`, `distillation`, or `package.module:Name` of your own `BilevelProblem`.
@@ -166,7 +166,7 @@ class Bilevel:
         return {name: value.to(like.device, like.dtype) for name, value in start.items()}
 
     def _implicit_loss(self, theta: Theta, episode: Episode, unroll: Unroll) -> tuple[Tensor, Metrics]:
-        """Return a surrogate whose gradient is the hypergradient, L_upper(u, sg(w)) − ⟨∂_w L_lower(u, sg(w)), sg(v)⟩."""
+        """Return L_upper(u, sg(w)) − ⟨∂_w L_lower(u, sg(w)), sg(v)⟩, whose gradient is the hypergradient."""
         constants = {name: value.detach() for name, value in theta.items()}
         lower = unroll(self, constants, episode.support, detach=True).phi
         support = support_at(episode.support, self.inner_steps - 1)

@@ -16,7 +16,7 @@ from distmeta.protocols import Metrics, Model, Score, Theta
 
 
 class Reweighting:
-    """Weight training examples by a small network of their loss, so that training on noisy labels does well on clean ones.
+    """Weight training examples with noisy labels by a small network of their loss.
 
         L_lower = Σ_i v_i ℓ_i / Σ_i v_i,   v_i = sigmoid(net_u(sg(ℓ_i))),   L_upper = the loss on clean examples
 

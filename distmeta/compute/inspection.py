@@ -198,10 +198,13 @@ def watch(compute: Callable[[], Any], module: nn.Module, kept: Mapping[str, Tens
     except (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise  # a machine's failure says nothing about the job
     except Exception as error:  # a user's model, algorithm or score may raise anything
-        raise InputError(
-            f"{what} of this job failed: {describe_failure(error)}: expected a model, an algorithm and a score that "
-            "plain PyTorch can run and differentiate"
-        ) from error
+        remedy = "expected a model, an algorithm and a score that plain PyTorch can run and differentiate"
+        if isinstance(error, RuntimeError) and "derivative for" in str(error):
+            remedy = (
+                "torch has no second derivative of this operation, expected another one, or a first-order method "
+                "(algorithm.first_order=true)"
+            )
+        raise InputError(f"{what} of this job failed: {describe_failure(error)}: {remedy}") from error
     for name, value in watched.items():
         if not torch.equal(torch.nan_to_num(value.detach()), torch.nan_to_num(before[name])):
             remedy = REMEDY if name in kept else find_remedy(module, name)
