@@ -9,6 +9,8 @@ MODELS = {
     "conv4": "distmeta.models.conv4:Conv4",
     "resnet12": "distmeta.models.resnet12:ResNet12",
     "gaussian": "distmeta.models.policy:Gaussian",
+    "hf": "distmeta.models.hf:HuggingFace",
+    "timm": "distmeta.models.timm:timm",
 }
 """A model is a `torch.nn.Module`. Its constructor also receives `in_shape` and `out_features` if it accepts them."""
 

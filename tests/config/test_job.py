@@ -99,11 +99,11 @@ def test_error_for_unknown_key_suggests_the_nearest_name(changes: dict[Any, Any]
         ({"model": {"freeze": 3}}, "model.freeze: got 3, expected string"),
         (
             {"model": 3},
-            "model.type: missing, expected one of mlp, conv4, resnet12, gaussian or package.module:Name",
+            "model.type: missing, expected one of mlp, conv4, resnet12, gaussian, hf, timm or package.module:Name",
         ),
         (
             {"model": {"type": "mpl"}},
-            "model.type: got 'mpl', expected one of mlp, conv4, resnet12, gaussian or",
+            "model.type: got 'mpl', expected one of mlp, conv4, resnet12, gaussian, hf, timm or",
         ),
         ({"algorithm": {"type": "maml", "inner_steps": True}}, "algorithm.inner_steps: got True"),
         ({"algorithm": {"type": "maml", "inner_lr": -1}}, "algorithm.inner_lr: got -1, expected a value"),
