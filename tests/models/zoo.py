@@ -32,6 +32,9 @@ class Kind(NamedTuple):
     """Whether all tasks have as many rows."""
     package: str = "torch"
     """What must be installed."""
+    build_plain: Callable[[], nn.Module] | None = None
+    """The same function of the same parameters without activation checkpointing, which the loop by hand calls: what a
+    checkpoint computes again in the backward pass reads the module's parameters at that time."""
 
 
 class ZooTasks:
@@ -41,7 +44,7 @@ class ZooTasks:
     out_features = 2
 
     def __init__(self, kind: str):
-        self.kind = ZOO[kind]
+        self.kind = ALL[kind]
 
     def draw(self, split: str, ids: Any) -> list[Episode]:
         return [self.draw_task(int(task_id)) for task_id in ids]
@@ -56,7 +59,7 @@ class ZooTasks:
 
 
 def build_model(kind: str) -> nn.Module:
-    return ZOO[kind].build()
+    return ALL[kind].build()
 
 
 # --- Data ---------------------------------------------------------------------------------------------------------
@@ -425,12 +428,15 @@ def build_pruned() -> nn.Module:
 class Checkpointed(nn.Module):
     """Activations are computed again in the backward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_checkpointed: bool = True):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
         self.out = nn.Linear(8, 2)
+        self.is_checkpointed = is_checkpointed
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.is_checkpointed:
+            return self.out(self.body(x))
         features: Any = checkpoint(self.body, x, use_reentrant=False)
         return self.out(features)
 
@@ -892,8 +898,7 @@ class SmallUNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         skip = torch.tanh(self.down(x))
         deep = torch.tanh(self.deep(functional.max_pool2d(skip, 2)))
-        enlarged = functional.interpolate(deep, scale_factor=1.0) if deep.shape[-1] > 8 else self.up(deep)
-        return self.out(torch.cat([skip, enlarged], 1))
+        return self.out(torch.cat([skip, self.up(deep)], 1))
 
 
 class SmallViT(nn.Module):
@@ -1059,6 +1064,8 @@ class MeanOfEmbeddings(nn.Module):
 
 
 class BagOfEmbeddings(nn.Module):
+    """torch (2.13) has no second derivative of an embedding bag."""
+
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.EmbeddingBag(11, 6, mode="mean")
@@ -1196,7 +1203,7 @@ def build_gpt2() -> nn.Module:
     return Logits(GPT2LMHeadModel(config))
 
 
-def build_llama() -> nn.Module:
+def build_llama(is_checkpointed: bool = False) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -1211,7 +1218,12 @@ def build_llama() -> nn.Module:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return Logits(LlamaForCausalLM(config))
+    net = LlamaForCausalLM(config)
+    if is_checkpointed:
+        # transformers 5.24 renamed it
+        enable = getattr(net, "activation_checkpointing_enable", None) or net.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return Logits(net)
 
 
 def build_vit() -> nn.Module:
@@ -1290,7 +1302,9 @@ ZOO: dict[str, Kind] = {
     "orthogonal": kind_of_vectors(build_orthogonal),
     "own parametrization": kind_of_vectors(build_positive),
     "pruned": kind_of_vectors(build_pruned),
-    "activation checkpointing": kind_of_vectors(Checkpointed),
+    "activation checkpointing": Kind(
+        Checkpointed, draw_vectors, squared_error, build_plain=lambda: Checkpointed(is_checkpointed=False)
+    ),
     "straight-through Function": kind_of_vectors(lambda: build_with_function(StraightThrough)),
     "Function with saved tensors": kind_of_vectors(lambda: build_with_function(Cube)),
     "physics-informed": kind_of_vectors(PhysicsInformed),
@@ -1310,9 +1324,7 @@ ZOO: dict[str, Kind] = {
     "linear solve": kind_of_vectors(RidgeLayer),
     "radial basis functions": kind_of_vectors(RadialBasis),
     # structures of inputs and outputs, and losses
-    "dict": kind_of_structures(
-        lambda x: {"a": x[:, :1], "b": x[:, 1:]}, lambda x: [x["a"], x["b"]]
-    ),
+    "dict": kind_of_structures(lambda x: {"a": x[:, :1], "b": x[:, 1:]}, lambda x: [x["a"], x["b"]]),
     "tuple": kind_of_structures(lambda x: (x[:, :1], x[:, 1:]), lambda x: x),
     "NamedTuple": kind_of_structures(lambda x: Pair(x[:, :1], x[:, 1:]), lambda x: [x.left, x.right]),
     "nested": kind_of_structures(
@@ -1361,7 +1373,6 @@ ZOO: dict[str, Kind] = {
     "causal convolutions": kind_of_series(CausalConvolutions),
     "tags of tokens": Kind(TokenTagger, draw_next_tokens, cross_entropy_of_tokens),
     "mean of sparse embeddings": Kind(MeanOfEmbeddings, draw_texts, cross_entropy),
-    "bag of embeddings": Kind(BagOfEmbeddings, draw_texts, cross_entropy),
     # sets and graphs
     "deep sets": Kind(DeepSets, draw_series_with_padding, squared_error),
     "point net": kind_of_series(PointNet),
@@ -1376,4 +1387,14 @@ ZOO: dict[str, Kind] = {
     "Llama": Kind(build_llama, draw_next_tokens, cross_entropy_of_tokens, package="transformers"),
     "Hugging Face ViT": Kind(build_vit, draw_images(8, 8), cross_entropy, package="transformers"),
     "T5 encoder": Kind(build_t5_encoder, draw_texts_with_mask, cross_entropy, package="transformers"),
+    "Llama with activation checkpointing": Kind(
+        lambda: build_llama(is_checkpointed=True),
+        draw_next_tokens,
+        cross_entropy_of_tokens,
+        package="transformers",
+        build_plain=build_llama,
+    ),
 }
+REFUSED: dict[str, Kind] = {"bag of embeddings": Kind(BagOfEmbeddings, draw_texts, cross_entropy)}
+"""What torch cannot differentiate twice."""
+ALL = ZOO | REFUSED
