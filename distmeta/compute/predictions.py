@@ -67,8 +67,8 @@ def choose_predictions(labels: Any, outputs: Any, ways: int | None = None) -> An
     """Return the predictions that outputs mean, a pytree like the labels.
 
     - Float labels: the outputs.
-    - Integer labels, outputs of the same shape: logits of independent labels, 1 if they are positive.
-    - Integer labels [Q, ...], outputs [Q, C, ...] or [Q, ..., C]: the class with the largest output.
+    - Labels 0 and 1 (or negative: ignored), outputs of the same shape: logits, 1 if they are positive.
+    - Integer labels [Q, ...], outputs [Q, C, ...] or [Q, ..., C] with C > 1: the class with the largest output.
 
     Args:
         ways: how many of the C outputs are used; None: all.
@@ -92,12 +92,13 @@ def _choose_prediction(labels: Tensor, outputs: Tensor, ways: int | None) -> Ten
         if outputs.numel() == labels.numel() and len(outputs) == len(labels):
             return outputs.reshape(labels.shape)
     elif outputs.shape == labels.shape:
-        return (outputs > 0).to(labels.dtype)
+        if not labels.numel() or int(labels.max()) <= 1:  # else they are counts, or classes
+            return (outputs > 0).to(labels.dtype)
     elif outputs.dim() == labels.dim() + 1:
         axes = {
             axis
             for axis in (1, outputs.dim() - 1)
-            if outputs.shape[:axis] + outputs.shape[axis + 1 :] == labels.shape
+            if outputs.shape[:axis] + outputs.shape[axis + 1 :] == labels.shape and outputs.shape[axis] > 1
         }
         if len(axes) == 1:
             (axis,) = axes

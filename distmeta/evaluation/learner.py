@@ -167,7 +167,9 @@ class Adapted:
         problem = self.learner.problem
         rows = len(tree_leaves(build_inputs(problem, x))[0])
         query = problem.example.query
-        targets = tree_map(lambda leaf: leaf.new_zeros(rows, *leaf.shape[1:]), read_field(query, "y"))
+        targets = tree_map(
+            lambda leaf: leaf.new_full((rows, *leaf.shape[1:]), leaf.max().item()), read_field(query, "y")
+        )  # of the family's kind: the rule looks at their shape and range
         if isinstance(problem.family, PredictsLabels):
             batch = replace_field(replace_field(query, "y", targets), "x", build_inputs(problem, x))
             return problem.family.predict_labels(outputs, batch)

@@ -51,6 +51,11 @@ def test_independent_labels_are_positive_logits() -> None:
     assert found.tolist() == [[1, 0], [0, 1]]
 
 
+def test_ignored_labels_do_not_make_independent_labels_unclear() -> None:
+    labels = torch.tensor([[0, -100], [1, -100]])
+    assert choose_predictions(labels, torch.tensor([[0.5, -0.5], [-1.0, 2.0]])).tolist() == [[1, 0], [0, 1]]
+
+
 def test_numbers_are_predicted_by_the_outputs() -> None:
     assert choose_predictions(torch.zeros(3), torch.ones(3, 1)).tolist() == [1.0, 1.0, 1.0]
 
@@ -60,6 +65,9 @@ def test_numbers_are_predicted_by_the_outputs() -> None:
     [
         (torch.zeros(5, 4, dtype=torch.long), draw(5, 4, 4)),  # both axes have the right size
         (torch.zeros(5, dtype=torch.long), draw(5, 2, 2)),
+        (torch.ones(5, dtype=torch.long), draw(5, 1)),  # a logit, or a count
+        (torch.ones(5, 4, 6, dtype=torch.long), draw(5, 1, 4, 6)),
+        (torch.full((5, 2), 7), draw(5, 2)),  # counts
         (torch.zeros(5, 2), draw(5, 3)),
         ({"a": torch.zeros(5), "b": torch.zeros(5)}, draw(5, 1)),
     ],
