@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, NamedTuple
@@ -17,7 +18,9 @@ from distmeta.trees import tree_leaves, tree_map
 
 Adapt = str | list[str]
 """Which parameters an inner loop changes: `all`, `head`, `body`, a glob, or a list of these."""
-OptimizerName = Literal["sgd", "momentum", "adam"]
+OptimizerName = Literal["sgd", "momentum", "adam", "adamw"]
+InnerSchedule = Literal["constant", "linear", "cosine"] | list[Annotated[float, Field(ge=0)]]
+"""How the inner rate changes: a shape, or a factor for every step."""
 Betas = Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)]
 BETAS = [0.9, 0.999]
 
@@ -32,36 +35,53 @@ class InnerState(NamedTuple):
 
     phi: Theta
     moments: tuple[Theta, ...]
-    """sgd: (); momentum: (velocity,); adam: (first moment, second moment)."""
+    """sgd: (); momentum: (velocity,); adam and adamw: (first moment, second moment)."""
 
 
 @dataclass(frozen=True)
 class InnerOptimizer:
-    """The updates of torch.optim's SGD, SGD with momentum, and Adam as pure functions.
+    """The updates of torch.optim's SGD, SGD with momentum, Adam and AdamW as pure functions.
 
+        clipping: g ← g · min(1, clip_norm / ‖g‖)
+        decay:    g ← g + λφ;   adamw: φ ← (1 − αλ) φ
         sgd:      u = g
         momentum: v ← μ v + g,  u = v
         adam:     m ← β₁m + (1−β₁)g,  s ← β₂s + (1−β₂)g²,  u = (m/(1−β₁ᵗ)) / (√(s/(1−β₂ᵗ)) + ε)
+        step k:   φ ← φ − α f_k u
 
     They are differentiable to any order, also through the optimizer's state. The derivative of √s at s = 0 is taken
     as 0, so the meta-gradient of a parameter that has had no gradient is finite.
 
-    Reference: Kingma & Ba 2015, arXiv 1412.6980, Algorithm 1.
+    Reference: Kingma & Ba 2015, arXiv 1412.6980, Algorithm 1; Loshchilov & Hutter 2019, arXiv 1711.05101, Algorithm 2.
     """
 
     name: OptimizerName
     momentum: float
     betas: Betas
     eps: float
+    weight_decay: float = 0.0
+    """λ"""
+    clip_norm: float | None = None
+    """Largest norm of the gradient of all adapted parameters together."""
+    factors: tuple[float, ...] = (1.0,)
+    """f_0 … f_{K−1}. Later steps have the last one."""
 
     def begin(self, phi: Theta, names: tuple[str, ...]) -> InnerState:
         """Return the state before the first inner step, in which only the parameters `names` are adapted."""
         zeros = {name: torch.zeros_like(phi[name]) for name in names}
-        count = {"sgd": 0, "momentum": 1, "adam": 2}[self.name]
+        count = {"sgd": 0, "momentum": 1, "adam": 2, "adamw": 2}[self.name]
         return InnerState(phi, (zeros,) * count)
 
     def step(self, state: InnerState, g: Theta, k: int, inner_lr: float) -> InnerState:
         """Return the state after inner step `k`, counted from 0, along the gradient `g` of the adapted parameters."""
+        rate = inner_lr * self.factors[min(k, len(self.factors) - 1)]
+        phi = state.phi
+        if self.clip_norm is not None:
+            g = clip_gradient(g, self.clip_norm)
+        if self.weight_decay and self.name == "adamw":
+            phi = phi | {name: (1 - rate * self.weight_decay) * phi[name] for name in g}
+        elif self.weight_decay:
+            g = {name: g[name] + self.weight_decay * phi[name] for name in g}
         if self.name == "sgd":
             update = g
             moments = ()
@@ -70,8 +90,8 @@ class InnerOptimizer:
             moments = (update,)
         else:
             update, moments = self._adam(g, state.moments, k)
-        moved = {name: state.phi[name] - inner_lr * update[name] for name in update}
-        return InnerState(state.phi | moved, moments)
+        moved = {name: phi[name] - rate * update[name] for name in update}
+        return InnerState(phi | moved, moments)
 
     def _adam(self, g: Theta, moments: tuple[Theta, ...], k: int) -> tuple[Theta, tuple[Theta, ...]]:
         beta1, beta2 = self.betas
@@ -90,6 +110,45 @@ def sqrt_or_zero(x: Tensor) -> Tensor:
     """Return √x, with derivative 0 instead of infinity at x = 0."""
     is_zero = x == 0
     return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, x).sqrt())
+
+
+def clip_gradient(g: Theta, limit: float) -> Theta:
+    """Return the gradient scaled down to the norm `limit`, as `torch.nn.utils.clip_grad_norm_` does."""
+    norm = sqrt_or_zero(torch.stack([value.square().sum() for value in g.values()]).sum())
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+    return {name: factor * value for name, value in g.items()}
+
+
+def list_factors(schedule: InnerSchedule, steps: int) -> tuple[float, ...]:
+    """Return the factor f_k on the inner rate in each of K steps.
+
+        linear: f_k = 1 − k/K,   cosine: f_k = (1 + cos(πk/K)) / 2
+
+    Raises:
+        InputError: a list does not have one factor per step.
+    """
+    if isinstance(schedule, list):
+        if len(schedule) != steps:
+            raise InputError(
+                f"algorithm.inner_schedule: got {len(schedule)} factors, expected one for each of {steps} inner steps"
+            )
+        return tuple(schedule)
+    if schedule == "linear":
+        return tuple(1 - k / steps for k in range(steps))
+    if schedule == "cosine":
+        return tuple((1 + math.cos(math.pi * k / steps)) / 2 for k in range(steps))
+    return (1.0,)
+
+
+def stop_if_reached(before: InnerState, after: InnerState, loss: Tensor, limit: float | None) -> InnerState:
+    """Return the state after a step, or the one before it if the support loss was already at most `limit`.
+
+    The state is chosen element by element, so that this runs under vmap. A step that is not taken is an identity in the
+    meta-gradient.
+    """
+    if limit is None:
+        return after
+    return tree_map(lambda old, new: torch.where(loss <= limit, old, new), before, after)
 
 
 def begin_phi(model: Model, score: Score, theta: Theta, support: Any) -> Theta:
@@ -146,23 +205,36 @@ def support_gradient(
     first_order: bool = False,
 ) -> Theta:
     """Return ∇L_support(φ) for the entries `names` of φ (None: all). It is a constant if `first_order`."""
+    return support_gradient_and_loss(model, score, phi, support, names, first_order)[0]
+
+
+def support_gradient_and_loss(
+    model: Model,
+    score: Score,
+    phi: Theta,
+    support: Any,
+    names: tuple[str, ...] | None = None,
+    first_order: bool = False,
+) -> tuple[Theta, Tensor]:
+    """Return the same gradient, and L_support(φ)."""
     adapted = phi if names is None else {name: phi[name] for name in names}
 
-    def support_loss(p: Theta) -> Tensor:
-        return score(model({**phi, **p}, support.x), support)[0]
+    def support_loss(p: Theta) -> tuple[Tensor, Tensor]:
+        loss = score(model({**phi, **p}, support.x), support)[0]
+        return loss, loss.detach()
 
-    return inner_gradient(support_loss, adapted, first_order=first_order)
+    return inner_gradient(support_loss, adapted, has_aux=True, first_order=first_order)
 
 
 def check_inner_optimizer(model: Model, name: OptimizerName) -> None:
-    """Refuse Adam with a shared head.
+    """Refuse Adam and AdamW with a shared head.
 
     All rows of a shared head start equal, so the body's first gradient is rounding noise. Adam would scale it up to a
     full step.
     """
-    if name == "adam" and model.head_init == "shared":
+    if name in ("adam", "adamw") and model.head_init == "shared":
         raise InputError(
-            "algorithm.inner_optimizer: got adam with model.head: shared, expected sgd or momentum, or head: "
+            f"algorithm.inner_optimizer: got {name} with model.head: shared, expected sgd or momentum, or head: "
             "prototype: the first gradient of the body is rounding noise, which Adam would scale up"
         )
 

@@ -13,12 +13,17 @@ from distmeta.algorithms.adaptation import (
     Adapt,
     Betas,
     InnerOptimizer,
+    InnerSchedule,
     InnerState,
     OptimizerName,
     begin_phi,
+    check_inner_batch,
     check_inner_optimizer,
+    list_factors,
     select_adapted,
-    support_gradient,
+    select_minibatch,
+    stop_if_reached,
+    support_gradient_and_loss,
 )
 from distmeta.protocols import Model, Score, Theta
 
@@ -37,11 +42,20 @@ class MAML:
         adapt: the parameters that the inner loop changes. `all`; `head`, only the last layer (ANIL: Raghu et al.
             2020, arXiv 1909.09157); `body`, all others (BOIL: Oh et al. 2021, arXiv 2008.08882); or a glob or a list
             of globs over parameter names.
-        inner_optimizer: `sgd`, `momentum` or `adam`, as in torch.optim. Its state starts at zero in every task.
+        inner_optimizer: `sgd`, `momentum`, `adam` or `adamw`, as in torch.optim. Its state starts at zero in every
+            task.
         momentum: μ in [0, 1), for `momentum`.
-        betas: β₁ and β₂ in [0, 1), for `adam`.
-        eps: ε > 0, for `adam`. Adam divides by |g| + ε, so with torch's 1e-8 the rounding of a gradient near 0 decides
-            the step. A larger ε is safer.
+        betas: β₁ and β₂ in [0, 1), for `adam` and `adamw`.
+        eps: ε > 0, for `adam` and `adamw`. Adam divides by |g| + ε, so with torch's 1e-8 the rounding of a gradient
+            near 0 decides the step. A larger ε is safer.
+        inner_weight_decay: λ ≥ 0; added to the gradient, or with `adamw` decoupled from it.
+        inner_clip_norm: largest norm of the gradient of all adapted parameters in a step; null: not clipped.
+        inner_schedule: how α changes over the steps: `constant`, `linear`, `cosine` (`adaptation.list_factors`), or a
+            list with a factor for each step. Evaluation with more steps keeps the last factor.
+        inner_batch: support rows that a step sees, one minibatch after the other; null: all.
+        inner_stop_loss: a task takes no more steps once its support loss is at most this; null: all steps.
+        backprop_steps: the number of last steps with second derivatives. In earlier steps ∇L_support is a constant, so
+            0 is FOMAML, and K or null is MAML. Memory holds the second-order graphs of only these steps.
     """
 
     group_size = 1
@@ -58,15 +72,33 @@ class MAML:
         momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9,
         betas: Betas = BETAS,
         eps: Annotated[float, Field(gt=0)] = 1e-8,
+        inner_weight_decay: Annotated[float, Field(ge=0)] = 0.0,
+        inner_clip_norm: Annotated[float, Field(gt=0)] | None = None,
+        inner_schedule: InnerSchedule = "constant",
+        inner_batch: Annotated[int, Field(ge=1)] | None = None,
+        inner_stop_loss: float | None = None,
+        backprop_steps: Annotated[int, Field(ge=0)] | None = None,
     ):
         check_inner_optimizer(model, inner_optimizer)
+        check_inner_batch(score, inner_batch)
         self.model = model
         self.score = score
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.first_order = first_order
         self.names = select_adapted(model, adapt)
-        self.optimizer = InnerOptimizer(inner_optimizer, momentum, betas, eps)
+        self.inner_batch = inner_batch
+        self.inner_stop_loss = inner_stop_loss
+        self.constant_steps = 0 if backprop_steps is None else max(inner_steps - backprop_steps, 0)
+        self.optimizer = InnerOptimizer(
+            inner_optimizer,
+            momentum,
+            betas,
+            eps,
+            weight_decay=inner_weight_decay,
+            clip_norm=inner_clip_norm,
+            factors=list_factors(inner_schedule, inner_steps),
+        )
 
     def init(self, generator: torch.Generator) -> Theta:
         return self.model.init(generator)
@@ -75,8 +107,13 @@ class MAML:
         return self.optimizer.begin(begin_phi(self.model, self.score, theta, support), self.names)
 
     def step(self, theta: Theta, state: InnerState, support: Any, k: int) -> InnerState:
-        gradient = support_gradient(self.model, self.score, state.phi, support, self.names, self.first_order)
-        return self.optimizer.step(state, gradient, k, self.inner_lr)
+        batch = select_minibatch(support, k, self.inner_batch)
+        is_constant = self.first_order or k < self.constant_steps
+        gradient, loss = support_gradient_and_loss(
+            self.model, self.score, state.phi, batch, self.names, is_constant
+        )
+        after = self.optimizer.step(state, gradient, k, self.inner_lr)
+        return stop_if_reached(state, after, loss, self.inner_stop_loss)
 
     def predict(self, theta: Theta, state: InnerState, x: Tensor) -> Tensor:
         return self.model(state.phi, x)

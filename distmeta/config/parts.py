@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Collection, Mapping
@@ -23,8 +24,8 @@ Part = Callable[..., Any]
 
 FIELD_PREFIX = "field_"
 """Put before a parameter's name in the pydantic model, because pydantic uses names such as `copy` and `json`."""
-UNION_BRANCHES = ("str", "list[str]")
-"""Types of unions in a job, such as a glob or a list of globs."""
+UNION_BRANCH = re.compile(r"(str|int|float|bool|list|literal|constrained.*)(\[.*)?$")
+"""What pydantic calls a type of a union in a job, such as a glob or a list of globs."""
 LONGEST_SHOWN = 200
 """Characters of a user's value that a message repeats."""
 
@@ -153,7 +154,7 @@ def describe_validation_error(error: ValidationError, prefix: str = "") -> str:
     cause = first.get("ctx", {}).get("error")
     path = [str(part).removeprefix(FIELD_PREFIX) for part in first["loc"]]
     alternatives = [error for error in errors if error["loc"][:-1] == first["loc"][:-1]]
-    if path and path[-1] in UNION_BRANCHES:  # pydantic names each type of a union
+    if path and UNION_BRANCH.match(path[-1]):  # pydantic names each type of a union
         path = path[:-1]
         errors = errors[len(alternatives) - 1 :]
     field = prefix + ".".join(path)

@@ -132,3 +132,174 @@ def test_inner_loop_changes_only_the_selected_parameters(adapt: str, layers: set
 def test_adapt_that_matches_nothing_is_an_error() -> None:
     with pytest.raises(InputError, match=r"algorithm\.adapt: got 'haed', which matches no parameter"):
         build_setting("sgd", adapt="haed")
+
+
+INNER_OPTIONS = {
+    "sgd with decay": (
+        {"inner_optimizer": "sgd", "inner_weight_decay": 0.3},
+        lambda p: torch.optim.SGD(p, lr=0.03, weight_decay=0.3),
+    ),
+    "momentum with decay": (
+        {"inner_optimizer": "momentum", "momentum": 0.8, "inner_weight_decay": 0.3},
+        lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.8, weight_decay=0.3),
+    ),
+    "adam with decay": (
+        {"inner_optimizer": "adam", "inner_weight_decay": 0.3},
+        lambda p: torch.optim.Adam(p, lr=0.03, betas=(0.7, 0.95), eps=1e-3, weight_decay=0.3),
+    ),
+    "adamw": (
+        {"inner_optimizer": "adamw", "eps": 1e-3, "inner_weight_decay": 0.3},
+        lambda p: torch.optim.AdamW(p, lr=0.03, eps=1e-3, weight_decay=0.3),
+    ),
+    "clipped": ({"inner_clip_norm": 0.05}, lambda p: torch.optim.SGD(p, lr=0.03)),
+    "linear": ({"inner_schedule": "linear"}, lambda p: torch.optim.SGD(p, lr=0.03)),
+    "cosine": ({"inner_schedule": "cosine"}, lambda p: torch.optim.SGD(p, lr=0.03)),
+    "factors": ({"inner_schedule": [1.0, 0.5, 2.0, 0.0, 1.0, 3.0]}, lambda p: torch.optim.SGD(p, lr=0.03)),
+    "minibatches": ({"inner_batch": 2}, lambda p: torch.optim.SGD(p, lr=0.03)),
+}
+"""Options of MAML's inner loop, and the optimizer of torch that they correspond to."""
+SCHEDULERS = {
+    "linear": lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.0, total_iters=6),
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=6),
+    "factors": lambda o: torch.optim.lr_scheduler.LambdaLR(
+        o, lambda k: [1.0, 0.5, 2.0, 0.0, 1.0, 3.0, 3.0][k]
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
+@pytest.mark.parametrize("case", INNER_OPTIONS)
+def test_trajectory_with_options_equals_torch(case: str) -> None:
+    options, build_optimizer = INNER_OPTIONS[case]
+    problem, theta, episodes, _ = build_setting(options.get("inner_optimizer", "sgd"), **options)
+    support = Batch(episodes.support.x[0], episodes.support.y[0])
+    state = unroll(problem.algorithm, theta, support, detach=True)
+    module = problem.model.module
+    with torch.no_grad():
+        for key, parameter in module.named_parameters():
+            parameter.copy_(theta["model." + key])
+    optimizer = build_optimizer(module.parameters())
+    scheduler = SCHEDULERS[case](optimizer) if case in SCHEDULERS else None
+    for k in range(6):
+        rows = [(2 * k) % 5, (2 * k + 1) % 5] if case == "minibatches" else slice(None)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(module(support.x[rows]), support.y[rows]).backward()
+        if case == "clipped":
+            norm = nn.utils.clip_grad_norm_(module.parameters(), 0.05)
+            assert norm > 0.05
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    for key, parameter in module.named_parameters():
+        torch.testing.assert_close(state.phi["model." + key], parameter.detach(), rtol=1e-10, atol=1e-12)
+
+
+def compute_gradient(execution: Execution = LOOP, **options):
+    problem, theta, episodes, ids = build_setting(options.get("inner_optimizer", "sgd"), steps=3, **options)
+    found = shard_gradient(problem.algorithm, problem.score("train"), theta, episodes, ids, execution)
+    return torch.cat([found.gradient[name].flatten() for name in theta])
+
+
+def measure_slope(options: dict) -> tuple[float, float]:
+    """Return the difference quotient of the loss along a direction, and the gradient's product with it."""
+    problem, theta, episodes, ids = build_setting(options.get("inner_optimizer", "sgd"), steps=3, **options)
+    generator = torch.Generator().manual_seed(3)
+    direction = {k: torch.randn(v.shape, generator=generator, dtype=v.dtype) for k, v in theta.items()}
+
+    def run(scale: float):
+        moved = {k: v + scale * direction[k] for k, v in theta.items()}
+        return shard_gradient(problem.algorithm, problem.score("train"), moved, episodes, ids, LOOP)
+
+    slope = (run(1e-6).metrics["loss_after"].sum() - run(-1e-6).metrics["loss_after"].sum()) / 2e-6
+    exact = run(0.0).gradient
+    return float(slope), sum(float((exact[k] * direction[k]).sum()) for k in exact)
+
+
+DIFFERENTIABLE = {name: options for name, (options, _) in INNER_OPTIONS.items()} | {
+    "stopped": {"inner_stop_loss": 5.6}
+}
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE)
+def test_meta_gradient_with_options_equals_the_difference_quotient(case: str) -> None:
+    options = dict(DIFFERENTIABLE[case])
+    if isinstance(options.get("inner_schedule"), list):
+        options["inner_schedule"] = options["inner_schedule"][:3]
+    slope, exact = measure_slope(options)
+    assert slope == pytest.approx(exact, rel=1e-5)
+    loop = compute_gradient(**options)
+    for execution in (Execution("vmap", 3), LOOP._replace(differentiation="constant-memory")):
+        assert float((compute_gradient(execution, **options) - loop).norm() / loop.norm()) <= 1e-9
+
+
+def test_task_stops_at_its_support_loss() -> None:
+    """Steps after the loss has been reached change nothing, in each task by itself."""
+    problem, theta, episodes, _ = build_setting("sgd", steps=3)
+    supports = [Batch(x, y) for x, y in zip(episodes.support.x, episodes.support.y, strict=True)]
+    states = [
+        [problem.algorithm.begin(theta, support), *unroll(problem.algorithm, theta, support, every=True)]
+        for support in supports
+    ]
+    losses = [
+        [float(problem.family.score(problem.model(s.phi, support.x), support)[0].detach()) for s in row]
+        for row, support in zip(states, supports, strict=True)
+    ]
+    limit = losses[0][1]  # the first task stops after one step
+    stopping, _, _, _ = build_setting("sgd", steps=3, inner_stop_loss=limit)
+    taken = [next((k for k, loss in enumerate(row) if loss <= limit), 3) for row in losses]
+    assert taken[0] == 1
+    assert len(set(taken)) > 1
+    for t, support in enumerate(supports):
+        found = unroll(stopping.algorithm, theta, support)
+        for name, value in states[t][taken[t]].phi.items():
+            assert torch.equal(found.phi[name], value)
+
+
+def test_truncated_backpropagation_lies_between_fomaml_and_maml() -> None:
+    exact = compute_gradient()
+    first_order = compute_gradient(first_order=True)
+    assert torch.equal(compute_gradient(backprop_steps=3), exact)
+    assert torch.equal(compute_gradient(backprop_steps=9), exact)
+    assert torch.equal(compute_gradient(backprop_steps=0), first_order)
+    distances = [float((compute_gradient(backprop_steps=n) - exact).norm()) for n in range(4)]
+    assert distances == sorted(distances, reverse=True)
+    assert distances[1] > 0
+    for execution in (Execution("vmap", 3), LOOP._replace(differentiation="constant-memory")):
+        other = compute_gradient(execution, backprop_steps=1)
+        torch.testing.assert_close(other, compute_gradient(backprop_steps=1), rtol=1e-9, atol=1e-12)
+
+
+def test_truncated_backpropagation_equals_plain_autograd() -> None:
+    problem, theta, episodes, ids = build_setting("sgd", steps=3, backprop_steps=1)
+    found = shard_gradient(problem.algorithm, problem.score("train"), theta, episodes, ids, LOOP).gradient
+    total = {name: torch.zeros_like(value) for name, value in theta.items()}
+    for t in range(3):
+        start = {name: value.clone().requires_grad_() for name, value in theta.items()}
+        phi = start
+        for k in range(3):
+            outputs = problem.model(phi, episodes.support.x[t])
+            loss = (outputs - episodes.support.y[t]).square().mean()
+            gradient = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
+            if k < 2:
+                gradient = [g.detach() for g in gradient]
+            phi = {name: value - 0.03 * g for (name, value), g in zip(phi.items(), gradient, strict=True)}
+        loss = (problem.model(phi, episodes.query.x[t]) - episodes.query.y[t]).square().mean()
+        for name, g in zip(start, torch.autograd.grad(loss, list(start.values())), strict=True):
+            total[name] += g
+    for name, value in total.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"inner_schedule": [1.0]}, r"algorithm.inner_schedule: got 1 factors, expected one for each of 6"),
+        ({"inner_schedule": "triangle"}, r"algorithm.inner_schedule: got 'triangle', expected"),
+        ({"inner_clip_norm": 0.0}, r"algorithm.inner_clip_norm: got 0.0, expected a value greater than 0"),
+        ({"backprop_steps": -1}, r"algorithm.backprop_steps: got -1"),
+        ({"inner_batch": 0}, r"algorithm.inner_batch: got 0"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build_setting("sgd", **options)
