@@ -119,6 +119,63 @@ class TasksThatSayIt(MaskTasks):
         return Labels(1 - outputs.mask.argmax(1), outputs.size)
 
 
+class SeveralLabels:
+    """Two labels for each row: tags of three classes, outputs [N, 3, 2]; or independent ones, outputs [N, 2]."""
+
+    in_shape = (4,)
+
+    def __init__(self, are_tags: bool):
+        self.are_tags = are_tags
+        self.out_features = 6 if are_tags else 2
+
+    def draw(self, split: str, ids: Any) -> list[Episode]:
+        return [Episode(self.draw_batch(int(i)), self.draw_batch(int(i) + 1)) for i in ids]
+
+    def draw_batch(self, seed: int) -> Batch:
+        x = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed % 2**31))
+        return Batch(x, (x[:, :2] > 0).long() + self.are_tags * (x[:, 2:] > 0).long())
+
+    def score(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.are_tags:
+            loss = functional.cross_entropy(outputs, batch.y)
+            predicted = outputs.argmax(1)
+        else:
+            loss = functional.binary_cross_entropy_with_logits(outputs, batch.y.to(outputs.dtype))
+            predicted = outputs.sigmoid().round().long()
+        return loss, {"accuracy": (predicted == batch.y).float().mean()}
+
+
+class LabelNet(nn.Module):
+    def __init__(self, in_shape: tuple[int, ...], out_features: int):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, out_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = self.body(x)
+        return outputs.unflatten(1, (3, 2)) if outputs.shape[1] == 6 else outputs
+
+
+@pytest.mark.parametrize("are_tags", [True, False])
+def test_file_of_several_labels_agrees_with_the_accuracy(
+    are_tags: bool, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    job = tree(
+        "maml",
+        model={"type": "test_predictions:LabelNet"},
+        tasks={"type": "test_predictions:SeveralLabels", "are_tags": are_tags},
+        run={"steps": 1, "eval_tasks": 4},
+    )
+    run = distmeta.train(Job.parse(job)).run
+    figures = distmeta.evaluate(run, ["run.eval_tasks=4"], predictions="predictions.parquet").figures
+    table = pq.read_table("predictions.parquet").to_pydict()
+    labels = np.array(table["label"])
+    assert labels.shape == (20, 2)
+    assert (labels == np.array(table["prediction"])).mean() == pytest.approx(
+        figures["accuracy_after"], abs=1e-6
+    )
+
+
 @pytest.fixture
 def run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
