@@ -97,6 +97,8 @@ def prepare_image(source: bytes | Image.Image, preparation: Preparation, where: 
         if isinstance(image, bytes):
             image = Image.open(io.BytesIO(image), formats=("PNG", "JPEG"))
         image.load()
+        if isinstance(source, bytes) and _has_16_bit_colours(source):
+            _check_colours(np.asarray(image), preparation.levels)
         flat = _flatten(image, preparation)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
@@ -115,6 +117,27 @@ def prepare_image(source: bytes | Image.Image, preparation: Preparation, where: 
 def scale_pixels(pixels: np.ndarray, scale: float) -> np.ndarray:
     """Return pixels as a model sees them: float32, multiplied by `scale`."""
     return np.multiply(pixels, np.float32(scale), dtype=np.float32)
+
+
+def _has_16_bit_colours(source: bytes) -> bool:
+    """Return whether the bytes are a PNG file with several channels of 16 bits (its header: bit depth, colour type)."""
+    return source.startswith(b"\x89PNG") and source[24] == 16 and source[25] != 0
+
+
+def _check_colours(pixels: np.ndarray, levels: float | None) -> None:
+    """Refuse colours of 16 bits that are scaled differently: Pillow (13.0) keeps only the upper 8 bits of each.
+
+    Raises:
+        InputError: levels are given, or the values use less than a sixteenth of the range.
+    """
+    largest = (
+        int(pixels[..., :3].max(initial=0)) if pixels.shape[-1] != 2 else int(pixels[..., 0].max(initial=0))
+    )
+    if levels is not None or 0 < largest < 256 * LEAST_SHARE:
+        raise InputError(
+            f"got 16-bit colours up to about {256 * largest}, of which only the upper 8 bits are read, expected values "
+            "that use the range 0 to 65535 (and no levels), or 8-bit colours"
+        )
 
 
 def _scale_to_8_bits(values: np.ndarray, mode: str, levels: float | None) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 import io
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -126,3 +128,30 @@ def test_wide_values_of_an_unknown_range_are_refused(image: np.ndarray, message:
     with pytest.raises(InputError, match=message):
         prepare_image(Image.fromarray(image), Preparation(), "scan")
     assert prepare_image(Image.fromarray(np.zeros_like(image)), Preparation(ink="light")).max() == 0
+
+
+def encode_16_bit_colours(pixels: np.ndarray) -> bytes:
+    """Write uint16 [H, W, 3] as a PNG file by hand: Pillow writes none."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    height, width, _ = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
+
+
+def test_16_bit_colours_are_read_or_refused_but_not_black():
+    narrow = np.arange(256 * 3, dtype=np.uint16).reshape(16, 16, 3) % 256
+    preparation = Preparation(size=16, ink="light", channels=3)
+    expected = prepare_image(Image.fromarray(narrow.astype(np.uint8)), preparation)
+    assert np.array_equal(prepare_image(encode_16_bit_colours(narrow * 257), preparation), expected)
+    with pytest.raises(InputError, match=r"scan: got 16-bit colours up to about 3840, .* or 8-bit colours"):
+        prepare_image(encode_16_bit_colours(narrow * 16), preparation, "scan")
+    with pytest.raises(InputError, match=r"got 16-bit colours up to about 65280, .* \(and no levels\)"):
+        prepare_image(encode_16_bit_colours(narrow * 257), Preparation(channels=3, levels=4095))
+    assert prepare_image(encode_16_bit_colours(narrow * 0), preparation).max() == 0
