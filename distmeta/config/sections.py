@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from distmeta.config.catalog import ALGORITHMS, MODELS, STRATEGIES, TASKS, TRACKERS
 from distmeta.config.parts import check_options, import_part
 from distmeta.config.workers import Elastic, Workers
-from distmeta.errors import InputError
+from distmeta.errors import InputError, did_you_mean
 from distmeta.seeding import MOST_STEPS, MOST_TASKS
 
 Positive = Annotated[int, Field(ge=1)]
@@ -171,6 +171,8 @@ class ScheduleSection(Section):
     """Length in steps of the outer optimizer; null: all steps of the run."""
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Rate at the end as a fraction of the first (linear, cosine; exponential needs more than 0)."""
+    warmup: Count = 0
+    """First steps in which the rate rises linearly, from 1/warmup of it to the whole. The shape follows after them."""
 
     @model_validator(mode="after")
     def _check_final(self) -> ScheduleSection:
@@ -178,14 +180,21 @@ class ScheduleSection(Section):
             raise InputError(
                 "outer.schedule.final: got 0.0, expected more than 0 for an exponential schedule"
             )
+        if self.steps is not None and self.warmup >= self.steps:
+            raise InputError(
+                f"outer.schedule.warmup: got {self.warmup}, expected fewer than outer.schedule.steps = {self.steps}"
+            )
         return self
 
 
 class OuterSection(Section):
-    """The outer optimizer, one of `torch.optim`. Options that the optimizer does not have are refused."""
+    """The outer optimizer, one of `torch.optim` or your own. Options that the optimizer does not have are refused."""
 
-    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "adam"
-    """The optimizer in `torch.optim`."""
+    optimizer: str = "adam"
+    """sgd, adam, adamw or rmsprop of `torch.optim`; or `package.module:Name` of another `torch.optim.Optimizer`. It
+    must be elementwise: it sees theta as one vector, in pieces."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of an optimizer given as `package.module:Name`, besides the learning rate."""
     lr: Rate = 1e-3
     """Outer learning rate."""
     momentum: DecayRate | None = None
@@ -204,14 +213,27 @@ class OuterSection(Section):
     """Learning rates for some entries of theta, by glob over their names. The first match counts."""
     schedule: ScheduleSection = ScheduleSection()
     """How the learning rate changes over the run."""
+    ema: DecayRate | None = None
+    """Decay of an exponential moving average of theta, which is then validated, evaluated and used instead of theta;
+    null: none. `distmeta evaluate RUN outer.ema=null` uses theta itself."""
 
     @model_validator(mode="after")
     def _check_options(self) -> OuterSection:
-        allowed = OPTIMIZER_OPTIONS[self.optimizer]
+        is_own = ":" in self.optimizer
+        if not is_own and self.optimizer not in OPTIMIZER_OPTIONS:
+            raise InputError(
+                f"outer.optimizer: got {self.optimizer!r}, expected one of {', '.join(OPTIMIZER_OPTIONS)} or "
+                f"package.module:Name; {did_you_mean(self.optimizer, list(OPTIMIZER_OPTIONS))}"
+            )
+        if self.options and not is_own:
+            raise InputError(
+                f"outer.options: got {self.options}, expected them as keys of outer: {self.optimizer} has its own"
+            )
+        allowed = () if is_own else OPTIMIZER_OPTIONS[self.optimizer]
         for key in ("momentum", "nesterov", "betas", "eps", "weight_decay"):
             if getattr(self, key) is not None and key not in allowed:
                 raise InputError(
-                    f"outer.{key}: not an option of {self.optimizer}, which has {', '.join(allowed)}"
+                    f"outer.{key}: not an option of {self.optimizer}, which has {', '.join(allowed) or 'outer.options'}"
                 )
         if self.nesterov and not self.momentum:
             raise InputError("outer.nesterov: got true without outer.momentum, expected a momentum above 0")

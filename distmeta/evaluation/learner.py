@@ -28,7 +28,7 @@ from distmeta.evaluation.user_data import (
 from distmeta.protocols import Algorithm, CollectsData, PredictsLabels, ScoresPerSplit, State, Theta
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Checkpoint
-from distmeta.runtime.outer_optimizer import check_theta
+from distmeta.runtime.outer_optimizer import check_theta, select_average
 from distmeta.runtime.problem import Problem, apply_job_numerics, build_problem, with_score
 from distmeta.tasks.few_shot import ClassificationScore
 from distmeta.trees import tree_leaves, tree_map
@@ -74,7 +74,8 @@ def load(
         )
     initial = problem.init()
     check_theta(stored.theta, initial)
-    theta = {name: stored.theta[name].to(problem.device) for name in initial}
+    chosen = stored.theta if job.outer.ema is None else select_average(stored.theta, stored.optimizer)
+    theta = {name: chosen[name].to(problem.device) for name in initial}
     return Learner(problem, theta, problem.eval_steps if steps is None else steps, stored)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -28,6 +29,7 @@ from distmeta.trees import tree_map_only
 PREFIX = "model."
 NEEDS_GRAD_MODE = "does not require grad"
 """What torch says of a derivative in a forward pass without grad mode."""
+USES_HOOKS = "the model uses activation checkpointing"
 
 
 class FunctionalModel:
@@ -89,6 +91,8 @@ class FunctionalModel:
         self._has_tied_tensors = has_tied_tensors(self.module)
         self._differentiates = False
         """Whether the module takes a derivative in its forward pass (`torch.autograd.grad`)."""
+        self._recomputes = False
+        """Whether the module uses hooks on saved tensors (activation checkpointing)."""
         self._is_recurrent = any(isinstance(layer, nn.RNNBase) for layer in self.module.modules())
 
     @property
@@ -194,7 +198,27 @@ class FunctionalModel:
 
     def _call_module_as_it_is(self, values: dict[str, Tensor], x: Any) -> Any:
         with disable_cudnn() if self._is_recurrent else nullcontext():
-            return torch.func.functional_call(self.module, values, (x,), tie_weights=self._has_tied_tensors)
+            if not self._recomputes:
+                try:
+                    with torch.autograd.graph.disable_saved_tensors_hooks(USES_HOOKS):
+                        return torch.func.functional_call(
+                            self.module, values, (x,), tie_weights=self._has_tied_tensors
+                        )
+                except RuntimeError as error:
+                    if USES_HOOKS not in str(error):
+                        raise
+                    self._recomputes = True
+            return self._copy_module(values)(x)
+
+    def _copy_module(self, values: Mapping[str, Tensor]) -> nn.Module:
+        """Return a copy of the module with these tensors in place of its parameters and buffers.
+
+        A checkpoint computes activations again during the backward pass, with the tensors that the module has then.
+        `functional_call` has put the module's own ones back by that time, and the gradient would be another one.
+        """
+        named = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        replaced = {id(tensor): values[name] for name, tensor in named.items() if name in values}
+        return copy.deepcopy(self.module, replaced)
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None

@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
+from distmeta.compute.vectors import Layout
 from distmeta.config.job import Job
 from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.checkpoint import Progress
 from distmeta.runtime.failure_policy import LostShardError
 from distmeta.runtime.interruption import InterruptedRun, StopRequested
+from distmeta.runtime.outer_optimizer import select_average
 from distmeta.runtime.parameter_server import mean_metrics
 from distmeta.runtime.problem import Problem, build_checkpoint
 from distmeta.runtime.reporter import Reporter
@@ -171,7 +175,7 @@ class Training:
 
     def _validate(self) -> Record:
         """Score theta on the validation tasks, the same ones every time, and note whether it is the best so far."""
-        flat = self.strategy.flat()
+        flat = self._find_evaluated_theta()
         count = self.problem.job.run.eval_tasks
         results = evaluate_tasks(self.problem, self.strategy.pool, flat, "val", count, self.check)
         record = {f"val_{name}": value for name, value in mean_metrics(results, over_all=True).items()}
@@ -183,6 +187,13 @@ class Training:
         else:
             self.progress = replace(self.progress, stale=self.progress.stale + 1)
         return record
+
+    def _find_evaluated_theta(self) -> np.ndarray:
+        """Return theta as a flat vector, or its moving average if the job keeps one."""
+        if self.problem.job.outer.ema is None:
+            return self.strategy.flat()
+        theta, tensors, _ = self.strategy.state()
+        return Layout.from_theta(theta).flatten(select_average(theta, tensors))
 
     # --- Saving ---------------------------------------------------------------------------------------------------
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 
 from distmeta.compute.vectors import Layout
+from distmeta.config.parts import import_part
 from distmeta.config.sections import OuterSection
-from distmeta.errors import InputError
+from distmeta.errors import InputError, first_line
 from distmeta.protocols import Theta
 
 OPTIMIZERS = {
@@ -20,6 +21,8 @@ OPTIMIZERS = {
     "adamw": torch.optim.AdamW,
     "rmsprop": torch.optim.RMSprop,
 }
+AVERAGE = "average"
+"""The quantity that holds the moving average of theta (`outer.ema`)."""
 STEP_COUNT = "step"
 """The quantity that torch's optimizers keep once per parameter. All others they keep per element."""
 
@@ -89,7 +92,57 @@ def build_optimizer(
         if getattr(outer, key) is not None
     }
     parameters = [{"params": parameters, "lr": rate} for rate, parameters in groups]
-    return OPTIMIZERS[outer.optimizer](parameters, lr=outer.lr, foreach=False, **options)
+    if ":" in outer.optimizer:
+        optimizer = _build_own_optimizer(parameters, outer)
+    else:
+        optimizer = OPTIMIZERS[outer.optimizer](parameters, lr=outer.lr, foreach=False, **options)
+    if outer.ema is not None:
+        _add_average(optimizer, outer.ema)
+    return optimizer
+
+
+def _build_own_optimizer(parameters: list[dict[str, Any]], outer: OuterSection) -> torch.optim.Optimizer:
+    """Build a user's optimizer.
+
+    Raises:
+        InputError: it cannot be imported, is no optimizer, or refuses an option.
+    """
+    build = import_part("outer.optimizer", outer.optimizer, {})
+    try:
+        optimizer = build(parameters, lr=outer.lr, **outer.options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"outer.options: {outer.optimizer} refuses them ({first_line(error)})") from None
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise InputError(
+            f"outer.optimizer: got {outer.optimizer!r}, which builds {type(optimizer).__name__}, expected a "
+            "torch.optim.Optimizer"
+        )
+    return optimizer
+
+
+def _add_average(optimizer: torch.optim.Optimizer, decay: float) -> None:
+    """Let an optimizer keep an exponential moving average of its parameters.
+
+        ē_1 = θ_1,   ē_t = d ē_{t−1} + (1 − d) θ_t
+
+    It is one more quantity of the optimizer's state, so every strategy cuts, saves and restores it like the others.
+    """
+
+    def update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                if AVERAGE in state:
+                    state[AVERAGE].lerp_(parameter.detach(), 1 - decay)
+                else:
+                    state[AVERAGE] = parameter.detach().clone()
+
+    optimizer.register_step_post_hook(update)
+
+
+def select_average(theta: Theta, tensors: Mapping[str, torch.Tensor]) -> Theta:
+    """Return the moving average of theta from the optimizer's state; theta itself before the first step."""
+    return {name: tensors.get(f"{name}/{AVERAGE}", value) for name, value in theta.items()}
 
 
 def join_quantity(layout: Layout, quantity: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -217,7 +217,9 @@ class ParameterServer:
 
 def schedule_factor(schedule: ScheduleSection, step: int) -> float:
     """Return the factor on every rate after `step` steps, a function of t = min(step / length, 1)."""
-    t = min(step / (schedule.steps or 1), 1.0)
+    if step < schedule.warmup:
+        return (step + 1) / schedule.warmup
+    t = min((step - schedule.warmup) / max((schedule.steps or 1) - schedule.warmup, 1), 1.0)
     if schedule.type == "linear":
         return 1 - (1 - schedule.final) * t
     if schedule.type == "cosine":

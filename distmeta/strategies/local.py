@@ -88,6 +88,10 @@ class Local:
     def check_job(job: Any, options: Mapping[str, Any]) -> None:
         """Raise InputError if the replicas do not fit the job's shards, or theta is needed between two averages."""
         run = job.run
+        if job.outer.ema is not None:
+            raise InputError(
+                f"outer.ema: got {job.outer.ema} with strategy.type: local, expected null: its replicas are averaged"
+            )
         if run.shards is not None and options["replicas"] > run.shards:
             raise InputError(
                 f"strategy.replicas: got {options['replicas']}, expected at most run.shards = {run.shards}: each "

@@ -55,13 +55,23 @@ TRAINED = ("nested", "packed sequences", "transformer with a padding mask")
 LOOP = Execution("loop", 1)
 
 
-def make_cases(marks: Mapping[str, pytest.MarkDecorator]) -> list[Any]:
+def make_cases() -> list[Any]:
     """Return every kind as a parameter of a test. Those whose package is not installed are skipped."""
     cases = []
     for name, kind in ZOO.items():
         skip = pytest.mark.skipif(find_spec(kind.package) is None, reason=f"{kind.package} is not installed")
-        cases.append(pytest.param(name, marks=[skip, *([marks[name]] if name in marks else [])]))
+        cases.append(pytest.param(name, marks=skip))
     return cases
+
+
+def make_training_cases() -> list[Any]:
+    """The same for whole trainings, most of which are slow tests."""
+    return [
+        case
+        if case.values[0] in TRAINED
+        else pytest.param(*case.values, marks=[*case.marks, pytest.mark.slow])
+        for case in make_cases()
+    ]
 
 
 @pytest.fixture(autouse=True)
@@ -239,14 +249,7 @@ def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> flo
 # --- Tests --------------------------------------------------------------------------------------------------------
 
 
-RECOMPUTES = pytest.mark.xfail(
-    strict=True, reason="the backward pass recomputes with the module's own parameters instead of phi"
-)
-
-
-@pytest.mark.parametrize(
-    "name", make_cases({name: RECOMPUTES for name, kind in ZOO.items() if kind.build_plain is not None})
-)
+@pytest.mark.parametrize("name", make_cases())
 def test_gradient_is_that_of_plain_autograd(name: str) -> None:
     problem = resolve_kind(name)
     ids = task_ids(problem.job.seed, "train", 0, TASKS)
@@ -288,7 +291,7 @@ class ShardActor:
         return compute_shard(spec, theta, shard)
 
 
-@pytest.mark.parametrize("name", make_cases({}))
+@pytest.mark.parametrize("name", make_cases())
 def test_two_workers_compute_the_same_bits(name: str, actors: list[Any]) -> None:
     import ray
 
@@ -299,7 +302,7 @@ def test_two_workers_compute_the_same_bits(name: str, actors: list[Any]) -> None
         assert gradient.tobytes() == expected.tobytes()
 
 
-@pytest.mark.parametrize("name", make_cases({name: pytest.mark.slow for name in ZOO if name not in TRAINED}))
+@pytest.mark.parametrize("name", make_training_cases())
 def test_training_with_two_workers_is_the_same(
     name: str, cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
