@@ -24,6 +24,7 @@ TASKS = {
     "bandit": "distmeta.tasks.bandit:Bandit",
     "gym": "distmeta.tasks.gym:Gym",
     "arrow": "distmeta.tasks.arrow:arrow",
+    "texts": "distmeta.tasks.texts:Texts",
 }
 """A task family is described by `distmeta.protocols.TaskFamily`."""
 

@@ -79,7 +79,7 @@ def arrow(
     names = [
         f"{group}/{name}" if group else name for group, name in zip(store.groups, store.classes, strict=True)
     ]
-    split_of_class = _assign_splits(names, store.groups, split_by, test, val)
+    split_of_class = assign_splits(names, store.groups, split_by, test, val)
     first_row = np.cumsum(store.counts) - store.counts
     group_number = {group: i for i, group in enumerate(dict.fromkeys(store.groups))}
     options = {
@@ -186,7 +186,7 @@ def _select_rows(
     return pair_drawings(parts[0], parts[1], domains.drawing)
 
 
-def _assign_splits(
+def assign_splits(
     names: list[str], groups: list[str], split_by: str, test: Selection | None, val: Selection | None
 ) -> list[str]:
     """Return the split of each class."""

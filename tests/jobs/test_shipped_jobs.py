@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY
+from support.small_texts import BERT, write_texts, write_tokenizer
 
 import distmeta
 from distmeta.config.job import Job
@@ -46,9 +47,30 @@ def shrink_job(job: Job, request: pytest.FixtureRequest) -> list[str]:
         overrides += ["run.tasks_per_step=2", "run.shards=1"]
         if job.model.type == "conv4":
             overrides.append("model.width=16")
+    if job.tasks.type == "texts":
+        overrides += shrink_texts(request)
     if "trajectories" in job.tasks.options:
         overrides += ["tasks.trajectories=3", "tasks.horizon=10"]
     return overrides
+
+
+def shrink_texts(request: pytest.FixtureRequest) -> list[str]:
+    """Return overrides with which a job of texts needs neither Debian's fortunes nor a trained encoder."""
+    pytest.importorskip("transformers", reason="needs the extra hf")
+    folder = request.getfixturevalue("tmp_path")
+    config = ", ".join(f"{key}: {value}" for key, value in BERT.items())
+    return [
+        f"tasks.path={write_texts(folder / 'texts')}",
+        f"tasks.tokenizer={write_tokenizer(folder / 'tokenizer')}",
+        "tasks.ways=2",
+        "tasks.shots=2",
+        "tasks.queries=3",
+        "tasks.max_length=8",
+        "tasks.test=3",
+        "tasks.val=2",
+        "model.name=null",
+        f"model.config={{{config}}}",
+    ]
 
 
 @pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
