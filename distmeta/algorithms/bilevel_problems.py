@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distmeta.algorithms.class_features import describe_targets
+from distmeta.errors import InputError
 from distmeta.protocols import Metrics, Model, Score, Theta
 
 
@@ -49,6 +51,7 @@ class Reweighting:
         return weight_N / weight_N.mean()
 
     def lower_loss(self, upper: Theta, lower: Theta, support: Any) -> Tensor:
+        check_class_indices(support.y)
         loss_N = F.cross_entropy(self.model(lower, support.x), support.y, reduction="none")
         return (self.weigh(upper, loss_N) * loss_N).mean()
 
@@ -91,6 +94,7 @@ class LearnedLoss:
         return draw_parameters(self.model, generator)
 
     def lower_loss(self, upper: Theta, lower: Theta, support: Any) -> Tensor:
+        check_single_target(support.y)
         pairs_N2 = torch.cat([self.model(lower, support.x), support.y], -1)
         hidden_NH = F.elu(F.linear(pairs_N2, upper["weight1"], upper["bias1"]))
         hidden_NH = F.elu(F.linear(hidden_NH, upper["weight2"], upper["bias2"]))
@@ -143,6 +147,24 @@ class Distillation:
 
     def predict(self, upper: Theta, lower: Theta, x: Any) -> Tensor:
         return self.model(lower, x)
+
+
+def check_class_indices(y: Any) -> None:
+    """Refuse targets that `Reweighting` cannot take the cross entropy of."""
+    if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point():
+        raise InputError(
+            f"algorithm.problem: got reweighting with {describe_targets(y)}, expected class indices [N], because it "
+            "takes the cross entropy of each example: use a problem of your own (package.module:Name)"
+        )
+
+
+def check_single_target(y: Any) -> None:
+    """Refuse targets that the network of `LearnedLoss` cannot read beside a prediction."""
+    if not isinstance(y, Tensor) or y.dim() != 2 or y.shape[1] != 1:
+        raise InputError(
+            f"algorithm.problem: got learned-loss with {describe_targets(y)}, expected one tensor [N, 1], because its "
+            "network reads a prediction and a target: use a problem of your own (package.module:Name)"
+        )
 
 
 def draw_parameters(model: Model, generator: torch.Generator) -> Theta:

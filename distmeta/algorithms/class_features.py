@@ -48,14 +48,16 @@ def require_rows(y: Any, method: str) -> Tensor:
         InputError: they are several tensors, or have another shape.
     """
     if not isinstance(y, Tensor) or y.dim() != 2:
-        found = (
-            f"targets of shape {list(y.shape)}" if isinstance(y, Tensor) else f"{type(y).__name__} as targets"
-        )
         raise InputError(
-            f"algorithm.type: got {method} with {found}, expected one tensor [N, D], because {method} reads the "
-            "targets: use maml, reptile, meta-sgd or another method that only needs the loss"
+            f"algorithm.type: got {method} with {describe_targets(y)}, expected one tensor [N, D], because "
+            f"{method} reads the targets: use maml, reptile, meta-sgd or another method that only needs the loss"
         )
     return y
+
+
+def describe_targets(y: Any) -> str:
+    """Return what a message says of targets that a method cannot read."""
+    return f"targets of shape {list(y.shape)}" if isinstance(y, Tensor) else f"{type(y).__name__} as targets"
 
 
 def embed_together(model: Model, theta: Theta, support: Any, x: Any) -> tuple[Tensor, Tensor]:

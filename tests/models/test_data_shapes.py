@@ -189,6 +189,8 @@ READS_TARGETS = {
     "protonet": r"got protonet for tasks without classes",
     "relation": r"got relation for tasks without classes",
     "imp": r"got imp for tasks without classes",
+    "bilevel": r"algorithm.problem: got learned-loss with dict as targets, expected one tensor \[N, 1\]",
+    "bilevel-implicit": r"algorithm.problem: got reweighting with dict as targets, expected class indices \[N\]",
 }
 """Methods that read the targets themselves, and what they say of several targets."""
 
