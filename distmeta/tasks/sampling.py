@@ -217,7 +217,9 @@ def _check_ways(
     limit = f"the {split} split has {most} classes"
     if within_group:
         limit = f"with tasks.within_group, the largest group of the {split} split has {most} classes"
-    remedy = "lower tasks.ways" if split == "train" else "lower tasks.ways or tasks.eval_ways"
+    remedy = "lower tasks.ways"
+    if split != "train":
+        remedy += f" or tasks.eval_ways, or hold out more classes (tasks.{split} of a store or of texts)"
     raise InputError(f"tasks.{ways_field}: got {settings.ways}, expected at most {most} ({limit}): {remedy}")
 
 
