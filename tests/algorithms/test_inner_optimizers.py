@@ -7,6 +7,7 @@ import torch
 from conftest import tree
 from torch import nn
 
+from distmeta.algorithms.adaptation import select_minibatch
 from distmeta.compute.execution import Execution, shard_gradient
 from distmeta.compute.gradient import unroll
 from distmeta.config.job import Job
@@ -303,3 +304,20 @@ def test_truncated_backpropagation_equals_plain_autograd() -> None:
 def test_impossible_options_are_refused(options: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         build_setting("sgd", **options)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        torch.zeros(8, dtype=torch.long),
+        torch.zeros(8, 5, dtype=torch.long),  # independent labels
+        torch.zeros(8, 3, 4, dtype=torch.long),  # masks
+        torch.zeros(8, 5),
+        {"mask": torch.zeros(8, 3, dtype=torch.long), "size": torch.zeros(8)},
+    ],
+    ids=["classes", "labels", "masks", "numbers", "tree"],
+)
+def test_rows_of_a_minibatch_do_not_depend_on_the_targets(y) -> None:
+    x = torch.arange(8)[:, None]
+    rows = [select_minibatch(Batch(x, y), k, 3).x[:, 0].tolist() for k in range(3)]
+    assert rows == [[0, 1, 2], [3, 4, 5], [6, 7, 0]]
