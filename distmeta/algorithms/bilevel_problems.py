@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distmeta.algorithms.class_features import describe_targets
 from distmeta.errors import InputError
-from distmeta.protocols import Metrics, Model, Score, Theta
+from distmeta.protocols import PADDING, Metrics, Model, Score, Theta
 
 
 class Reweighting:
@@ -52,8 +52,10 @@ class Reweighting:
 
     def lower_loss(self, upper: Theta, lower: Theta, support: Any) -> Tensor:
         check_class_indices(support.y)
-        loss_N = F.cross_entropy(self.model(lower, support.x), support.y, reduction="none")
-        return (self.weigh(upper, loss_N) * loss_N).mean()
+        outputs = self.model(lower, support.x)
+        loss_N = F.cross_entropy(outputs, support.y, reduction="none", ignore_index=PADDING)
+        weight_N = self.weigh(upper, loss_N) * (support.y != PADDING)
+        return (weight_N * loss_N).sum() / weight_N.sum()
 
     def upper_loss(self, upper: Theta, lower: Theta, query: Any) -> tuple[Tensor, Metrics]:
         return self.score(self.model(lower, query.x), query)

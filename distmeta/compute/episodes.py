@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from distmeta.compute.buckets import stack_if_equal
-from distmeta.compute.conversion import convert_episodes
+from distmeta.compute.conversion import convert_data, convert_episodes
 from distmeta.compute.gradient import detach_tree, to_float32
 from distmeta.protocols import (
     ActsWithMemory,
@@ -86,10 +86,13 @@ def collect_episodes(
 
         def policy(x: Any, act: Callable[[Any], Any] = act) -> Any:
             with torch.no_grad():
-                outputs = to_float32(act(to_device(x, device)))
+                outputs = to_float32(
+                    act(to_device(convert_data(x, "the x that collect gives a policy"), device))
+                )
             return to_device(outputs, "cpu")  # the environments are on the CPU
 
-        batch = to_device(family.collect(split, ids, k, policy), device)
+        batch = convert_data(family.collect(split, ids, k, policy), "collect returned a batch")
+        batch = to_device(batch, device)
         batches.append(batch)
         if k == steps:
             break

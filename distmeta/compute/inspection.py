@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distmeta.compute.conversion import find_difference
 from distmeta.compute.gradient import Method, Objective, compute_group, cut_into_chunks, seed_generators
 from distmeta.compute.random_state import is_same_state, read_random_state
 from distmeta.errors import InputError, describe_failure, first_line
-from distmeta.protocols import Episodes, Theta
-from distmeta.trees import name_leaves, tree_leaves
+from distmeta.protocols import Episode, Episodes, Theta
+from distmeta.trees import name_leaves, tree_leaves, tree_map
 
 CONVOLUTIONS = (
     nn.Conv1d,
@@ -172,13 +173,23 @@ def inspect_gradient(
     try:
         return watch(compute, module, kept, "the first meta-gradient")
     except InputError as error:
-        pixels = [name for name, leaf in name_leaves(chunk.episodes) if leaf.dtype == torch.uint8]
-        if error.__cause__ is None or not pixels:
+        reason = _find_reason_in_data(chunk.episodes)
+        if error.__cause__ is None or reason is None:
             raise
         raise InputError(
-            f"tasks.type: draw returned {pixels[0]} as uint8, which the model cannot compute with "
-            f"({first_line(error.__cause__)}), expected float32 for pixels (x.float() / 255), or int64 for tokens"
+            f"tasks.type: draw returned {reason} (the computation failed: {first_line(error.__cause__)})"
         ) from error.__cause__
+
+
+def _find_reason_in_data(chunk: Episode) -> str | None:
+    """Return what is unusual about the data of a computation that failed, leaves [groups, group size, N, ...]."""
+    pixels = [name for name, leaf in name_leaves(chunk) if leaf.dtype == torch.uint8]
+    if pixels:
+        return (
+            f"{pixels[0]} as uint8, which the model cannot compute with, expected float32 for pixels "
+            "(x.float() / 255), or int64 for tokens"
+        )
+    return find_difference(tree_map(lambda leaf: leaf[0, 0], chunk))
 
 
 def watch(compute: Callable[[], Any], module: nn.Module, kept: Mapping[str, Tensor], what: str) -> Any:

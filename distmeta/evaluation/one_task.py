@@ -23,7 +23,7 @@ from distmeta.runtime.parameter_server import vector_norm
 from distmeta.runtime.problem import Problem, apply_job_numerics, build_problem, choose_device
 from distmeta.runtime.resolve import resolve
 from distmeta.seeding import task_ids
-from distmeta.trees import tree_leaves
+from distmeta.trees import name_leaves, tree_leaves
 
 TOLERANCE = 1e-4
 """Relative distance of two gradients of a task on a GPU, whose kernels may add in any order."""
@@ -88,8 +88,11 @@ def describe_capabilities(problem: Problem) -> Iterator[str]:
 
 
 def _describe_episodes(episodes: Episodes) -> str:
-    leaves = tree_leaves(episodes)
-    shapes = [f"{list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}" for leaf in leaves]
+    """Return the name, shape and dtype of every tensor."""
+    shapes = [
+        f"{name} {list(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
+        for name, leaf in name_leaves(episodes)
+    ]
     return "episode: " + ", ".join(shapes)
 
 

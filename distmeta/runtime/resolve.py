@@ -19,7 +19,7 @@ from distmeta.compute.choose_execution import (
     holds_graphs,
 )
 from distmeta.compute.compiler import Compiler, find_missing_tool
-from distmeta.compute.conversion import check_episodes
+from distmeta.compute.conversion import check_episodes, describe_missing_numbers
 from distmeta.compute.episodes import make_episodes
 from distmeta.compute.execution import WHOLE_SHARD, Execution, shard_gradient
 from distmeta.compute.gradient import build_objective
@@ -86,6 +86,9 @@ def _choose_execution(problem: Problem, theta: Theta, report: Callable[[str], No
     asked = job.compute
     group_size = problem.algorithm.group_size
     episodes, ids = _make_probe_tasks(problem, theta, 2)
+    note = describe_missing_numbers(episodes)
+    if note is not None:
+        report(note)
     first = group_by_shape(episodes, group_size)[0].episodes if isinstance(episodes, list) else episodes
     traits = inspect_model(problem.model.module, tree_map(lambda leaf: leaf[0], first.query.x))
     uses_random_numbers = _inspect_first_gradient(problem, theta, episodes, ids)
@@ -157,6 +160,8 @@ def _build_evaluation_trial(problem: Problem, theta: Theta) -> Trial:
     steps = problem.eval_steps
     with evaluation_mode(problem.model.module):
         episodes = make_episodes(problem.family, algorithm, theta, "val", ids, steps, problem.device)
+    if not isinstance(problem.family, CollectsData):
+        check_episodes(episodes, len(ids), problem.score("val"), "draw of split val")
 
     def trial(execution: Execution) -> object:
         def compute() -> object:

@@ -260,7 +260,7 @@ def test_check_runs_one_task(distmeta: Any) -> None:
     assert outcome.code == 0
     assert outcome.out == ""
     for part in (
-        "episode: [1, 5, 1] float32",
+        "episode: support.x [1, 5, 1] float32, support.y [1, 5, 1] float32",
         "theta: 6 tensors, 321 numbers",
         "pure:",
         "execution vmap",
@@ -273,7 +273,7 @@ def test_check_runs_one_task(distmeta: Any) -> None:
     refused = distmeta(
         "check", "job.yaml", "--run-one-task", "model={type: 'hard_cases:RunningStatisticsNet'}"
     )
-    assert "changes the buffer" in one_line_error(refused)
+    assert "the forward pass changes '1.running_mean'" in one_line_error(refused)
 
 
 def test_data_images(distmeta: Any) -> None:

@@ -16,12 +16,13 @@ from conftest import ALGORITHMS, CLASSES, SETTINGS, tree
 from torch import Tensor, nn
 
 import distmeta
+from distmeta.compute.compiler import Compiler
 from distmeta.compute.conversion import convert_episodes
 from distmeta.compute.execution import Execution, shard_gradient
 from distmeta.compute.scoring import score_tasks
 from distmeta.config.job import Job
 from distmeta.errors import InputError
-from distmeta.protocols import Batch, Episode
+from distmeta.protocols import PADDING, Batch, Episode
 from distmeta.runtime.problem import build_problem
 from distmeta.runtime.resolve import resolve
 from distmeta.seeding import draw_uniforms, task_ids
@@ -160,6 +161,76 @@ def test_method_trains_validates_and_evaluates_on_a_nested_structure(name: str, 
     learner = distmeta.load(finished.run)
     support = learner.problem.example.support
     assert len(learner.adapt(support.x, support.y).predict(support.x)) == 4
+
+
+def relative_distance(found: Any, expected: Any) -> float:
+    """Return the distance of two gradients, relative to the second one."""
+    distance = sum(float((found[name] - value).square().sum()) for name, value in expected.items())
+    return float((distance / sum(float(value.square().sum()) for value in expected.values())) ** 0.5)
+
+
+def draw_doubles(structure: str, ids: Any, classes: bool) -> Episode:
+    """Draw tasks in float64, stacked."""
+    drawn = Structured(structure, classes).draw("train", ids)
+    return tree_map(lambda leaf: leaf.double() if leaf.is_floating_point() else leaf, drawn)
+
+
+IDS = task_ids(0, "train", 0, 4)
+SIZES = [2, 4, 2, 3]
+"""Support rows of the tasks in a list of unequal tasks."""
+
+
+@pytest.mark.parametrize("mode", ["loop", "vmap"])
+@pytest.mark.parametrize("name", ["maml", "protonet", "hypernet", "matching"])
+def test_unequal_tasks_have_the_gradient_of_one_tensor(name: str, mode: str) -> None:
+    gradients = []
+    for structure in ("nested", "tensor"):
+        problem = build_problem(build_job(name, structure))
+        theta = {key: value.double() for key, value in problem.init().items()}
+        problem.model.to(dtype=torch.float64)
+        stacked = draw_doubles(structure, IDS, SETTINGS.get(name) is CLASSES)
+        episodes = [tree_map(lambda leaf, t=t: leaf[t], stacked) for t in range(4)]
+        episodes = [
+            episode._replace(support=tree_map(lambda leaf, n=n: leaf[:n], episode.support))
+            for episode, n in zip(episodes, SIZES, strict=True)
+        ]
+        score = problem.family.score
+        way = Execution(mode, 4) if structure == "nested" else Execution("loop", 1)
+        gradients.append(shard_gradient(problem.algorithm, score, theta, episodes, IDS, way).gradient)
+    assert relative_distance(*gradients) <= 1e-9
+
+
+@pytest.mark.parametrize("mode", ["loop", "vmap"])
+@pytest.mark.parametrize("name", [name for name in NAMES if SETTINGS.get(name) is CLASSES])
+def test_rows_of_padding_in_a_tree_have_no_effect(name: str, mode: str) -> None:
+    problem = build_problem(build_job(name, "nested"))
+    theta = {key: value.double() for key, value in problem.init().items()}
+    problem.model.to(dtype=torch.float64)
+    plain = draw_doubles("nested", IDS, classes=True)
+
+    def pad(batch: Batch) -> Batch:
+        x = tree_map(lambda leaf: torch.cat([leaf, torch.full_like(leaf[:, :2], 9.0)], 1), batch.x)
+        return Batch(x, torch.cat([batch.y, torch.full_like(batch.y[:, :2], PADDING)], 1))
+
+    padded = Episode(pad(plain.support), pad(plain.query))
+    way = Execution(mode, 4)
+    gradients = [
+        shard_gradient(problem.algorithm, problem.family.score, theta, episodes, IDS, way).gradient
+        for episodes in (padded, plain)
+    ]
+    assert relative_distance(*gradients) <= 1e-9
+
+
+@pytest.mark.parametrize("name", ["maml", "protonet"])
+def test_traced_program_takes_a_tree(name: str) -> None:
+    problem = build_problem(build_job(name, "nested"))
+    theta = problem.init()
+    episodes = convert_episodes(problem.family.draw("train", IDS))
+    given = (problem.training_at(0), problem.family.score, theta, episodes, IDS, Execution("vmap", 4))
+    compiler = Compiler("float32", trace_only=True)
+    assert (
+        relative_distance(shard_gradient(*given, compiler).gradient, shard_gradient(*given).gradient) <= 1e-5
+    )
 
 
 class TargetTrees(Structured):
