@@ -8,6 +8,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
@@ -81,3 +82,28 @@ def to_json_value(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+PACKAGE = "package:"
+"""Begins the name of a folder inside an installed Python package."""
+
+
+def find_model_files(field: str, name: str) -> str:
+    """Return the folder that a name means, or the name itself if it is one on the hub.
+
+    Raises:
+        InputError: there is no such package or folder.
+    """
+    if name.startswith(PACKAGE):
+        package, _, inside = name.removeprefix(PACKAGE).partition("/")
+        spec = find_spec(package)
+        if spec is None or spec.origin is None:
+            raise InputError(f"{field}: got {name!r}, expected an installed package: pip install {package}")
+        folder = Path(spec.origin).parent / inside
+    elif name.startswith((".", "/", "~")):
+        folder = Path(name).expanduser()
+    else:
+        return name if not Path(name).is_dir() else str(Path(name))
+    if not folder.is_dir():
+        raise InputError(f"{field}: got {name!r}, expected an existing folder ({folder})")
+    return str(folder)

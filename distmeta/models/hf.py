@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from distmeta.errors import InputError, first_line
+from distmeta.files import find_model_files
 from distmeta.models.adapters import add_adapters
 
 Task = Literal["classification", "regression", "token-classification", "features"]
 Pooling = Literal["mean", "first", "last"]
-PACKAGE = "package:"
 
 
 class HuggingFace(nn.Module):
@@ -99,7 +97,7 @@ def load_network(name: str | None, config: dict[str, Any] | None) -> Any:
         raise InputError("model.name: expected a name or a config, and not both")
     try:
         if name is not None:
-            return AutoModel.from_pretrained(find_files("model.name", name))
+            return AutoModel.from_pretrained(find_model_files("model.name", name))
         options = dict(config or {})
         return AutoModel.from_config(AutoConfig.for_model(options.pop("model_type"), **options))
     except KeyError:
@@ -109,24 +107,3 @@ def load_network(name: str | None, config: dict[str, Any] | None) -> Any:
     except (OSError, ValueError, ImportError) as error:
         field = "model.config" if name is None else f"model.name: got {name!r}"
         raise InputError(f"{field}: {first_line(error)}") from None
-
-
-def find_files(field: str, name: str) -> str:
-    """Return the folder that a name means, or the name itself if it is one on the hub.
-
-    Raises:
-        InputError: there is no such package or folder.
-    """
-    if name.startswith(PACKAGE):
-        package, _, inside = name.removeprefix(PACKAGE).partition("/")
-        spec = find_spec(package)
-        if spec is None or spec.origin is None:
-            raise InputError(f"{field}: got {name!r}, expected an installed package: pip install {package}")
-        folder = Path(spec.origin).parent / inside
-    elif name.startswith((".", "/", "~")):
-        folder = Path(name).expanduser()
-    else:
-        return name if not Path(name).is_dir() else str(Path(name))
-    if not folder.is_dir():
-        raise InputError(f"{field}: got {name!r}, expected an existing folder ({folder})")
-    return str(folder)

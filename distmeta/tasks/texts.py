@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 
 from distmeta.errors import InputError, did_you_mean, first_line
-from distmeta.models.hf import find_files
+from distmeta.files import find_model_files
 from distmeta.protocols import SPLITS, Batch, Episode, Score
 from distmeta.tasks.arrow import Selection, assign_splits
 from distmeta.tasks.few_shot import ClassificationScore, Order
@@ -122,7 +122,7 @@ def tokenize(tokenizer: str, texts: Sequence[str], max_length: int) -> dict[str,
     except ImportError as error:
         raise InputError(f"tasks.type: got texts, but {first_line(error)}: install distmeta[hf]") from None
     try:
-        encode: Any = AutoTokenizer.from_pretrained(find_files("tasks.tokenizer", tokenizer))
+        encode: Any = AutoTokenizer.from_pretrained(find_model_files("tasks.tokenizer", tokenizer))
         if encode.pad_token is None:
             encode.pad_token = encode.eos_token
         encoded = encode(
