@@ -36,6 +36,8 @@ class InnerState(NamedTuple):
     phi: Theta
     moments: tuple[Theta, ...]
     """sgd: (); momentum: (velocity,); adam and adamw: (first moment, second moment)."""
+    stopped: tuple[Tensor, ...] = ()
+    """With a rule for stopping early: whether the task takes no more steps, a bool []."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class InnerOptimizer:
         else:
             update, moments = self._adam(g, state.moments, k)
         moved = {name: phi[name] - rate * update[name] for name in update}
-        return InnerState(phi | moved, moments)
+        return state._replace(phi=phi | moved, moments=moments)
 
     def _adam(self, g: Theta, moments: tuple[Theta, ...], k: int) -> tuple[Theta, tuple[Theta, ...]]:
         beta1, beta2 = self.betas
@@ -140,15 +142,25 @@ def list_factors(schedule: InnerSchedule, steps: int) -> tuple[float, ...]:
     return (1.0,)
 
 
-def stop_if_reached(before: InnerState, after: InnerState, loss: Tensor, limit: float | None) -> InnerState:
-    """Return the state after a step, or the one before it if the support loss was already at most `limit`.
+def allow_stopping(state: InnerState, limit: float | None) -> InnerState:
+    """Return the state before the first inner step of a task that `stop_if_reached` may stop."""
+    if limit is None:
+        return state
+    first = next(iter(state.phi.values()))
+    return state._replace(stopped=(first.new_zeros((), dtype=torch.bool),))
 
-    The state is chosen element by element, so that this runs under vmap. A step that is not taken is an identity in the
-    meta-gradient.
+
+def stop_if_reached(before: InnerState, after: InnerState, loss: Tensor, limit: float | None) -> InnerState:
+    """Return the state after a step, or the one before it once a step's support loss has been at most `limit`.
+
+    A stopped task stays stopped, also if a later minibatch has a larger loss. The state is chosen element by element,
+    so that this runs under vmap. A step that is not taken is an identity in the meta-gradient.
     """
     if limit is None:
         return after
-    return tree_map(lambda old, new: torch.where(loss <= limit, old, new), before, after)
+    has_stopped = before.stopped[0] | (loss <= limit)
+    chosen = tree_map(lambda old, new: torch.where(has_stopped, old, new), before, after)
+    return chosen._replace(stopped=(has_stopped,))
 
 
 def begin_phi(model: Model, score: Score, theta: Theta, support: Any) -> Theta:
@@ -248,18 +260,19 @@ def check_inner_batch(score: Score, inner_batch: int | None) -> None:
         )
 
 
-def select_minibatch(support: Any, k: int, size: int | None) -> Any:
+def select_minibatch(support: Any, k: int, size: int | None, score: Score) -> Any:
     """Return rows k·size … (k+1)·size − 1 of the support set, starting again after its last row.
 
-    Task families lay support rows out shot by shot, so `ways` neighbouring rows hold one example per class. Rows of
-    padding are skipped. If `size` is None or at least the number of rows, the whole set is returned.
+    Task families lay support rows out shot by shot, so `ways` neighbouring rows hold one example per class. If `score`
+    is of classes, rows of padding are skipped; in other tasks -1 is a target like any other. If `size` is None or at
+    least the number of rows, the whole set is returned.
     """
     count = tree_leaves(support)[0].shape[0]
     if size is None or size >= count:
         return support
     rows: Any = [(k * size + i) % count for i in range(size)]
     has_labels = isinstance(support, Batch) and isinstance(support.y, Tensor) and support.y.dim() == 1
-    if has_labels and not support.y.is_floating_point():
+    if has_labels and find_ways(score) is not None:
         is_real_N = support.y != PADDING
         real_first_N = (~is_real_N).int().argsort(stable=True)
         positions = k * size + torch.arange(size, device=support.y.device)

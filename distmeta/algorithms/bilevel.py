@@ -103,6 +103,7 @@ class Bilevel:
                 f"algorithm.backprop_steps: got {backprop_steps} with lower_start: learned, expected null: the start "
                 "would have no gradient"
             )
+        self._score = score
         self.problem = build_bilevel_problem(problem, options or {}, {"model": model, "score": score})
         self.inner_lr = inner_lr
         self.learn_inner_lr = learn_inner_lr
@@ -132,7 +133,7 @@ class Bilevel:
 
     def step(self, theta: Theta, state: InnerState, support: Any, k: int) -> InnerState:
         upper = remove_prefix(theta, UPPER)
-        batch = select_minibatch(support, k, self.inner_batch)
+        batch = select_minibatch(support, k, self.inner_batch, self._score)
         is_cut = self.backprop_steps is not None and k < self.inner_steps - self.backprop_steps
 
         def lower_loss(lower: Theta) -> Tensor:

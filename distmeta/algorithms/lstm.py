@@ -102,7 +102,7 @@ class LSTMMetaLearner:
         return LSTMState(phi, zeros_PH, zeros_PH, zeros_P1, zeros_P1)
 
     def step(self, theta: Theta, state: LSTMState, support: Any, k: int) -> LSTMState:
-        batch = select_minibatch(support, k, self.inner_batch)
+        batch = select_minibatch(support, k, self.inner_batch, self.score)
         phi = state.phi
         if self.first_order:
             phi = {name: value.detach() for name, value in phi.items()}

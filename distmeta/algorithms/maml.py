@@ -16,6 +16,7 @@ from distmeta.algorithms.adaptation import (
     InnerSchedule,
     InnerState,
     OptimizerName,
+    allow_stopping,
     begin_phi,
     check_inner_batch,
     check_inner_optimizer,
@@ -25,6 +26,7 @@ from distmeta.algorithms.adaptation import (
     stop_if_reached,
     support_gradient_and_loss,
 )
+from distmeta.errors import InputError
 from distmeta.protocols import Model, Score, Theta
 
 
@@ -53,9 +55,11 @@ class MAML:
         inner_schedule: how α changes over the steps: `constant`, `linear`, `cosine` (`adaptation.list_factors`), or a
             list with a factor for each step. Evaluation with more steps keeps the last factor.
         inner_batch: support rows that a step sees, one minibatch after the other; null: all.
-        inner_stop_loss: a task takes no more steps once its support loss is at most this; null: all steps.
+        inner_stop_loss: a task takes no more steps once the support loss of a step (of its minibatch, with
+            `inner_batch`) is at most this; null: all steps.
         backprop_steps: the number of last steps with second derivatives. In earlier steps ∇L_support is a constant, so
-            0 is FOMAML, and K or null is MAML. Memory holds the second-order graphs of only these steps.
+            0 is FOMAML, and K or null is MAML. Memory holds the second-order graphs of only these steps. Not with
+            `first_order`.
     """
 
     group_size = 1
@@ -81,11 +85,16 @@ class MAML:
     ):
         check_inner_optimizer(model, inner_optimizer)
         check_inner_batch(score, inner_batch)
+        if first_order and backprop_steps:
+            raise InputError(
+                f"algorithm.backprop_steps: got {backprop_steps} with first_order: true, expected null: no step of a "
+                "first-order method has second derivatives"
+            )
         self.model = model
         self.score = score
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
-        self.first_order = first_order
+        self.first_order = first_order or backprop_steps == 0
         self.names = select_adapted(model, adapt)
         self.inner_batch = inner_batch
         self.inner_stop_loss = inner_stop_loss
@@ -104,10 +113,11 @@ class MAML:
         return self.model.init(generator)
 
     def begin(self, theta: Theta, support: Any) -> InnerState:
-        return self.optimizer.begin(begin_phi(self.model, self.score, theta, support), self.names)
+        phi = begin_phi(self.model, self.score, theta, support)
+        return allow_stopping(self.optimizer.begin(phi, self.names), self.inner_stop_loss)
 
     def step(self, theta: Theta, state: InnerState, support: Any, k: int) -> InnerState:
-        batch = select_minibatch(support, k, self.inner_batch)
+        batch = select_minibatch(support, k, self.inner_batch, self.score)
         is_constant = self.first_order or k < self.constant_steps
         gradient, loss = support_gradient_and_loss(
             self.model, self.score, state.phi, batch, self.names, is_constant

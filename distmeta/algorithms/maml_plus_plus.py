@@ -34,8 +34,11 @@ class MAMLPlusPlus:
     - LSLR: keys `inner_lr.<parameter>`, [K]. Steps after the K-th use the last rate and the last row.
     - CA: cosine annealing of the outer rate is the job's `outer.schedule`.
 
-    Deviations: there are no running statistics per step (BNRS); norms always use the statistics of the batch. The
-    authors' code scores φ_{k+1} with row k of the norms, we score it with row k + 1.
+    BNRS: every step normalises by the statistics of its batch. That is what the authors' code computes: it collects
+    running statistics per step, but always calls `F.batch_norm` with `training=True`, which does not read them. There
+    are no running statistics that predictions read: they would be state outside theta.
+
+    Deviation: the authors' code scores φ_{k+1} with row k of the norms, we score it with row k + 1.
 
     Args:
         inner_lr: initial value of every rate, > 0. Its default and those of K and `msl_steps` (10 epochs of 500) are

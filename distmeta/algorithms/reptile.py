@@ -11,13 +11,17 @@ from torch import Tensor
 from distmeta.algorithms.adaptation import (
     Betas,
     InnerOptimizer,
+    InnerSchedule,
     InnerState,
     OptimizerName,
+    allow_stopping,
     begin_phi,
     check_inner_batch,
     check_inner_optimizer,
+    list_factors,
     select_minibatch,
-    support_gradient,
+    stop_if_reached,
+    support_gradient_and_loss,
 )
 from distmeta.compute.gradient import query_loss, support_at
 from distmeta.protocols import Episode, Metrics, Model, Score, Theta, Unroll
@@ -43,10 +47,15 @@ class Reptile:
         inner_steps: K ≥ 1. With K = 1 the meta-gradient is α∇L, that of joint training (§3).
         inner_batch: support examples per inner step; null, or more than there are: all. The paper's analysis (§5)
             assumes that the steps see different minibatches.
-        inner_optimizer: `sgd`, `momentum` or `adam`, as in torch.optim.
+        inner_optimizer: `sgd`, `momentum`, `adam` or `adamw`, as in torch.optim.
         momentum: μ in [0, 1), for `momentum`.
-        betas: β₁ and β₂ in [0, 1), for `adam`.
-        eps: ε > 0, for `adam`.
+        betas: β₁ and β₂ in [0, 1), for `adam` and `adamw`.
+        eps: ε > 0, for `adam` and `adamw`.
+        inner_weight_decay: λ ≥ 0; added to the gradient, or with `adamw` decoupled from it.
+        inner_clip_norm: largest norm of the gradient of all parameters in a step; null: not clipped.
+        inner_schedule: how α changes over the steps, as in `maml`.
+        inner_stop_loss: a task takes no more steps once the support loss of a step (of its minibatch, with
+            `inner_batch`) is at most this; null: all steps.
     """
 
     group_size = 1
@@ -62,6 +71,10 @@ class Reptile:
         momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9,
         betas: Betas = BETAS_WITHOUT_MOMENTUM,
         eps: Annotated[float, Field(gt=0)] = 1e-8,
+        inner_weight_decay: Annotated[float, Field(ge=0)] = 0.0,
+        inner_clip_norm: Annotated[float, Field(gt=0)] | None = None,
+        inner_schedule: InnerSchedule = "constant",
+        inner_stop_loss: float | None = None,
     ):
         check_inner_optimizer(model, inner_optimizer)
         check_inner_batch(score, inner_batch)
@@ -70,19 +83,29 @@ class Reptile:
         self.inner_lr = inner_lr
         self.inner_steps = inner_steps
         self.inner_batch = inner_batch
-        self.optimizer = InnerOptimizer(inner_optimizer, momentum, betas, eps)
+        self.inner_stop_loss = inner_stop_loss
+        self.optimizer = InnerOptimizer(
+            inner_optimizer,
+            momentum,
+            betas,
+            eps,
+            weight_decay=inner_weight_decay,
+            clip_norm=inner_clip_norm,
+            factors=list_factors(inner_schedule, inner_steps),
+        )
 
     def init(self, generator: torch.Generator) -> Theta:
         return self.model.init(generator)
 
     def begin(self, theta: Theta, support: Any) -> InnerState:
         phi = begin_phi(self.model, self.score, theta, support)
-        return self.optimizer.begin(phi, tuple(phi))
+        return allow_stopping(self.optimizer.begin(phi, tuple(phi)), self.inner_stop_loss)
 
     def step(self, theta: Theta, state: InnerState, support: Any, k: int) -> InnerState:
-        batch = select_minibatch(support, k, self.inner_batch)
-        gradient = support_gradient(self.model, self.score, state.phi, batch)
-        return self.optimizer.step(state, gradient, k, self.inner_lr)
+        batch = select_minibatch(support, k, self.inner_batch, self.score)
+        gradient, loss = support_gradient_and_loss(self.model, self.score, state.phi, batch)
+        after = self.optimizer.step(state, gradient, k, self.inner_lr)
+        return stop_if_reached(state, after, loss, self.inner_stop_loss)
 
     def predict(self, theta: Theta, state: InnerState, x: Tensor) -> Tensor:
         return self.model(state.phi, x)

@@ -25,6 +25,7 @@ TORCH = {
 
 
 def build_setting(name: str, steps: int = 6, **options):
+    """Build a small problem whose inner loop has the optimizer `name`, theta and three tasks, in float64."""
     algorithm = {"type": "maml", "inner_lr": 0.03, "inner_steps": steps, "inner_optimizer": name, **options}
     if name == "adam":
         algorithm |= {"betas": [0.7, 0.95], "eps": 1e-3}
@@ -135,6 +136,11 @@ def test_adapt_that_matches_nothing_is_an_error() -> None:
         build_setting("sgd", adapt="haed")
 
 
+def score_targets(outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Score outputs that are no classes."""
+    return (outputs - batch.y).square().mean(), {}
+
+
 INNER_OPTIONS = {
     "sgd with decay": (
         {"inner_optimizer": "sgd", "inner_weight_decay": 0.3},
@@ -169,10 +175,13 @@ SCHEDULERS = {
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler")
+@pytest.mark.parametrize("kind", ["maml", "reptile"])
 @pytest.mark.parametrize("case", INNER_OPTIONS)
-def test_trajectory_with_options_equals_torch(case: str) -> None:
+def test_trajectory_with_options_equals_torch(case: str, kind: str) -> None:
     options, build_optimizer = INNER_OPTIONS[case]
-    problem, theta, episodes, _ = build_setting(options.get("inner_optimizer", "sgd"), **options)
+    if case == "adamw":
+        options = options | {"betas": [0.9, 0.999]}  # those of torch; Reptile's default differs
+    problem, theta, episodes, _ = build_setting(options.get("inner_optimizer", "sgd"), type=kind, **options)
     support = Batch(episodes.support.x[0], episodes.support.y[0])
     state = unroll(problem.algorithm, theta, support, detach=True)
     module = problem.model.module
@@ -256,6 +265,65 @@ def test_task_stops_at_its_support_loss() -> None:
             assert torch.equal(found.phi[name], value)
 
 
+def adapt_by_hand(model, theta, support, limit: float) -> tuple[dict, list[float], int]:
+    """Take six steps on one row each until a row's loss is at most the limit, in plain autograd.
+
+    Return φ, the losses of the rows before each step that was considered, and the number of steps taken.
+    """
+    phi = dict(theta)
+    losses = []
+    taken = 0
+    has_stopped = False
+    for k in range(6):
+        rows = slice(k % 5, k % 5 + 1)
+        loss = (model(phi, support.x[rows]) - support.y[rows]).square().mean()
+        losses.append(float(loss.detach()))
+        has_stopped = has_stopped or losses[-1] <= limit
+        if not has_stopped:
+            gradient = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
+            phi = {name: value - 0.03 * g for (name, value), g in zip(phi.items(), gradient, strict=True)}
+            taken += 1
+    return phi, losses, taken
+
+
+@pytest.mark.parametrize(
+    "execution", [LOOP, Execution("vmap", 3), LOOP._replace(differentiation="constant-memory")]
+)
+def test_stopped_task_stays_stopped_on_later_minibatches(execution: Execution) -> None:
+    """A task that has stopped at one row does not start again at a row with a larger loss."""
+    limit = 4.0
+    problem, theta, episodes, ids = build_setting("sgd", inner_batch=1, inner_stop_loss=limit)
+    result = shard_gradient(problem.algorithm, problem.score("train"), theta, episodes, ids, execution)
+    total = {name: torch.zeros_like(value) for name, value in theta.items()}
+    counts = set()
+    would_start_again = False
+    for t in range(3):
+        start = {name: value.clone().requires_grad_() for name, value in theta.items()}
+        support = Batch(episodes.support.x[t], episodes.support.y[t])
+        phi, losses, taken = adapt_by_hand(problem.model, start, support, limit)
+        counts.add(taken)
+        would_start_again |= any(value > limit for value in losses[taken + 1 :])
+        loss = (problem.model(phi, episodes.query.x[t]) - episodes.query.y[t]).square().mean()
+        for name, g in zip(start, torch.autograd.grad(loss, list(start.values())), strict=True):
+            total[name] += g
+    assert would_start_again
+    assert len(counts) > 1
+    for name, value in total.items():
+        torch.testing.assert_close(result.gradient[name], value, rtol=1e-9, atol=1e-12)
+
+
+def test_reptile_stops_at_its_support_loss() -> None:
+    limit = 4.0
+    problem, theta, episodes, _ = build_setting("sgd", type="reptile", inner_batch=1, inner_stop_loss=limit)
+    for t in range(3):
+        support = Batch(episodes.support.x[t], episodes.support.y[t])
+        start = {name: value.clone().requires_grad_() for name, value in theta.items()}
+        phi, _, _ = adapt_by_hand(problem.model, start, support, limit)
+        found = unroll(problem.algorithm, theta, support, detach=True)
+        for name, value in phi.items():
+            torch.testing.assert_close(found.phi[name], value.detach(), rtol=1e-12, atol=1e-13)
+
+
 def test_truncated_backpropagation_lies_between_fomaml_and_maml() -> None:
     exact = compute_gradient()
     first_order = compute_gradient(first_order=True)
@@ -298,6 +366,10 @@ def test_truncated_backpropagation_equals_plain_autograd() -> None:
         ({"inner_schedule": "triangle"}, r"algorithm.inner_schedule: got 'triangle', expected"),
         ({"inner_clip_norm": 0.0}, r"algorithm.inner_clip_norm: got 0.0, expected a value greater than 0"),
         ({"backprop_steps": -1}, r"algorithm.backprop_steps: got -1"),
+        (
+            {"backprop_steps": 2, "first_order": True},
+            r"algorithm.backprop_steps: got 2 with first_order: true, expected null: no step of a first-order method",
+        ),
         ({"inner_batch": 0}, r"algorithm.inner_batch: got 0"),
     ],
 )
@@ -319,5 +391,5 @@ def test_impossible_options_are_refused(options: dict, message: str) -> None:
 )
 def test_rows_of_a_minibatch_do_not_depend_on_the_targets(y) -> None:
     x = torch.arange(8)[:, None]
-    rows = [select_minibatch(Batch(x, y), k, 3).x[:, 0].tolist() for k in range(3)]
+    rows = [select_minibatch(Batch(x, y), k, 3, score_targets).x[:, 0].tolist() for k in range(3)]
     assert rows == [[0, 1, 2], [3, 4, 5], [6, 7, 0]]

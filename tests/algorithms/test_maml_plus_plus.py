@@ -20,6 +20,7 @@ from oracles import (
     loss,
     maml_gradient,
 )
+from torch import nn
 
 from distmeta.algorithms.maml import MAML
 from distmeta.algorithms.maml_plus_plus import compute_step_weights
@@ -77,6 +78,45 @@ def test_every_step_has_its_own_norms() -> None:
         assert torch.equal(phi[key], theta["norm.blocks.1.1.bias"][min(k, STEPS)])
         assert set(phi) == set(s.problem.model.adaptable)
         phi = algorithm.step(theta, phi, support, k)
+
+
+def run_conv4_of_the_authors(phi, norms, statistics, k: int, x):
+    """Compute conv4 by hand with the authors' batch norm (MetaBatchNormLayer), which keeps statistics for each step."""
+    for n in range(4):
+        x = nn.functional.conv2d(x, phi[f"model.blocks.{n}.0.weight"], stride=2, padding=1)
+        mean, variance = statistics[n]
+        weight = norms[f"norm.blocks.{n}.1.weight"][k]
+        bias = norms[f"norm.blocks.{n}.1.bias"][k]
+        x = nn.functional.batch_norm(
+            x, mean[k], variance[k], weight, bias, training=True, momentum=0.1
+        ).relu()
+    return nn.functional.linear(x.mean((2, 3)), phi["model.head.weight"], phi["model.head.bias"])
+
+
+def test_gradient_equals_batch_norm_with_running_statistics_per_step() -> None:
+    """BNRS: the authors' layers collect statistics for each step, and normalise by those of the batch."""
+    s = build_setting(PLUS | {"msl_steps": 0}, "conv4")
+    s = s._replace(theta=add_noise(s.theta, prefix="norm."))
+    theta = {name: value.clone().requires_grad_() for name, value in s.theta.items()}
+    norms = {name: value for name, value in theta.items() if name.startswith("norm.")}
+    rows = (STEPS + 1, 8)
+    statistics = [
+        (torch.zeros(rows, dtype=torch.float64), torch.ones(rows, dtype=torch.float64)) for _ in range(4)
+    ]
+    for x_s, y_s, x_q, y_q in iterate_tasks(s.episodes):
+        phi = {name: value for name, value in theta.items() if name.startswith("model.")}
+        for k in range(STEPS):
+            support_loss = loss(run_conv4_of_the_authors(phi, norms, statistics, k, x_s), y_s)
+            found = torch.autograd.grad(support_loss, list(phi.values()), create_graph=True)
+            rates = [theta[name.replace("model.", "inner_lr.", 1)][k] for name in phi]
+            phi = {
+                name: value - rate * g
+                for (name, value), rate, g in zip(phi.items(), rates, found, strict=True)
+            }
+        loss(run_conv4_of_the_authors(phi, norms, statistics, STEPS, x_q), y_q).backward()
+    assert all(bool((mean != 0).all()) for mean, _ in statistics)  # all steps collected statistics
+    theirs = {name: value.grad for name, value in theta.items()}
+    assert distance(gradient(s), theirs) <= 1e-9
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import tree
@@ -15,6 +17,8 @@ from distmeta.config.job import Job
 from distmeta.protocols import Batch, Episode
 from distmeta.runtime.problem import build_problem
 from distmeta.seeding import task_ids
+from distmeta.tasks.few_shot import ClassificationScore
+from distmeta.trees import tree_leaves
 
 LOOP = Execution("loop", 1)
 
@@ -41,11 +45,40 @@ def test_reptile_gradient_is_theta_minus_phi(steps: int) -> None:
             torch.testing.assert_close(result.gradient[name], 0.03 * gradient[name])
 
 
+CLASSES = ClassificationScore(5)
+
+
+def score_targets(outputs: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return (outputs - batch.y).square().mean(), {}
+
+
+def select_rows(y: Any, score: Any) -> list[list[int]]:
+    """Return the rows of the first four minibatches of two."""
+    x = torch.arange(len(tree_leaves(y)[0]))
+    return [select_minibatch(Batch(x, y), k, 2, score).x.tolist() for k in range(4)]
+
+
 def test_minibatches_start_again_after_the_last_row() -> None:
     batch = Batch(torch.arange(5.0)[:, None], torch.arange(5))
-    assert [select_minibatch(batch, k, 2).y.tolist() for k in range(3)] == [[0, 1], [2, 3], [4, 0]]
-    assert select_minibatch(batch, 7, None) is batch
-    assert select_minibatch(batch, 0, 6) is batch
+    assert [select_minibatch(batch, k, 2, CLASSES).y.tolist() for k in range(3)] == [[0, 1], [2, 3], [4, 0]]
+    assert select_minibatch(batch, 7, None, CLASSES) is batch
+    assert select_minibatch(batch, 0, 6, CLASSES) is batch
+
+
+SIGNS = torch.tensor([-1, 1, -1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    "y", [SIGNS, {"sign": SIGNS, "mask": torch.full((5, 2, 2), -1)}], ids=["tensor", "dict"]
+)
+def test_minibatches_have_the_rows_with_target_minus_one(y: Any) -> None:
+    """-1 marks padding only in a classification."""
+    assert select_rows(y, score_targets) == [[0, 1], [2, 3], [4, 0], [1, 2]]
+
+
+def test_minibatches_of_classes_skip_padding() -> None:
+    y = torch.tensor([0, -1, 1, -1, 2])
+    assert select_rows(y, CLASSES) == [[0, 2], [4, 0], [2, 4], [0, 2]]
 
 
 class Quadratic:
