@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,9 @@ def add_adapters(network: nn.Module, peft: Mapping[str, Any]) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise InputError(f"model.peft: {error}: install distmeta[hf]") from None
+        raise InputError(
+            f"model.peft: it needs a package that is missing ({first_line(error)}): pip install 'distmeta[hf]'"
+        ) from None
     options: dict[str, Any] = {}
     for name, value in peft["lora"].items():
         options[LORA_NAMES.get(str(name), str(name))] = value
@@ -42,7 +45,10 @@ def add_adapters(network: nn.Module, peft: Mapping[str, Any]) -> None:
             raise InputError(f"model.peft.lora.{name}: unknown key; {did_you_mean(name, known)}")
     network.requires_grad_(False)
     try:
-        inject_adapter_in_model(LoraConfig(**options), network)
+        with warnings.catch_warnings():
+            # GPT-2's layers store W transposed. peft 0.21 corrects the option itself, and says so at every build.
+            warnings.filterwarnings("ignore", message="fan_in_fan_out is set to", category=UserWarning)
+            inject_adapter_in_model(LoraConfig(**options), network)
     except (ValueError, TypeError) as error:
         raise InputError(f"model.peft.lora: {first_line(error)}") from None
     for name, parameter in network.named_parameters():

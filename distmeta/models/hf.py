@@ -92,7 +92,10 @@ def load_network(name: str | None, config: dict[str, Any] | None) -> Any:
     try:
         from transformers import AutoConfig, AutoModel
     except ImportError as error:
-        raise InputError(f"model.type: got hf, but {first_line(error)}: install distmeta[hf]") from None
+        raise InputError(
+            f"model.type: got hf, which needs a package that is missing ({first_line(error)}): "
+            "pip install 'distmeta[hf]'"
+        ) from None
     if (name is None) == (config is None):
         raise InputError("model.name: expected a name or a config, and not both")
     try:

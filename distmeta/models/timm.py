@@ -41,13 +41,10 @@ def timm(
             is_model,
             list_models,
         )
-    except (
-        ImportError,
-        RuntimeError,
-    ) as error:  # torchvision raises RuntimeError beside another build of torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
         raise InputError(
-            f"model.type: got timm, which cannot be imported ({first_line(error)}): install distmeta[timm], with a "
-            "torchvision that was built for this torch"
+            f"model.type: got timm, which cannot be imported ({first_line(error)}): pip install 'distmeta[timm]', with "
+            "a torchvision that was built for this torch"
         ) from None
     if len(in_shape) != 3:
         raise InputError(f"model.type: got timm for inputs of shape {in_shape}, expected images (C, H, W)")

@@ -6,6 +6,7 @@ Shapes: T tasks, N rows, L tokens.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,8 +31,9 @@ SEPARATOR = "%"
 class Texts:
     """N-way K-shot tasks of classes of texts; x {input_ids, attention_mask} int64 [N, L], y int64 [N].
 
-    The classes of training, validation and test are disjoint. Their texts are tokenised once. A class with fewer texts
-    than an episode takes of it is left out, and `skipped_classes` names it.
+    The classes of training, validation and test are disjoint. A text that is in two classes is left out, and so is a
+    repeated one. Texts are tokenised once. A class with fewer texts than an episode takes of it is left out, and
+    `skipped_classes` names it.
 
     Args:
         path: a folder with one file per class (files without an ending, or `.txt`); or a `.csv`, `.jsonl` or `.parquet`
@@ -99,9 +101,7 @@ class Texts:
         self.out_features = ways
         self.eval_ways = sizes["test"][0]
         self.score: Score = self.scorer("train")
-        self.fingerprint = hashlib.sha256(
-            b"".join(np.ascontiguousarray(value).tobytes() for value in self.tokens.values())
-        ).hexdigest()
+        self.fingerprint = compute_fingerprint(names, counts, self.tokens)
 
     def draw(self, split: str, ids: Any) -> Episode:
         selection = draw_rows(self._tables[split], ids, self._shuffle, False)
@@ -115,12 +115,23 @@ class Texts:
         return ClassificationScore(self._settings[split].ways)
 
 
+def compute_fingerprint(names: Sequence[str], counts: Sequence[int], tokens: Mapping[str, np.ndarray]) -> str:
+    """Return a digest of the classes, in order, and of the tokens of their texts."""
+    digest = hashlib.sha256(repr(list(zip(names, counts, strict=True))).encode())
+    for value in tokens.values():
+        digest.update(np.ascontiguousarray(value).tobytes())
+    return digest.hexdigest()
+
+
 def tokenize(tokenizer: str, texts: Sequence[str], max_length: int) -> dict[str, np.ndarray]:
     """Return `input_ids` and `attention_mask` of the texts, int64 [N, L]."""
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
-        raise InputError(f"tasks.type: got texts, but {first_line(error)}: install distmeta[hf]") from None
+        raise InputError(
+            f"tasks.type: got texts, which needs a package that is missing ({first_line(error)}): "
+            "pip install 'distmeta[hf]'"
+        ) from None
     try:
         encode: Any = AutoTokenizer.from_pretrained(find_model_files("tasks.tokenizer", tokenizer))
         if encode.pad_token is None:
@@ -136,7 +147,7 @@ def tokenize(tokenizer: str, texts: Sequence[str], max_length: int) -> dict[str,
 
 
 def read_texts(path: str, text_column: str, label_column: str) -> Mapping[str, list[str]]:
-    """Return the different texts of each class, in the order of the files.
+    """Return the different texts of each class, in the order of the files, without those that are in two classes.
 
     Raises:
         InputError: there is no such folder or file, or a column is missing.
@@ -153,7 +164,9 @@ def read_texts(path: str, text_column: str, label_column: str) -> Mapping[str, l
             f"tasks.path: got {path!r}, expected a folder with a text file for each class, or a file ending in "
             f"{', '.join(TABLES)}"
         )
-    return {name: list(dict.fromkeys(texts)) for name, texts in found.items()}
+    different = {name: list(dict.fromkeys(texts)) for name, texts in found.items()}
+    classes_with = Counter(text for texts in different.values() for text in texts)
+    return {name: [text for text in texts if classes_with[text] == 1] for name, texts in different.items()}
 
 
 def _is_text(file: Path) -> bool:
@@ -167,19 +180,35 @@ def _read_file(file: Path) -> list[str]:
         raise InputError(
             f"tasks.path: {file} is not a text in UTF-8 ({error.reason} at byte {error.start})"
         ) from None
-    if SEPARATOR not in lines:
-        return [line.strip() for line in lines if line.strip()]
-    texts = " ".join(SEPARATOR if line == SEPARATOR else line.strip() for line in lines).split(
-        f" {SEPARATOR} "
-    )
-    return [text.strip() for text in texts if text.strip(f" {SEPARATOR}")]
+    texts = lines if SEPARATOR not in lines else _join_lines(lines)
+    return [text.strip() for text in texts if text.strip()]
+
+
+def _join_lines(lines: Sequence[str]) -> list[str]:
+    """Return the texts that stand between lines with only `%`, each on one line."""
+    texts: list[list[str]] = [[]]
+    for line in lines:
+        if line == SEPARATOR:
+            texts.append([])
+        else:
+            texts[-1].append(line.strip())
+    return [" ".join(parts) for parts in texts]
 
 
 def _read_table(file: Path, text_column: str, label_column: str) -> dict[str, list[str]]:
     import pyarrow as pa
     from pyarrow import csv, json, parquet
 
-    readers = {"csv": csv.read_csv, "json": json.read_json, "parquet": parquet.read_table}
+    columns = {text_column: pa.string(), label_column: pa.string()}
+
+    def read_csv(path: Path) -> Any:
+        return csv.read_csv(
+            path,
+            parse_options=csv.ParseOptions(newlines_in_values=True),
+            convert_options=csv.ConvertOptions(column_types=columns),
+        )
+
+    readers = {"csv": read_csv, "json": json.read_json, "parquet": parquet.read_table}
     try:
         table = readers[TABLES[file.suffix]](file)
     except (pa.ArrowInvalid, OSError) as error:

@@ -60,6 +60,44 @@ def test_classes_of_the_splits_are_disjoint_and_named(files: dict[str, str]) -> 
     assert named.fingerprint == family.fingerprint
 
 
+def test_fingerprint_changes_with_a_label(files: dict[str, str], tmp_path: Path) -> None:
+    """The texts and their order stay as they are; one of them moves to the next class."""
+    rows = [(label, text) for label, texts in read_texts(files["path"], "", "").items() for text in texts]
+    last_of_first = max(i for i, (label, _) in enumerate(rows) if label == rows[0][0])
+    relabelled = list(rows)
+    relabelled[last_of_first] = (rows[last_of_first + 1][0], rows[last_of_first][1])
+    families = []
+    for number, table in enumerate((rows, relabelled)):
+        path = tmp_path / f"{number}.csv"
+        csv.write_csv(pa.table({"label": [row[0] for row in table], "text": [row[1] for row in table]}), path)
+        families.append(Texts(str(path), files["tokenizer"], **SIZES))
+    assert np.array_equal(families[0].tokens["input_ids"], families[1].tokens["input_ids"])
+    assert families[0].fingerprint != families[1].fingerprint
+
+
+def test_texts_of_files_are_read_exactly(tmp_path: Path) -> None:
+    folder = tmp_path / "topics"
+    folder.mkdir()
+    (folder / "fortunes").write_text("%\n100 % pure\n  two lines\n%\n%\nlast\n%\n")
+    (folder / "fortunes.dat").write_bytes(b"\x00\xff")
+    (folder / "lines.txt").write_text("one\n\n 5 % off \none\n")
+    assert read_texts(str(folder), "", "") == {
+        "fortunes": ["100 % pure two lines", "last"],
+        "lines": ["one", "5 % off"],
+    }
+    (folder / "lines.txt").write_text("one\nlast\n")
+    assert read_texts(str(folder), "", "") == {"fortunes": ["100 % pure two lines"], "lines": ["one"]}
+
+
+def test_csv_keeps_numbers_and_line_breaks_as_text(tmp_path: Path) -> None:
+    path = tmp_path / "texts.csv"
+    path.write_text('text,label\n007,1\n"two\nlines",1\n1e3,2.0\n')
+    assert read_texts(str(path), "text", "label") == {"1": ["007", "two\nlines"], "2.0": ["1e3"]}
+    path.write_bytes(b"text,label\n\xff,1\n")
+    with pytest.raises(InputError, match=r"tasks.path: .*texts.csv cannot be read: .*invalid UTF8"):
+        read_texts(str(path), "text", "label")
+
+
 def test_classes_with_too_few_texts_are_left_out(files: dict[str, str]) -> None:
     Path(files["path"], "few").write_text("one line\n")
     assert Texts(**files, **SIZES).skipped_classes == ["few"]
