@@ -177,7 +177,7 @@ def select_adapted(model: Model, adapt: Adapt) -> tuple[str, ...]:
         adapt: `all`, `head`, `body`, a glob over parameter names, or a list of these.
 
     Raises:
-        InputError: an entry matches no parameter, or a shared head would not be adapted.
+        InputError: an entry matches no parameter, the head is not known, or a shared head would not be adapted.
     """
     entries = [adapt] if isinstance(adapt, str) else adapt
     found: set[str] = set()
@@ -200,6 +200,11 @@ def select_adapted(model: Model, adapt: Adapt) -> tuple[str, ...]:
 
 
 def _match_parameters(model: Model, entry: str) -> set[str]:
+    if entry in ("head", "body") and not model.head:
+        raise InputError(
+            f"algorithm.adapt: got {entry!r}, but {type(model.module).__name__} has no submodule 'head' and no linear "
+            "layer with as many outputs as the tasks need, expected model.head_module, the name of its head"
+        )
     if entry == "head":
         return set(model.adaptable) & set(model.head)
     if entry == "body":

@@ -112,7 +112,7 @@ class ModelSection(PartSection):
     """Refuse `init_from` unless all tensors of the file and of the model fit."""
     train_mode: Literal["keep", "train"] = "keep"
     """`keep` leaves layers in the mode that the constructor left them in: `from_pretrained` leaves evaluation mode, so
-    dropout does nothing. `train` puts all layers into training mode."""
+    dropout does nothing. `train` puts layers into training mode, except norms with fixed statistics."""
     head_module: str | None = None
     """Name of the submodule that is the head, for `adapt: head`, `model.head` and features; null: the module's own
     `head_module`, else its submodule `head`, else its only linear layer with as many outputs as the tasks need."""

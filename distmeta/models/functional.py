@@ -18,6 +18,7 @@ from distmeta.models.module import (
     Glob,
     TrainMode,
     build_seeded,
+    check_trainable,
     find_frozen,
     has_tied_tensors,
     prepare_module,
@@ -78,6 +79,7 @@ class FunctionalModel:
         if init_from is not None:
             self.notes.append(str(load_weights(self.module, init_from, init_prefix, init_strict)))
         frozen = find_frozen(parameters, freeze)
+        check_trainable(self.module, {n: p for n, p in parameters.items() if n not in frozen})
         self.head_init: HeadInit = head
         self._head = find_head(self.module, out_features, head_module)
         if head != "linear" and (not self.linear_head or set(self._head.parameters) & frozen):
@@ -103,7 +105,7 @@ class FunctionalModel:
             InputError: it is not certain which layer is the head.
         """
         if self._head.doubt is not None:
-            raise InputError(f"model.head_module: missing, but {self._head.doubt}")
+            raise InputError(f"model.head_module: {self._head.doubt}")
         return tuple(PREFIX + name for name in self._head.parameters)
 
     @property
@@ -158,16 +160,27 @@ class FunctionalModel:
         return phi | dict(zip(self.linear_head, weight_and_bias, strict=False))
 
     def features(self, phi: Mapping[str, Tensor], x: Any) -> Tensor:
-        """Return the inputs of the head, [N, F]. `phi` does not need the head's parameters."""
+        """Return the inputs of the head, [N, F]. `phi` does not need the head's parameters.
+
+        Raises:
+            InputError: the forward pass does not call the head.
+        """
         if not self.head:
             return self(phi, x).flatten(1)
         head = self.module.get_submodule(str(self._head.module))
         inputs_of_head: list[Tensor] = []
-        hook = head.register_forward_pre_hook(lambda _, inputs: inputs_of_head.append(inputs[0]))
+        hook = head.register_forward_pre_hook(
+            lambda _, args, named: inputs_of_head.append([*args, *named.values()][0]), with_kwargs=True
+        )
         try:
             self(phi, x)
         finally:
             hook.remove()
+        if not inputs_of_head:
+            raise InputError(
+                f"model.head_module: {self._head.module!r} of {type(self.module).__name__} is not called in the "
+                "forward pass, expected self.head(features): this method uses the features"
+            )
         return to_float32(inputs_of_head[-1])
 
     def __call__(self, phi: Mapping[str, Tensor], x: Any) -> Any:

@@ -34,7 +34,7 @@ class Head:
     is_linear: bool = False
     """Whether it is a linear layer whose parameters are its weight and its bias (no weight norm, no pruning)."""
     doubt: str | None = None
-    """Why it is not certain which layer is the head, or which parameters are its own."""
+    """Why it is not certain which layer is the head, or which parameters are its own: a message's end."""
 
 
 def find_head(module: nn.Module, out_features: int | None, name: str | None = None) -> Head:
@@ -50,8 +50,8 @@ def find_head(module: nn.Module, out_features: int | None, name: str | None = No
         InputError: there is no submodule with this name, or it has no parameters.
     """
     modules = dict(module.named_modules())
-    if name is None and isinstance(module, NamesHead):
-        name = module.head_module
+    if name is None and isinstance(module, NamesHead) and isinstance(module.head_module, str):
+        name = module.head_module  # a submodule may have this name too, and is no text
     if name is None and "head" in modules and list(modules["head"].parameters()):
         name = "head"
     if name is not None:
@@ -70,8 +70,8 @@ def find_head(module: nn.Module, out_features: int | None, name: str | None = No
         return Head()
     if len(candidates) > 1:
         return Head(
-            doubt=f"{len(candidates)} linear layers have {out_features} outputs ({', '.join(candidates)}): name the "
-            f"head, for example model.head_module={candidates[-1]}"
+            doubt=f"missing, but {len(candidates)} linear layers have {out_features} outputs "
+            f"({', '.join(candidates)}): name the head, for example model.head_module={candidates[-1]}"
         )
     return _describe_head(module, candidates[0])
 
@@ -83,8 +83,8 @@ def _describe_head(module: nn.Module, name: str) -> Head:
     for other_name, other in module.named_modules():
         if id(other) not in inside and any(id(value) in own for value in other.parameters(recurse=False)):
             return Head(
-                doubt=f"{name!r} shares a parameter with {other_name!r} (tied weights): name the adapted parameters by "
-                "globs, or give the head parameters of its own"
+                doubt=f"the head {name!r} shares a parameter with {other_name!r} (tied weights): name the adapted "
+                "parameters by globs (algorithm.adapt), or give the head parameters of its own"
             )
     parameters = tuple(key for key, value in module.named_parameters() if id(value) in own)
     is_linear = isinstance(head, nn.Linear) and set(dict(head.named_parameters())) <= {"weight", "bias"}

@@ -93,6 +93,36 @@ class NamesItsHead(GateFirst):
     head_module = "out"
 
 
+class ConvolutionalHead(Net):
+    """No layer is called head, and none is a linear layer with the outputs of the tasks."""
+
+    def change(self) -> None:
+        del self.head
+        self.out = nn.Conv1d(4, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.body(x))[..., None])[..., 0]
+
+
+class SubmoduleCalledHeadModule(Net):
+    def change(self) -> None:
+        self.head_module = self.head
+        del self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head_module(torch.tanh(self.body(x)))
+
+
+class HeadByKeyword(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(input=torch.tanh(self.body(x)))
+
+
+class HeadThatIsNotCalled(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(torch.tanh(self.body(x)), self.head.weight, self.head.bias)
+
+
 @pytest.fixture(autouse=True)
 def path_of_this_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
@@ -107,6 +137,7 @@ HEADS: list[tuple[type[nn.Module], set[str]]] = [
     (TwoLayers, {"head.0.weight", "head.0.bias", "head.2.weight", "head.2.bias"}),
     (AliasedHead, {"head.weight", "head.bias"}),
     (NamesItsHead, {"out.weight", "out.bias"}),
+    (SubmoduleCalledHeadModule, {"head_module.weight", "head_module.bias"}),
 ]
 
 
@@ -140,9 +171,44 @@ def test_head_in_doubt_is_an_error_only_for_those_who_need_it(adapt: Any) -> Non
     assert len(list_adapted(GateFirst, "all")) == 6
 
 
+@pytest.mark.parametrize("adapt", ["head", "body"])
+def test_unknown_head_is_an_error_for_those_who_need_it(adapt: str) -> None:
+    expected = (
+        f"algorithm.adapt: got '{adapt}', but ConvolutionalHead has no submodule 'head' and no linear layer"
+    )
+    with pytest.raises(InputError, match=expected):
+        list_adapted(ConvolutionalHead, adapt)
+    model = {"type": "test_find_head:ConvolutionalHead"}
+    out = {"out.weight", "out.bias"}
+    assert list_adapted(model, "all") == BODY | out
+    assert list_adapted(model | {"head_module": "out"}, adapt) == {"head": out, "body": BODY}[adapt]
+
+
+def test_features_are_the_inputs_of_the_head_however_it_is_called() -> None:
+    x = torch.linspace(-1, 1, 5)[:, None]
+    features = []
+    for kind in (Net, HeadByKeyword):
+        section = {"type": f"test_find_head:{kind.__name__}"}
+        problem = build_problem(Job.parse(tree("maml", model=section)))
+        theta = problem.init()
+        features.append(problem.model.features(theta, x))
+        hidden = torch.tanh(x @ theta["model.body.weight"].T + theta["model.body.bias"])
+        torch.testing.assert_close(features[-1], hidden)
+    assert torch.equal(*features)
+    problem = build_problem(Job.parse(tree("maml", model={"type": "test_find_head:HeadThatIsNotCalled"})))
+    with pytest.raises(
+        InputError,
+        match=r"'head' of HeadThatIsNotCalled is not called in the forward pass, expected self.head",
+    ):
+        problem.model.features(problem.init(), x)
+
+
 def test_tied_head_is_an_error_that_names_the_other_layer() -> None:
-    with pytest.raises(InputError, match=r"'head' shares a parameter with 'embed' \(tied weights\)"):
+    expected = r"model.head_module: the head 'head' shares a parameter with 'embed' \(tied weights\)"
+    with pytest.raises(InputError, match=expected):
         list_adapted(Tied, "head")
+    with pytest.raises(InputError, match=expected):
+        list_adapted({"type": "test_find_head:Tied", "head_module": "head"}, "head")
     assert list_adapted(Tied, "*") == {"embed.weight", "head.bias"}
 
 

@@ -74,8 +74,8 @@ def test_another_head_and_unknown_tensors_are_left_out_and_said(tmp_path: Path) 
     assert torch.equal(module.head.weight, head)
     assert torch.equal(module.body.weight, state["backbone.body.weight"])
     assert str(fit) == (
-        "model.init_from: 2 of the model's 5 tensors were taken; without the prefix 'backbone.'; another shape: "
-        "head.weight, head.bias; not in the file: scale; not in the model: backbone.neck.weight"
+        "model.init_from: 2 of the model's 5 tensors were taken; without the prefix 'backbone.'; another shape or "
+        "type: head.weight, head.bias; not in the file: scale; not in the model: backbone.neck.weight"
     )
     with pytest.raises(InputError, match=r"2 of the model's 5 .*expected all of both \(model.init_strict\)"):
         load_weights(module, path, strict=True)
@@ -83,6 +83,70 @@ def test_another_head_and_unknown_tensors_are_left_out_and_said(tmp_path: Path) 
         InputError, match=r"none of the 5 tensors of .* fits the model. The file has backbone.body"
     ):
         load_weights(module, path, prefix="encoder.")
+
+
+class Tied(nn.Module):
+    """One tensor with two names, and a buffer that is not stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(4, 3, bias=False)
+        self.head = nn.Linear(4, 3)
+        self.head.weight = self.embed.weight
+        self.register_buffer("positions", torch.arange(3), persistent=False)
+
+
+@pytest.mark.parametrize("left_out", [[], ["head.weight"], ["embed.weight"]])
+def test_tied_tensors_and_buffers_that_are_not_stored(left_out: list[str], tmp_path: Path) -> None:
+    state = {name: value + 1 for name, value in Tied().state_dict().items() if name not in left_out}
+    module = Tied()
+    fit = load_weights(module, write(tmp_path / "start.pt", state), strict=True)
+    weight = state.get("embed.weight", state.get("head.weight"))
+    assert torch.equal(module.head.weight, weight)
+    assert module.head.weight is module.embed.weight
+    assert str(fit) == "model.init_from: 2 of the model's 2 tensors were taken"
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 3))
+        self.out = nn.Linear(3, 1)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_weights_of_a_submodule(prefix: str, tmp_path: Path) -> None:
+    state = {name: value + 1 for name, value in Wrapped().backbone.state_dict().items()}
+    path = write(tmp_path / "start.safetensors", {prefix + name: value for name, value in state.items()})
+    module = Wrapped()
+    out = module.out.weight.clone()
+    fit = load_weights(module, path)
+    assert all(torch.equal(value, state[name]) for name, value in module.backbone.state_dict().items())
+    assert torch.equal(module.out.weight, out)
+    assert str(fit).endswith("with 'backbone.' before their names; not in the file: out.weight, out.bias")
+
+
+def test_names_of_a_compiled_submodule(tmp_path: Path) -> None:
+    state = Wrapped().state_dict()
+    names = {name.replace("backbone.", "backbone._orig_mod."): value for name, value in state.items()}
+    module = Wrapped()
+    load_weights(module, write(tmp_path / "start.pt", names), strict=True)
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+def test_sparse_tensors_are_taken_and_other_kinds_of_numbers_are_not(tmp_path: Path) -> None:
+    state = make_state()
+    module = Net()
+    bias = module.body.bias.clone()
+    changed = state | {
+        "body.weight": state["body.weight"].to_sparse(),
+        "body.bias": torch.ones(4, dtype=torch.int8),  # a quantised tensor without its scale
+        "head.bias": state["head.bias"].to(torch.complex64),
+    }
+    fit = load_weights(module, write(tmp_path / "start.pt", changed))
+    assert torch.equal(module.body.weight, state["body.weight"])
+    assert torch.equal(module.body.bias, bias)
+    assert fit.other_shape == ["body.bias", "head.bias"]
 
 
 class Payload:
@@ -94,7 +158,8 @@ def test_files_that_need_code_are_not_run(tmp_path: Path, capsys: pytest.Capture
     path = tmp_path / "start.pt"
     torch.save({"body.weight": Payload()}, path)
     with pytest.raises(
-        InputError, match=r"cannot be read without running code .*: save model.state_dict\(\)"
+        InputError,
+        match=r"cannot be read without running code \(it needs print\), .*: save model.state_dict\(\)",
     ):
         load_weights(Net(), str(path))
     path.write_bytes(pickle.dumps(Payload()))
@@ -110,6 +175,7 @@ def test_files_that_need_code_are_not_run(tmp_path: Path, capsys: pytest.Capture
         ("bad.safetensors", b"not safetensors", "is not a readable safetensors file"),
         ("bad.pt", b"", "cannot be read without running code"),
         ("list.pt", [1], "holds a list, expected a dict of tensors"),
+        ("empty.pt", {"epoch": 3}, "has no tensors, expected a state_dict"),
     ],
 )
 def test_unreadable_files_are_one_line(name: str, content: Any, expected: str, tmp_path: Path) -> None:
