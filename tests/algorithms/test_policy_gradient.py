@@ -70,8 +70,8 @@ def finite_differences(function: Any, theta: Theta, h: float = 1e-5) -> Theta:
         for i in range(value.numel()):
             step = torch.zeros_like(value)
             step.view(-1)[i] = h
-            high = float(function(theta | {name: value + step}))
-            low = float(function(theta | {name: value - step}))
+            high = float(function(theta | {name: value + step}).detach())
+            low = float(function(theta | {name: value - step}).detach())
             found[name].view(-1)[i] = (high - low) / (2 * h)
     return found
 
