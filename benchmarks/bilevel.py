@@ -2,7 +2,7 @@
 
 Betty's package is not one of distmeta's dependencies. Run in an environment that has both, here and betty-ml 0.1.1:
 
-    python -m benchmarks.bilevel
+    python benchmarks/bilevel.py
 
 The problem (as in Betty's logistic regression example): 1,000 points with 20 features, half for training and half for
 validation; lower loss: cross entropy + ½ Σ_i u_i w_i²; upper loss: cross entropy on the validation half. Both libraries

@@ -61,7 +61,8 @@ def cluster() -> Iterator[None]:
     import ray
 
     # Workers can then import the parts that tests name, and this clone instead of an installed distmeta.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
+    folders = [REPOSITORY, REPOSITORY / "tests", REPOSITORY / "tests" / "models"]
+    os.environ["PYTHONPATH"] = os.pathsep.join(str(folder) for folder in folders)
     ray.init(
         address="local", num_cpus=4, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False
     )

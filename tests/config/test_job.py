@@ -19,6 +19,7 @@ from distmeta.config.yaml_text import parse_yaml
 from distmeta.errors import InputError
 from distmeta.protocols import SPLITS
 from distmeta.runtime.problem import build_problem
+from distmeta.trees import tree_leaves
 
 JOBS = sorted((REPOSITORY / "jobs").glob("*.yaml"))
 
@@ -406,4 +407,5 @@ def test_every_job_file_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     if hasattr(problem.family, "collect"):
         return  # a policy collects its data: see the test of all shipped jobs
     for split in SPLITS:
-        assert problem.family.draw(split, [1]).support.x.shape[2:] == problem.family.in_shape
+        inputs, *_ = tree_leaves(problem.family.draw(split, [1]).support.x)
+        assert inputs.shape[2:] == problem.family.in_shape
