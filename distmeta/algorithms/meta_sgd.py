@@ -24,7 +24,7 @@ class MetaSGD:
     α has the shape of the parameters (keys `inner_lr.<parameter>`) and any sign. All K steps share it. A head with free
     ways (`model.head` shared or prototype) has one row of rates, [1, F], for all classes.
 
-    The paper updates θ and α with the same outer rate β. `outer.rates: {"inner_lr.*": …}` gives α another one.
+    The paper updates θ and α with the same outer rate β. `outer.groups: {"inner_lr.*": {lr: …}}` gives α another one.
 
     Args:
         inner_lr: the initial value of every entry of α; null draws one value for all, uniform in [0.005, 0.1], as the

@@ -33,6 +33,9 @@ OPTIMIZER_OPTIONS = {
     "rmsprop": ("momentum", "eps", "weight_decay"),
 }
 """Which keys of `outer` each optimizer takes."""
+OPTIMIZER_KEYS = ("momentum", "nesterov", "betas", "eps", "weight_decay")
+SHAPES = ("constant", "linear", "cosine", "exponential")
+"""Schedules of the outer learning rate that are formulas of ours."""
 
 
 class Section(BaseModel):
@@ -165,17 +168,36 @@ class TrackerSection(PartSection):
 class ScheduleSection(Section):
     """The outer learning rate over the steps. After the schedule's length the rate stays constant."""
 
-    type: Literal["constant", "linear", "cosine", "exponential"] = "constant"
-    """Shape of the schedule."""
+    type: str = "constant"
+    """Shape of the schedule: constant, linear, cosine or exponential; or `package.module:Name` of a scheduler that only
+    depends on the number of steps, such as `torch.optim.lr_scheduler:OneCycleLR`. Only rates change, not momenta."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of a scheduler given as `package.module:Name`, besides the optimizer."""
     steps: Positive | None = None
-    """Length in steps of the outer optimizer; null: all steps of the run."""
+    """Length of a shape in steps of the outer optimizer; null: all steps of the run."""
     final: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Rate at the end as a fraction of the first (linear, cosine; exponential needs more than 0)."""
+    """Rate at the end of a shape as a fraction of the first (linear, cosine; exponential needs more than 0)."""
     warmup: Count = 0
-    """First steps in which the rate rises linearly, from 1/warmup of it to the whole. The shape follows after them."""
+    """First steps in which the rate rises linearly, from 1/warmup of it to the whole. The schedule follows."""
 
     @model_validator(mode="after")
-    def _check_final(self) -> ScheduleSection:
+    def _check(self) -> ScheduleSection:
+        is_own = ":" in self.type
+        if not is_own and self.type not in SHAPES:
+            raise InputError(
+                f"outer.schedule.type: got {self.type!r}, expected one of {', '.join(SHAPES)} or package.module:Name; "
+                f"{did_you_mean(self.type, list(SHAPES))}"
+            )
+        if self.options and not is_own:
+            raise InputError(
+                f"outer.schedule.options: got {self.options}, expected them as keys of outer.schedule: {self.type} has "
+                "its own"
+            )
+        if is_own and self.final:
+            raise InputError(
+                f"outer.schedule.final: got {self.final} with a scheduler of torch, expected it in "
+                "outer.schedule.options"
+            )
         if self.type == "exponential" and self.final == 0:
             raise InputError(
                 "outer.schedule.final: got 0.0, expected more than 0 for an exponential schedule"
@@ -187,16 +209,9 @@ class ScheduleSection(Section):
         return self
 
 
-class OuterSection(Section):
-    """The outer optimizer, one of `torch.optim` or your own. Options that the optimizer does not have are refused."""
+class OptimizerSection(Section):
+    """Options of the outer optimizer, for all of theta or for one group."""
 
-    optimizer: str = "adam"
-    """sgd, adam, adamw or rmsprop of `torch.optim`; or `package.module:Name` of another `torch.optim.Optimizer`. It
-    must be elementwise: it sees theta as one vector, in pieces."""
-    options: dict[str, Any] = {}
-    """Keyword arguments of an optimizer given as `package.module:Name`, besides the learning rate."""
-    lr: Rate = 1e-3
-    """Outer learning rate."""
     momentum: DecayRate | None = None
     """Momentum (sgd, rmsprop); null: torch's default."""
     nesterov: bool | None = None
@@ -207,10 +222,44 @@ class OuterSection(Section):
     """Term added to the denominator (adam, adamw, rmsprop); null: torch's default."""
     weight_decay: Annotated[float, Field(ge=0)] | None = None
     """Weight decay; null: torch's default."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of an optimizer given as `package.module:Name`, besides the learning rate."""
+
+    def check_keys(self, field: str, optimizer: str) -> None:
+        """Raise `InputError` if the optimizer does not have an option that is set here."""
+        is_own = ":" in optimizer
+        if self.options and not is_own:
+            raise InputError(
+                f"{field}.options: got {self.options}, expected them as keys of {field}: {optimizer} has its own"
+            )
+        allowed = () if is_own else OPTIMIZER_OPTIONS[optimizer]
+        for key in OPTIMIZER_KEYS:
+            if getattr(self, key) is not None and key not in allowed:
+                raise InputError(
+                    f"{field}.{key}: not an option of {optimizer}, which has {', '.join(allowed) or field + '.options'}"
+                )
+
+
+class GroupSection(OptimizerSection):
+    """Options for some tensors of theta. What is not given is that of all of theta."""
+
+    lr: Rate | None = None
+    """Outer learning rate of these tensors."""
+
+
+class OuterSection(OptimizerSection):
+    """The outer optimizer, one of `torch.optim` or your own. Options that the optimizer does not have are refused."""
+
+    optimizer: str = "adam"
+    """sgd, adam, adamw or rmsprop, which see theta as one vector; or `package.module:Name` of another
+    `torch.optim.Optimizer`, such as `torch.optim:Adafactor`, which sees each tensor in its own shape."""
+    lr: Rate = 1e-3
+    """Outer learning rate."""
+    groups: dict[str, GroupSection] = {}
+    """Other options for some entries of theta, by glob over their names: `{"*.bias": {weight_decay: 0}}`. The first
+    match counts."""
     clip_norm: Rate | None = None
     """Largest norm of the meta-gradient; null: not clipped."""
-    rates: dict[str, Rate] = {}
-    """Learning rates for some entries of theta, by glob over their names. The first match counts."""
     schedule: ScheduleSection = ScheduleSection()
     """How the learning rate changes over the run."""
     ema: DecayRate | None = None
@@ -218,26 +267,28 @@ class OuterSection(Section):
     null: none. `distmeta evaluate RUN outer.ema=null` uses theta itself."""
 
     @model_validator(mode="after")
-    def _check_options(self) -> OuterSection:
-        is_own = ":" in self.optimizer
-        if not is_own and self.optimizer not in OPTIMIZER_OPTIONS:
+    def _check(self) -> OuterSection:
+        if ":" not in self.optimizer and self.optimizer not in OPTIMIZER_OPTIONS:
             raise InputError(
                 f"outer.optimizer: got {self.optimizer!r}, expected one of {', '.join(OPTIMIZER_OPTIONS)} or "
                 f"package.module:Name; {did_you_mean(self.optimizer, list(OPTIMIZER_OPTIONS))}"
             )
-        if self.options and not is_own:
-            raise InputError(
-                f"outer.options: got {self.options}, expected them as keys of outer: {self.optimizer} has its own"
-            )
-        allowed = () if is_own else OPTIMIZER_OPTIONS[self.optimizer]
-        for key in ("momentum", "nesterov", "betas", "eps", "weight_decay"):
-            if getattr(self, key) is not None and key not in allowed:
-                raise InputError(
-                    f"outer.{key}: not an option of {self.optimizer}, which has {', '.join(allowed) or 'outer.options'}"
-                )
-        if self.nesterov and not self.momentum:
-            raise InputError("outer.nesterov: got true without outer.momentum, expected a momentum above 0")
+        self.check_keys("outer", self.optimizer)
+        self._check_nesterov("outer", self.nesterov, self.momentum)
+        for glob, group in self.groups.items():
+            field = f"outer.groups.{glob}"
+            group.check_keys(field, self.optimizer)
+            nesterov = self.nesterov if group.nesterov is None else group.nesterov
+            momentum = self.momentum if group.momentum is None else group.momentum
+            self._check_nesterov(field, nesterov, momentum)
         return self
+
+    @staticmethod
+    def _check_nesterov(field: str, nesterov: bool | None, momentum: float | None) -> None:
+        if nesterov and not momentum:
+            raise InputError(
+                f"{field}.nesterov: got true without {field}.momentum, expected a momentum above 0"
+            )
 
 
 class RunSection(Section):

@@ -180,7 +180,7 @@ def _load_pickled(path: Path) -> dict[str, Tensor]:
 
 def _find_reason(error: BaseException) -> str:
     """Return which class a pickle needs, from torch's advice on many lines; else the first line."""
-    found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)", str(error))
     return f"it needs {found[1]}" if found else first_line(error)
 
 

@@ -16,16 +16,11 @@ import torch
 
 from distmeta.compute.memory import keep_freed_memory
 from distmeta.compute.vectors import BLOCK, Layout
-from distmeta.config.sections import OuterSection, ScheduleSection
+from distmeta.config.sections import OuterSection
 from distmeta.protocols import Theta
-from distmeta.runtime.outer_optimizer import (
-    STEP_COUNT,
-    build_segments,
-    check_state,
-    check_theta,
-    join_quantity,
-    read_clock,
-)
+from distmeta.runtime.outer_optimizer import ElementwiseOptimizer, OuterOptimizer, check_theta, read_clock
+from distmeta.runtime.outer_rates import OuterRates
+from distmeta.runtime.own_optimizer import OwnOptimizer
 from distmeta.runtime.shards import ShardResult
 
 # --- Averages -----------------------------------------------------------------------------------------------------
@@ -107,22 +102,16 @@ class ParameterServer:
         self._flat = torch.from_numpy(self.layout.flatten(theta))
         self._vector = self._flat.numpy()
         self._vector.flags.writeable = False
-        self._clock = 0
-        """Completed steps, for the schedule."""
-        self._start(outer)
+        self._rates = OuterRates(self.layout.names, outer)
+        self._optimizer = self._build_optimizer(outer)
 
-    def _start(self, outer: OuterSection) -> None:
-        self.outer = outer
-        self._optimizer, self._segments = build_segments(self._flat, self.layout, outer)
-        self._base_rates = [group["lr"] for group in self._optimizer.param_groups]
-        self._set_clock(self._clock)
+    @property
+    def outer(self) -> OuterSection:
+        return self._rates.outer
 
-    def _set_clock(self, steps: int) -> None:
-        """Set every rate as the schedule has it after so many steps."""
-        self._clock = steps
-        factor = schedule_factor(self.outer.schedule, steps)
-        for group, rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
-            group["lr"] = rate * factor
+    def _build_optimizer(self, outer: OuterSection) -> OuterOptimizer:
+        build = OwnOptimizer if ":" in outer.optimizer else ElementwiseOptimizer
+        return build(self._flat, self.layout, outer, self._rates.groups)
 
     def flat(self) -> np.ndarray:
         """Return a copy of theta as a float32 vector."""
@@ -147,48 +136,37 @@ class ParameterServer:
         if limit is not None and norm > limit:
             gradient = gradient * np.float32(limit / norm)
         tensor = torch.from_numpy(np.ascontiguousarray(gradient))
-        for segment in self._segments:
-            segment.parameter.grad = tensor[segment.start : segment.stop]
-        for group in self._optimizer.param_groups:
-            group["lr"] *= factor  # until the schedule sets the next step's
-        self._optimizer.step()
-        for segment in self._segments:
-            segment.parameter.grad = None
-        self._set_clock(self._clock + 1)
+        self._optimizer.step(tensor, [rate * factor for rate in self._rates.of_groups()])
+        self._rates.advance()
         return norm
 
     def skip(self) -> float:
         """Take a step without a finite task: only the schedule's clock moves. Return NaN as the norm."""
-        self._set_clock(self._clock + 1)
+        self._rates.advance()
         return math.nan
 
     def retune(self, outer: OuterSection) -> None:
         """Continue with other settings. theta, the optimizer's state and the schedule's clock stay."""
-        tensors, _ = self.state()
-        self._start(outer)
-        self._load_optimizer(tensors)
+        tensors, plain = self._optimizer.state()
+        self._rates.retune(outer)
+        self._optimizer = self._build_optimizer(outer)
+        self._optimizer.load(tensors, plain)
 
     def rate(self) -> float:
         """Return the outer rate of the first parameter group."""
-        return float(self._optimizer.param_groups[0]["lr"])
-
-    def rates(self) -> list[float]:
-        """Return the outer rate of each tensor of theta, in its order."""
-        rates = {id(p): group["lr"] for group in self._optimizer.param_groups for p in group["params"]}
-        return [
-            float(rates[id(segment.parameter)]) for segment in self._segments for _ in segment.layout.names
-        ]
+        return self._rates.of_groups()[0]
 
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Return the optimizer's tensors as `<parameter>/<quantity>`, and the schedule's clock as plain data."""
-        tensors = {}
-        for segment in self._segments:
-            quantities: Theta = self._optimizer.state.get(segment.parameter, {})
-            for key, value in quantities.items():
-                views = segment.layout.views(value) if key != STEP_COUNT else {}
-                for name in segment.layout.names:
-                    tensors[f"{name}/{key}"] = views.get(name, value).detach().clone()
-        return tensors, {"clock": self._clock}
+        """Return the optimizer's tensors as `<parameter>/<quantity>`, and the schedule's clock as plain data.
+
+        The plain data of an optimizer of a user's own stands beside the clock.
+        """
+        tensors, plain = self._optimizer.state()
+        return tensors, {"clock": self._rates.steps, **plain}
+
+    def check_state(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raise `InputError` if the tensors cannot be the optimizer's state."""
+        self._optimizer.check_state(tensors, self.layout.views(self._flat))
 
     def load(self, theta: Theta, tensors: dict[str, torch.Tensor], plain: dict[str, Any]) -> None:
         """Restore theta and what `state` returned.
@@ -198,30 +176,9 @@ class ParameterServer:
         """
         own_theta = self.layout.views(self._flat)
         check_theta(theta, own_theta)
-        check_state(tensors, own_theta)
+        self.check_state(tensors)
         clock = read_clock(plain)
         for name, view in own_theta.items():
             view.copy_(theta[name])
-        self._load_optimizer(tensors)
-        self._set_clock(clock)
-
-    def _load_optimizer(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        for segment in self._segments:
-            self._optimizer.state.pop(segment.parameter, None)
-            first = segment.layout.names[0]
-            quantities = [key.rpartition("/")[2] for key in tensors if key.rpartition("/")[0] == first]
-            state = {key: join_quantity(segment.layout, key, tensors) for key in quantities}
-            if state:
-                self._optimizer.state[segment.parameter] = state
-
-
-def schedule_factor(schedule: ScheduleSection, step: int) -> float:
-    """Return the factor on every rate after `step` steps, a function of t = min(step / length, 1)."""
-    if step < schedule.warmup:
-        return (step + 1) / schedule.warmup
-    t = min((step - schedule.warmup) / max((schedule.steps or 1) - schedule.warmup, 1), 1.0)
-    if schedule.type == "linear":
-        return 1 - (1 - schedule.final) * t
-    if schedule.type == "cosine":
-        return schedule.final + (1 - schedule.final) * (1 + math.cos(math.pi * t)) / 2
-    return schedule.final**t if schedule.type == "exponential" else 1.0
+        self._optimizer.load(tensors, plain)
+        self._rates.steps = clock

@@ -29,6 +29,7 @@ from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.models.module import has_dropout
 from distmeta.protocols import CollectsData, Episode, Episodes, Theta
+from distmeta.runtime.outer_rates import OuterRates
 from distmeta.runtime.problem import Problem
 from distmeta.seeding import task_ids
 from distmeta.trees import tree_map
@@ -50,6 +51,9 @@ def resolve(problem: Problem, report: Callable[[str], None] = lambda text: None)
     job = problem.job
     schedule = job.outer.schedule.model_dump()
     schedule["steps"] = schedule["steps"] or job.run.steps * problem.outer_epochs
+    OuterRates(
+        tuple(theta), job.outer, job.run.steps * problem.outer_epochs
+    ).of_groups()  # or raises InputError
     is_whole = execution.mode == "loop" or execution.chunk == WHOLE_SHARD
     compute = {
         "execution": execution.mode,

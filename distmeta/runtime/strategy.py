@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
-import torch
 
 from distmeta.config.sections import OuterSection
 from distmeta.runtime.checkpoint import TrainingState
@@ -97,15 +96,3 @@ def build_server(problem: Problem, outer: OuterSection, state: TrainingState | N
     if state is not None:
         server.load(*state)
     return server
-
-
-def build_clock(names: Iterable[str], outer: OuterSection, plain: dict[str, Any]) -> ParameterServer:
-    """Build a server that only has the rates as the schedule sets them; `skip` moves them on.
-
-    Args:
-        plain: the clock that `ParameterServer.state` returned; {}: at the start.
-    """
-    clock = ParameterServer({name: torch.zeros(1) for name in names}, outer)
-    if plain != {}:
-        clock.load(clock.theta(), {}, plain)
-    return clock

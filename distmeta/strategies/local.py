@@ -28,14 +28,15 @@ from distmeta.config.sections import OuterSection
 from distmeta.errors import InputError
 from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.failure_policy import LostShardError
-from distmeta.runtime.outer_optimizer import check_state
+from distmeta.runtime.outer_optimizer import check_state, read_clock
+from distmeta.runtime.outer_rates import OuterRates
 from distmeta.runtime.parameter_server import ParameterServer, is_finite, mean_vector
 from distmeta.runtime.pool import RayPool, WorkOrder, open_pool
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.ray_workers import worker_failures
-from distmeta.runtime.strategy import LostStateError, Record, build_clock
+from distmeta.runtime.strategy import LostStateError, Record
 from distmeta.runtime.worker import LocalPool
-from distmeta.strategies.replica import Round, RoundResult, run_round, to_tensors
+from distmeta.strategies.replica import Round, RoundResult, run_round, split_state, to_tensors
 
 AVERAGED_SEPARATELY = ("step", "grad_norm", "outer_lr", "tasks", "tasks_dropped", "dropped")
 """Keys of a record that `merge_records` does not average over tasks."""
@@ -78,8 +79,8 @@ class Local:
         self._states: list[Any] = [{} for _ in range(replicas)]
         """Each replica's state: a dict `<parameter>/<quantity>` of arrays, or a reference to one on a worker's node."""
         self._outer = outer
-        self._clock: dict[str, Any] = {}
-        """Clock of the replicas' schedule; empty at step 0."""
+        self._clocks: list[dict[str, Any]] = [{} for _ in range(replicas)]
+        """Each replica's clock and plain data of its optimizer; empty at step 0."""
         if state is not None:
             self.load(state, outer)
         self.pool = open_pool(problem, self.server.layout, report)
@@ -106,8 +107,7 @@ class Local:
                 )
 
     def retune(self, outer: OuterSection) -> None:
-        # raises InputError if a rate in `outer.rates` matches nothing
-        build_clock(self.server.layout.names, outer, self._clock)
+        OuterRates(self.server.layout.names, outer)  # raises InputError if it is not possible
         self._outer = outer
 
     def flat(self) -> np.ndarray:
@@ -119,18 +119,20 @@ class Local:
             for key, value in to_tensors(replica_state).items():
                 name, _, quantity = key.rpartition("/")
                 tensors[f"{name}/{replica_prefix(index)}{quantity}"] = value
-        return TrainingState(self.server.theta(), tensors, {"averaging": averaging, "replicas": self._clock})
+        return TrainingState(self.server.theta(), tensors, {"averaging": averaging, "replicas": self._clocks})
 
     def load(self, state: TrainingState, outer: OuterSection) -> None:
         if state.outer.keys() != {"averaging", "replicas"}:
             raise InputError("checkpoint: its outer state is not that of replicas")
         self._outer = outer
-        self._clock = state.outer["replicas"]
-        build_clock(self.server.layout.names, outer, self._clock)  # raises InputError if it is not this job's
+        self._clocks = read_clocks(state.outer["replicas"], self._replicas)
         theta = self.server.theta()
+        replica = ParameterServer(theta, outer)
         for index in range(self._replicas):
             replica_state = select_replica(state.optimizer, replica_prefix(index))
-            check_state(replica_state, theta)
+            moments, residuals = split_state(replica_state)
+            replica.check_state(moments)
+            check_state(residuals, theta)
             self._states[index] = {key: value.numpy() for key, value in replica_state.items()}
         averaging_state = {
             key: value
@@ -152,7 +154,7 @@ class Local:
         ends = [next_average, self._run.steps, *(change.step for change in problem.job.changes)]
         stop = min(end for end in ends if end > step)
         rounds = [
-            Round(index, self._replicas, step, stop, problem.phase, self._outer, self._clock)
+            Round(index, self._replicas, step, stop, problem.phase, self._outer, self._clocks[index])
             for index in range(self._replicas)
         ]
         results, deltas, states = self._compute_rounds(rounds, check)
@@ -171,7 +173,7 @@ class Local:
         else:
             self.server.skip()
         self._states = states
-        self._clock = results[0].clock
+        self._clocks = [result.clock for result in results]
         averaged = time.perf_counter()
         steps = stop - step
         slowest = max(result.seconds for result in results)
@@ -231,6 +233,16 @@ class Local:
             raise LostStateError(f"a replica's state is lost ({type(error.cause).__name__})") from None
         except worker_failures(ray) as error:
             raise LostStateError(f"a replica's state is lost ({type(error).__name__})") from None
+
+
+def read_clocks(clocks: Any, replicas: int) -> list[dict[str, Any]]:
+    """Return the replicas' clocks in a checkpoint, or raise `InputError` if they are not those of so many replicas."""
+    if not isinstance(clocks, list) or len(clocks) != replicas:
+        raise InputError(f"checkpoint: expected the clocks of strategy.replicas = {replicas} replicas")
+    for clock in clocks:
+        if clock != {}:
+            read_clock(clock)
+    return clocks
 
 
 def replica_prefix(index: int) -> str:

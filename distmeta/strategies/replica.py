@@ -6,9 +6,9 @@ The outcome is the same whichever worker computes it, and however often.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from distmeta.runtime.shards import Shard, ShardResult
 from distmeta.runtime.strategy import Record
 from distmeta.runtime.worker import Worker
 from distmeta.strategies.driver import CentralStep, plan_step
+
+Value = TypeVar("Value")
 
 RESIDUAL = "residual"
 """Name of the quantity that is kept beside those of the optimizer: what compression left out of the last delta."""
@@ -108,7 +110,7 @@ def run_round(
     theta = layout.unflatten(flat)
     server = ParameterServer(theta, one_round.outer)
     if one_round.clock:
-        moments = {key: value for key, value in state.items() if not key.endswith(f"/{RESIDUAL}")}
+        moments, _ = split_state(state)
         server.load(theta, to_tensors(moments), one_round.clock)
     replica = Replica(server, worker, one_round.index)
     records = []
@@ -134,6 +136,12 @@ def replica_share(shards: int, one_round: Round) -> slice:
     index = one_round.index
     replicas = one_round.replicas
     return slice(shards * index // replicas, shards * (index + 1) // replicas)
+
+
+def split_state(state: Mapping[str, Value]) -> tuple[dict[str, Value], dict[str, Value]]:
+    """Return what the optimizer keeps, and what compression has left out so far."""
+    residuals = {key: value for key, value in state.items() if key.endswith(f"/{RESIDUAL}")}
+    return {key: value for key, value in state.items() if key not in residuals}, residuals
 
 
 def to_tensors(state: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:

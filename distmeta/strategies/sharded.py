@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any
 
@@ -22,12 +22,14 @@ from distmeta.config.sections import OuterSection
 from distmeta.errors import InputError, summarize_error
 from distmeta.runtime.checkpoint import TrainingState
 from distmeta.runtime.failure_policy import LostShardError
+from distmeta.runtime.outer_optimizer import OPTIMIZERS, GroupOptions, read_clock
+from distmeta.runtime.outer_rates import OuterRates
 from distmeta.runtime.parameter_server import ParameterServer
 from distmeta.runtime.pool import RayPool, WorkOrder
 from distmeta.runtime.problem import Problem
 from distmeta.runtime.ray_workers import POLL_SECONDS, worker_failures
 from distmeta.runtime.shards import Shard, ShardResult
-from distmeta.runtime.strategy import LostStateError, build_clock, build_server
+from distmeta.runtime.strategy import LostStateError, build_server
 from distmeta.strategies.driver import GradientStep
 from distmeta.strategies.slices import (
     SliceServer,
@@ -71,7 +73,7 @@ class Sharded(GradientStep):
         """Counts the attempts at a step, so that servers can tell gradients of an abandoned one from new ones."""
         self._norm_sums: list[float] = []
         """Partial sums of the squared norm of the mean gradient, one per block."""
-        self._snapshot: tuple[list[Any], ParameterServer] | None = None
+        self._snapshot: tuple[list[Any], int] | None = None
         """Slices and clock before the first outer epoch of the current step."""
         self._servers: list[Any] = []
         self._slices: list[Any] = []
@@ -105,14 +107,13 @@ class Sharded(GradientStep):
     def _start_servers(self, server: ParameterServer) -> None:
         """Start the servers from the state of a parameter server in this process.
 
-        This process then only keeps the schedule's clock.
+        This process then only keeps the rates and the schedule's clock.
         """
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         flat = server.flat()
         tensors, plain = server.state()
-        rates = dict(zip(self._layout.names, server.rates(), strict=True))
-        self._clock = build_clock(self._layout.names, server.outer, plain)
+        self._rates = OuterRates(self._layout.names, server.outer, read_clock(plain))
         self._slices = []
         self._names = []
         node_ids = self.pool.node_ids
@@ -124,16 +125,36 @@ class Sharded(GradientStep):
             actor = self._ray.remote(SliceServer).options(num_cpus=0, scheduling_strategy=placement)
             spans = self._layout.spans(start, stop)
             names = [span.name for span in spans]
-            slice_rates = tuple(rates[name] for name in names)
-            spec = SliceSpec(local_ranges(spans), slice_rates, server.outer, cut_moments(spans, tensors))
+            spec = SliceSpec(
+                local_ranges(spans), self._select_options(names), server.outer, cut_moments(spans, tensors)
+            )
             self._slices.append(self._ray.put(flat[start:stop]))
             self._servers.append(actor.remote(self._slices[-1], spec))
             self._names.append(names)
         self._call_all("ready", limit=self._run.start_timeout)
 
+    def _select_options(self, names: list[str]) -> tuple[GroupOptions, ...]:
+        """Return the optimizer options of these entries of theta."""
+        groups = self._rates.groups
+        indices = dict(zip(self._layout.names, groups.indices, strict=True))
+        return tuple(groups.options[indices[name]] for name in names)
+
+    @staticmethod
+    def check_job(job: Any, options: Mapping[str, Any]) -> None:
+        """Raise InputError if the optimizer cannot work on slices of theta."""
+        if ":" in job.outer.optimizer:
+            raise InputError(
+                f"outer.optimizer: got {job.outer.optimizer!r} with strategy.type: sharded, expected one of "
+                f"{', '.join(OPTIMIZERS)}: its servers hold slices of theta, not whole tensors"
+            )
+
     def retune(self, outer: OuterSection) -> None:
-        self._clock.retune(outer)
-        self._call_all("retune", outer)
+        self._rates.retune(outer)
+        calls = [
+            server.retune.remote(outer, self._select_options(names))
+            for server, names in zip(self._servers, self._names, strict=True)
+        ]
+        self._get(calls, self._run.shard_timeout)
 
     def flat(self) -> np.ndarray:
         return np.concatenate(self._get(self._slices, self._run.shard_timeout))
@@ -141,7 +162,7 @@ class Sharded(GradientStep):
     def state(self) -> TrainingState:
         theta = self._layout.unflatten(self.flat())
         tensors = join_moments(self._layout, self._edges, self._call_all("moments"))
-        return TrainingState(theta, tensors, self._clock.state()[1])
+        return TrainingState(theta, tensors, {"clock": self._rates.steps})
 
     def load(self, state: TrainingState, outer: OuterSection) -> None:
         self._kill_servers()
@@ -191,35 +212,35 @@ class Sharded(GradientStep):
 
     def apply(self) -> float:
         norm = math.sqrt(math.fsum(self._norm_sums))
-        limit = self._clock.outer.clip_norm
+        limit = self._rates.outer.clip_norm
         factor = limit / norm if limit is not None and norm > limit else None
-        rates = dict(zip(self._layout.names, self._clock.rates(), strict=True))
+        rates = dict(zip(self._layout.names, self._rates.of_tensors(), strict=True))
         calls = [
             server.step.options(num_returns=2).remote(factor, [rates[name] for name in names])
             for server, names in zip(self._servers, self._names, strict=True)
         ]
         self._get([done for done, _ in calls], self._run.shard_timeout)
         self._slices = [new_slice for _, new_slice in calls]
-        self._clock.skip()
+        self._rates.advance()
         return norm
 
     def skip(self) -> float:
-        return self._clock.skip()
+        self._rates.advance()
+        return math.nan
 
     def rate(self) -> float:
-        return self._clock.rate()
+        return self._rates.of_groups()[0]
 
     def take_snapshot(self) -> None:
         self._call_all("take_snapshot")
-        clock = build_clock(self._layout.names, self._clock.outer, self._clock.state()[1])
-        self._snapshot = self._slices, clock
+        self._snapshot = self._slices, self._rates.steps
 
     def end_snapshot(self, undo: bool) -> None:
         if self._snapshot is None:
             return
         self._call_all("end_snapshot", undo)
         if undo:
-            self._slices, self._clock = self._snapshot
+            self._slices, self._rates.steps = self._snapshot
         self._snapshot = None
 
     def _call_all(self, method: str, *arguments: Any, limit: float | None = None) -> list[Any]:

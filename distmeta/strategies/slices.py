@@ -14,7 +14,7 @@ from distmeta.compute.memory import keep_freed_memory
 from distmeta.compute.vectors import Layout, Span
 from distmeta.config.sections import OuterSection
 from distmeta.protocols import Theta
-from distmeta.runtime.outer_optimizer import STEP_COUNT, build_optimizer
+from distmeta.runtime.outer_optimizer import STEP_COUNT, GroupOptions, build_optimizer
 from distmeta.runtime.parameter_server import is_finite, mean_vector, squared_block_sums
 
 Moments = list[dict[str, np.ndarray]]
@@ -30,8 +30,8 @@ class SliceSpec:
 
     ranges: tuple[tuple[int, int], ...]
     """Where each part begins and ends in the slice."""
-    rates: tuple[float, ...]
-    """Outer learning rate of each part."""
+    options: tuple[GroupOptions, ...]
+    """Optimizer options of each part."""
     outer: OuterSection
     moments: Moments
     """Optimizer state of each part."""
@@ -47,7 +47,7 @@ class SliceServer:
         keep_freed_memory()
         self._flat = torch.from_numpy(flat.copy())
         self._ranges = spec.ranges
-        self._rates = spec.rates
+        self._options = spec.options
         self._received: dict[int, Vector] = {}
         """Gradient sums of the shards, by position."""
         self._attempt = 0
@@ -58,7 +58,7 @@ class SliceServer:
     def _build_optimizer(self, outer: OuterSection, moments: Moments) -> None:
         self._outer = outer
         self._parts = [torch.nn.Parameter(self._flat[start:stop]) for start, stop in self._ranges]
-        groups = [(rate, [part]) for rate, part in zip(self._rates, self._parts, strict=True)]
+        groups = [(options, [part]) for options, part in zip(self._options, self._parts, strict=True)]
         self._optimizer = build_optimizer(groups, outer)
         for part, part_moments in zip(self._parts, moments, strict=True):
             if part_moments:
@@ -119,8 +119,9 @@ class SliceServer:
         states = [self._optimizer.state.get(part, {}) for part in self._parts]
         return [{key: value.detach().clone().numpy() for key, value in state.items()} for state in states]
 
-    def retune(self, outer: OuterSection) -> None:
+    def retune(self, outer: OuterSection, options: tuple[GroupOptions, ...]) -> None:
         """Continue with other settings of the optimizer. Its state stays."""
+        self._options = options
         self._build_optimizer(outer, self.moments())
 
     def take_snapshot(self) -> None:

@@ -71,7 +71,7 @@ def test_rates_start_as_one_draw_from_the_papers_interval() -> None:
 
 
 def test_rates_may_have_another_outer_rate() -> None:
-    outer = {"optimizer": "sgd", "lr": 1.0, "rates": {"inner_lr.*": 0.01}}
+    outer = {"optimizer": "sgd", "lr": 1.0, "groups": {"inner_lr.*": {"lr": 0.01}}}
     s = build_setting({"type": "meta-sgd", "inner_lr": 0.05}, dtype=torch.float32)
     job = Job.parse(tree("meta-sgd", outer=outer))
     server = ParameterServer(s.theta, job.outer)

@@ -72,8 +72,8 @@ def mean_last_loss(rows: list[dict[str, Any]]) -> float:
 @pytest.mark.parametrize(
     ("name", "seed", "faults", "steps", "nodes"),
     [
-        ("maml", 41, 2, 16, 1),  # the driver is killed, then workers
-        pytest.param("policy", 41, 2, 16, 1, marks=pytest.mark.slow),
+        # the driver is killed, then workers
+        *(pytest.param(name, 41, 2, 16, 1, marks=pytest.mark.slow) for name in ("maml", "policy")),
         pytest.param("maml", 7, 3, 45, 2, marks=pytest.mark.slow),
         *(pytest.param(name, 0, 60, 500, 2, marks=pytest.mark.slow) for name in ("policy", "rl2")),
         *(pytest.param("maml", seed, 100, 1000, 2, marks=pytest.mark.slow) for seed in range(3)),

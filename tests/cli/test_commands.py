@@ -112,7 +112,7 @@ def test_train_with_json_and_resume(distmeta: Any) -> None:
         (["train", "job.yaml", "run.steps=x"], "job.yaml: run.steps: got 'x', expected integer"),
         (["train", "job.yaml", "steps"], "job.yaml: override: got 'steps', expected key=value"),
         (["train", "job.yaml", "model.freeze=x*"], "model.freeze: got 'x*', which matches no parameter"),
-        (["train", "job.yaml", "outer.rates={x: 1.0}"], "outer.rates: 'x' matches nothing of theta"),
+        (["train", "job.yaml", "outer.groups={x: {lr: 1.0}}"], "outer.groups: 'x' matches nothing of theta"),
         (["train", "job.yaml", "run.gpus_per_worker=1"], "run.gpus_per_worker: got 1, but torch sees no GPU"),
         (["train", "job.yaml", "--resume", "auto"], "--resume auto: run.name is not set"),
         (["train", "job.yaml", "--fast"], "No such option: --fast"),

@@ -55,7 +55,10 @@ def message(job: Any, overrides: tuple[str, ...] = ()) -> str:
         ({3: 4}, "3: unknown key; known: "),
         ({"model": {"type": "mlp", 3: 4}}, "model.3: unknown key of model type MLP; known: "),
         ({"two\nlines": 4}, "two lines: unknown key; known: "),
-        ({"outer": {"rates": {"a\r\nb": -1}}}, "outer.rates.a b: got -1, expected a value greater than 0"),
+        (
+            {"outer": {"groups": {"a\r\nb": {"lr": -1}}}},
+            "outer.groups.a b.lr: got -1, expected a value greater than 0",
+        ),
     ],
 )
 def test_error_for_unknown_key_suggests_the_nearest_name(changes: dict[Any, Any], expected: str) -> None:
@@ -197,7 +200,7 @@ def test_overrides_replace_and_merge_values() -> None:
         [
             "algorithm.inner_lr=1e-3",
             "outer.schedule.type=cosine",
-            "outer.rates={model.*: 5E-2}",
+            "outer.groups={model.*: {lr: 5E-2}}",
             "run={steps: 7, tasks_per_step: 4}",
             "model.hidden=[8, 8]",
             "tracking={type: mlflow, experiment: x}",
@@ -209,7 +212,7 @@ def test_overrides_replace_and_merge_values() -> None:
     )
     assert job.algorithm.options["inner_lr"] == 1e-3
     assert job.outer.schedule.type == "cosine"
-    assert job.outer.rates == {"model.*": 0.05}
+    assert job.outer.groups["model.*"].lr == 0.05
     assert (job.run.steps, job.run.tasks_per_step, job.run.workers) == (7, 4, 3)
     assert job.run.shards is None  # a whole section is replaced
     assert job.model.options["hidden"] == [8, 8]
@@ -275,7 +278,7 @@ def test_omitted_keys_have_defaults() -> None:
             "output='0x10'",
             "tracking={type: mlflow, experiment: 'yes'}",
         ],  # strings that look like other types
-        ["outer.lr=1e-30", "seed=123456789012345678901", "outer.rates={'*': 1e22}"],
+        ["outer.lr=1e-30", "seed=123456789012345678901", "outer.groups={'*': {lr: 1e22}}"],
         ["outer={optimizer: sgd, lr: 1, momentum: 0, nesterov: false}", "model.hidden=[]"],
         ["output='a: {b}\\n# c'", "tracking={type: mlflow, experiment: 'μ — ∇'}"],
     ],

@@ -155,7 +155,7 @@ def test_resume_restores_every_optimizer_and_schedule(optimizer: str, schedule: 
     outer = {
         "optimizer": optimizer,
         "schedule": {"type": schedule, "steps": 9, "final": 0.1},
-        "rates": {"*bias": 0.02},
+        "groups": {"*bias": {"lr": 0.02}},
         "clip_norm": 0.5,
     }
     if optimizer in ("sgd", "rmsprop"):

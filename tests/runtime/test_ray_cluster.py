@@ -62,6 +62,7 @@ def run_train(*words: str, **environment: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | environment)
 
 
+@pytest.mark.slow
 def test_run_without_a_compiler_on_its_worker_is_not_compiled(head: str, workplace: Path) -> None:
     """Its theta is that of a job that does not ask for compilation. The cluster is named by RAY_ADDRESS."""
     job = tree("maml", run={"workers": 1}, compute={"compile": True})

@@ -112,6 +112,7 @@ def test_ranks_agree_with_driver_and_on_every_failure(workplace: Path) -> None:
             assert is_close(row["loss_after"], expected["loss_after"], 1e-4)
 
 
+@pytest.mark.slow
 def test_run_with_evaluations_checkpoints_and_a_killed_rank(workplace: Path, cluster: None) -> None:
     job = tree("maml", tasks=POISONED, outer=SGD)
     job["run"] |= {"steps": 20, "eval_every": 10, "eval_tasks": 60, "checkpoint_every": 5}

@@ -18,6 +18,7 @@ from support.processes import find_actors, find_workers, send_signal, wait_until
 import distmeta
 from distmeta.compute.vectors import choose_edges
 from distmeta.config.job import Job
+from distmeta.runtime.outer_rates import OuterRates
 from distmeta.runtime.parameter_server import ParameterServer, tree_sum
 from distmeta.runtime.problem import build_problem
 from distmeta.strategies.slices import SliceServer, SliceSpec, cut_moments, join_moments, local_ranges
@@ -28,7 +29,7 @@ RUN = {"steps": 4, "tasks_per_step": 4, "eval_every": 2, "eval_tasks": 4, "worke
 CLIPPED = {
     "clip_norm": 0.05,
     "schedule": {"type": "cosine", "steps": 6, "final": 0.1},
-    "rates": {"*bias": 0.02},
+    "groups": {"*bias": {"lr": 0.02, "weight_decay": 0.0}},
 }
 OUTERS = {
     "sgd": {"optimizer": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, **CLIPPED},
@@ -69,14 +70,14 @@ def test_slices_step_like_one_server_to_the_bit(outer: str, servers: int) -> Non
 
     server.step(mean(draw_gradients()))
     tensors, _ = server.state()
+    outer_rates = OuterRates(layout.names, job.outer, 1)
+    groups = outer_rates.groups
     slices = []
     for start, stop in pairwise(edges):
         spans = layout.spans(start, stop)
         names = [span.name for span in spans]
-        rates = dict(zip(layout.names, server.rates(), strict=True))
-        spec = SliceSpec(
-            local_ranges(spans), tuple(rates[name] for name in names), job.outer, cut_moments(spans, tensors)
-        )
+        options = tuple(groups.options[groups.indices[layout.names.index(name)]] for name in names)
+        spec = SliceSpec(local_ranges(spans), options, job.outer, cut_moments(spans, tensors))
         slices.append((SliceServer(server.flat()[start:stop], spec), names, start, stop))
     for step in range(3):
         gradients = draw_gradients()
@@ -87,7 +88,8 @@ def test_slices_step_like_one_server_to_the_bit(outer: str, servers: int) -> Non
             is_finite, sums = one_slice.average(tasks)
             assert is_finite
             norm_sums += sums
-        rates = dict(zip(layout.names, server.rates(), strict=True))
+        rates = dict(zip(layout.names, outer_rates.of_tensors(), strict=True))
+        outer_rates.advance()
         norm = math.sqrt(math.fsum(norm_sums))
         assert norm == server.step(mean(gradients))
         limit = job.outer.clip_norm

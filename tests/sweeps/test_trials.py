@@ -41,6 +41,7 @@ def test_failed_trial_is_marked_and_the_sweep_continues(client: Any, workplace: 
     assert children["trial-00001"].data.tags["distmeta.trial"] == "finished"
 
 
+@pytest.mark.slow
 def test_killed_trial_continues_from_its_checkpoint(client: Any, workplace: Path, cluster: None) -> None:
     flag = workplace / "kill"
 

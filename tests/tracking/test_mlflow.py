@@ -330,6 +330,7 @@ def test_a_server_that_never_answers_costs_training_nothing(
     assert captured.out + captured.err == ""
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_late_gets_everything(
     reported: list[str],
     monkeypatch: pytest.MonkeyPatch,
