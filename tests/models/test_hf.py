@@ -16,6 +16,7 @@ from distmeta.compute.execution import Execution, shard_gradient
 from distmeta.config.job import Job
 from distmeta.errors import InputError
 from distmeta.protocols import Batch, Episode
+from distmeta.runtime import checkpoint as checkpoints
 from distmeta.runtime.problem import apply_job_numerics, build_problem
 from distmeta.runtime.resolve import resolve
 from distmeta.seeding import draw_uniforms, task_ids
@@ -174,6 +175,17 @@ def test_tokens_and_features_have_their_shapes() -> None:
     features = build_problem(build_job(task="features"))
     assert features.model.module(x).shape == (2, 8)
     assert features.model.head == ()
+
+
+def test_two_workers_train_lora_to_the_same_bits(workplace: Path, cluster: None) -> None:
+    adapted = {"type": "maml", "inner_lr": 0.1, "adapt": ["*lora*", "head.*"]}
+    thetas = []
+    for workers in (0, 2):
+        job = build_job(adapted, run={"steps": 2, "shards": 2, "workers": workers}, peft=LORA)
+        thetas.append(checkpoints.load(distmeta.train(job).run).theta)
+    alone, together = thetas
+    assert any("lora" in name for name in alone)
+    assert all(torch.equal(alone[name], together[name]) for name in alone)
 
 
 def test_lora_network_trains_resumes_and_is_used(workplace: Path) -> None:
