@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -86,6 +86,13 @@ def schedule_factor(schedule: ScheduleSection, step: int) -> float:
     return schedule.final**t if schedule.type == "exponential" else 1.0
 
 
+@runtime_checkable
+class Steps(Protocol):
+    """What distmeta needs of a scheduler. Not all of torch's derive from `LRScheduler`."""
+
+    def step(self) -> object: ...
+
+
 class TorchSchedule:
     """A scheduler of `torch.optim.lr_scheduler`, or a user's own, after the steps of the warm-up.
 
@@ -134,7 +141,7 @@ class TorchSchedule:
         self._steps += 1
 
 
-def build_torch_scheduler(section: ScheduleSection, optimizer: torch.optim.Optimizer) -> Any:
+def build_torch_scheduler(section: ScheduleSection, optimizer: torch.optim.Optimizer) -> Steps:
     """Build the scheduler that `outer.schedule.type` names.
 
     Raises:
@@ -147,7 +154,7 @@ def build_torch_scheduler(section: ScheduleSection, optimizer: torch.optim.Optim
         raise InputError(
             f"outer.schedule.options: {section.type} refuses them ({first_line(error)})"
         ) from None
-    if not callable(getattr(scheduler, "step", None)):
+    if not isinstance(scheduler, Steps):
         raise InputError(
             f"outer.schedule.type: got {section.type!r}, which builds {type(scheduler).__name__}, expected a scheduler "
             "of torch.optim.lr_scheduler"

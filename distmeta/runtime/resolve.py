@@ -49,11 +49,10 @@ def resolve(problem: Problem, report: Callable[[str], None] = lambda text: None)
     theta = {name: value.to(problem.device) for name, value in problem.init().items()}
     execution = _choose_execution(problem, theta, report)
     job = problem.job
+    outer_steps = job.run.steps * problem.outer_epochs
+    _check_outer_rates(job, tuple(theta), outer_steps)
     schedule = job.outer.schedule.model_dump()
-    schedule["steps"] = schedule["steps"] or job.run.steps * problem.outer_epochs
-    OuterRates(
-        tuple(theta), job.outer, job.run.steps * problem.outer_epochs
-    ).of_groups()  # or raises InputError
+    schedule["steps"] = schedule["steps"] or outer_steps
     is_whole = execution.mode == "loop" or execution.chunk == WHOLE_SHARD
     compute = {
         "execution": execution.mode,
@@ -236,6 +235,11 @@ def _check_compute(problem: Problem) -> None:
             "compute.execution: got measure with GPU workers, but it measures on the driver: "
             "expected auto, loop or vmap, or run.workers=0"
         )
+
+
+def _check_outer_rates(job: Job, names: tuple[str, ...], outer_steps: int) -> None:
+    """Refuse parameter groups that match nothing, and schedules that do not last for all steps."""
+    OuterRates(names, job.outer, outer_steps).of_groups()
 
 
 def _check_compiler(problem: Problem, report: Callable[[str], None]) -> Problem:

@@ -39,7 +39,7 @@ VARIANTS = {
     "maml-plus-plus",
     "hypernet",
 }
-VARIANTS |= {"e-maml", "meta-sgd-policy", "reptile-policy"}
+VARIANTS |= {"e-maml", "meta-sgd-policy", "reptile-policy", "pairwise", "bilevel-implicit"}
 """Variants of an algorithm that is traced anyway."""
 VECTORISED = {"protonet"}
 """Also traced under vmap in every run of the tests."""

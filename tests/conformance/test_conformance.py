@@ -135,7 +135,13 @@ def test_every_execution_and_differentiation_gives_the_same_gradient(
     assert float((loop - other).norm() / loop.norm()) <= tolerance
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in {"mann-ntm", "mann-dnc"} else name
+        for name in CASES
+    ],
+)
 def test_everything_is_on_one_device(name: str) -> None:
     """Nothing creates tensors on the CPU that would meet those of a GPU. Fake tensors on the device `meta` check it."""
     problem, theta, episodes, _ = parts(name, tasks=2)

@@ -173,6 +173,7 @@ def test_job_without_costs_is_measured_once(simulate: Any) -> None:
     assert len(load_costs(Path("costs.json")).jobs) == 2
 
 
+@pytest.mark.slow
 def test_calibration(
     simulate: Any, cluster: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
