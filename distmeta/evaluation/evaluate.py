@@ -27,7 +27,13 @@ from distmeta.protocols import Batch, Episode, NamesClasses, TaskFamily
 from distmeta.runtime.parameter_server import mean_metrics
 from distmeta.runtime.pool import open_pool
 from distmeta.runtime.problem import Problem, with_score
-from distmeta.runtime.scores import evaluate_tasks, find_primary_metric, split_curves
+from distmeta.runtime.scores import (
+    describe_harm,
+    evaluate_tasks,
+    find_primary_metric,
+    join_metrics,
+    split_curves,
+)
 from distmeta.tasks.few_shot import ClassificationScore
 from distmeta.tasks.image_preparation import Preparation
 from distmeta.tracking.trackers import attach_files, name_trackers
@@ -54,6 +60,8 @@ class Evaluation:
     """The interval of each number in `curve`."""
     seen_classes: int = 0
     """How many of the tested classes were trained on."""
+    warning: str | None = None
+    """A line that says so, if adaptation makes the scores worse."""
 
 
 def evaluate(
@@ -83,6 +91,7 @@ def evaluate(
             cannot be filmed.
     """
     learner = load(checkpoint, overrides, report=report)
+    _prepare_outputs(learner, predictions, figures, video)
     seen = _find_seen_classes(learner) if episodes is None else []
     if seen:
         total = len(_list_classes(learner.problem.family, "test"))
@@ -90,16 +99,12 @@ def evaluate(
             f"tasks.test: {len(seen)} of {total} tested classes were trained on ({shorten_list(seen)}), so these are "
             "not scores of unseen tasks"
         )
-    if predictions is not None and not Path(predictions).absolute().parent.is_dir():
-        raise InputError(f"--predictions: the folder of {str(predictions)!r} does not exist")
-    if video is not None:
-        check_video(learner, Path(video))
-    if figures is not None:
-        _make_folder(Path(figures))
     if episodes is None:
         evaluation = replace(_score_test_tasks(learner, predictions), seen_classes=len(seen))
     else:
         evaluation = _score_fixed_episodes(learner, episodes, predictions)
+    if evaluation.warning is not None:
+        report(evaluation.warning)
     files: list[Path] = []
     if figures is not None:
         files += _write_record(learner, evaluation, overrides, Path(figures))
@@ -112,6 +117,18 @@ def evaluate(
         trackers = name_trackers(learner.problem.job.trackers)
         attach_files(trackers, learner.checkpoint.progress.tracking_ids, files, "evaluation", report)
     return evaluation
+
+
+def _prepare_outputs(
+    learner: Learner, predictions: str | Path | None, figures: str | Path | None, video: str | Path | None
+) -> None:
+    """Raise InputError if one of the outputs cannot be written. Make the folder of figures."""
+    if predictions is not None and not Path(predictions).absolute().parent.is_dir():
+        raise InputError(f"--predictions: the folder of {str(predictions)!r} does not exist")
+    if video is not None:
+        check_video(learner, Path(video))
+    if figures is not None:
+        _make_folder(Path(figures))
 
 
 def _make_folder(folder: Path) -> None:
@@ -177,8 +194,7 @@ def _score_test_tasks(learner: Learner, predictions: str | Path | None) -> Evalu
         )
     finally:
         pool.close()
-    names = list(results[0].metrics)
-    columns = {name: np.concatenate([result.metrics[name] for result in results]) for name in names}
+    columns = join_metrics(results)
     if predictions is not None:
         rows = [row for result in results for row in result.predictions or []]
         write_predictions(predictions, list(range(len(rows))), rows)
@@ -262,6 +278,7 @@ def _summarize(columns: Mapping[str, np.ndarray], means: Mapping[str, float | No
         main=main,
         curve={name: [float(mean) for mean in column.mean(0)] for name, column in curves.items()},
         curve_ci95={name: [_half_interval(values) for values in column.T] for name, column in curves.items()},
+        warning=describe_harm(columns, "these tasks"),
     )
 
 

@@ -22,7 +22,7 @@ from distmeta.runtime.parameter_server import mean_metrics
 from distmeta.runtime.problem import Problem, build_checkpoint
 from distmeta.runtime.reporter import Reporter
 from distmeta.runtime.run_folder import RunFolder
-from distmeta.runtime.scores import evaluate_tasks, find_primary_metric
+from distmeta.runtime.scores import describe_harm, evaluate_tasks, find_primary_metric, join_metrics
 from distmeta.runtime.startup import last_step, outer_settings_at
 from distmeta.runtime.strategy import LostStateError, Record, Strategy
 from distmeta.tracking.interface import Status
@@ -60,6 +60,8 @@ class Training:
     recent_losses: deque[float] = field(default_factory=lambda: deque(maxlen=SPIKE_WINDOW))
     rewound_to: int | None = None
     """The step of the checkpoint that the run last returned to."""
+    harm: str | None = None
+    """What the last evaluation says about tasks that adaptation makes worse."""
     rewinds: int = 0
     """How often in a row it returned there."""
 
@@ -120,6 +122,8 @@ class Training:
             if must_save or (run.checkpoint_every and step % run.checkpoint_every == 0):
                 self._save()
             self.reporter.step(record)  # last: a reporter may look at what is saved
+        if self.harm is not None:
+            self.reporter.report(self.harm)
         if self.progress.step < run.steps:
             stale = self.progress.stale
             self.reporter.report(f"validation has not improved for {stale} evaluations: stopped")
@@ -178,6 +182,7 @@ class Training:
         flat = self._find_evaluated_theta()
         count = self.problem.job.run.eval_tasks
         results = evaluate_tasks(self.problem, self.strategy.pool, flat, "val", count, self.check)
+        self.harm = describe_harm(join_metrics(results), "validation tasks")
         record = {f"val_{name}": value for name, value in mean_metrics(results, over_all=True).items()}
         name, sign = find_primary_metric(record, "val_")
         value = record[name]

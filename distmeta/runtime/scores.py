@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,8 @@ from distmeta.runtime.worker import plan_shards
 
 EVAL_SHARD = 25
 """Tasks per shard of an evaluation."""
+FEWEST_TASKS = 10
+"""With fewer tasks, nothing is said about what adaptation does."""
 
 
 def evaluate_tasks(
@@ -46,6 +48,11 @@ def evaluate_tasks(
     ]
 
 
+def join_metrics(results: Sequence[ShardResult]) -> dict[str, np.ndarray]:
+    """Return each metric of all tasks, [T, ...]."""
+    return {name: np.concatenate([result.metrics[name] for result in results]) for name in results[0].metrics}
+
+
 def split_curves(curves: Mapping[str, np.ndarray], adapts: bool) -> dict[str, np.ndarray]:
     """Return `<name>_curve` [T, K+1], `<name>_after` [T] and, if the algorithm adapts, `<name>_before` [T]."""
     metrics = {f"{name}_curve": curve for name, curve in curves.items()}
@@ -61,3 +68,28 @@ def find_primary_metric(metrics: Mapping[str, Any], prefix: str = "") -> tuple[s
         if f"{prefix}{name}_after" in metrics:
             return f"{prefix}{name}_after", 1
     return f"{prefix}loss_after", -1
+
+
+def describe_harm(columns: Mapping[str, np.ndarray], tasks: str) -> str | None:
+    """Return a line for the user if adaptation makes the primary metric worse, else None.
+
+    Worse means: by more than the 95 % interval of the mean change over tasks, 1.96·s/√T.
+
+    Args:
+        columns: `<name>_before` and `<name>_after`, [T] each. Without an inner loop there is no `_before`.
+        tasks: what the tasks are called in the line.
+    """
+    after_name, sign = find_primary_metric(columns)
+    metric = after_name.removesuffix("_after")
+    before = columns.get(f"{metric}_before")
+    after = columns[after_name]
+    if before is None or len(after) < FEWEST_TASKS or not np.isfinite([*before, *after]).all():
+        return None
+    harm = sign * (before - after)
+    if harm.mean() <= 1.96 * harm.std(ddof=1) / math.sqrt(len(harm)):
+        return None
+    return (
+        f"adapting makes the {metric} of {tasks} worse: {before.mean():.4g} -> {after.mean():.4g} (mean of "
+        f"{len(after)}); try a smaller algorithm.inner_lr, more shots, or adapting fewer parameters "
+        "(algorithm.adapt=head)"
+    )

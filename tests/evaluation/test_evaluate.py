@@ -24,10 +24,12 @@ from support.digit_episodes import (
     train_on_waves,
     write_episodes,
 )
+from support.outcomes import ActingReporter
 
 import distmeta
 from distmeta.config.job import Job
 from distmeta.errors import InputError
+from distmeta.runtime.scores import describe_harm
 from distmeta.seeding import task_ids
 
 
@@ -285,3 +287,41 @@ def test_tested_classes_that_were_trained_on_are_reported(run: Path) -> None:
         distmeta.evaluate(run, ["tasks.shots=2", "run.eval_tasks=2"], report=notes.append).seen_classes == 0
     )
     assert len(notes) == 1
+
+
+def test_adaptation_that_does_harm_is_reported(tmp_path: Path) -> None:
+    """A large inner rate makes every task worse; training and evaluation say so, and a small rate is not reported."""
+    section = {"type": "maml", "inner_lr": 0.4}
+    run = {"steps": 1, "eval_every": 1, "eval_tasks": 20}
+    job = Job.parse(tree(section, run=run) | {"output": str(tmp_path)})
+    reporter = ActingReporter({})
+    folder = distmeta.train(job, reporter=reporter).run
+    assert [text for text in reporter.reports if "worse" in text] == [
+        text
+        for text in reporter.reports
+        if text.startswith("adapting makes the loss of validation tasks worse: ")
+    ]
+    assert len([text for text in reporter.reports if "try a smaller algorithm.inner_lr" in text]) == 1
+    lines: list[str] = []
+    found = distmeta.evaluate(folder, report=lines.append)
+    assert found.warning is not None
+    assert found.warning in lines
+    assert distmeta.evaluate(folder, ["algorithm.inner_lr=0.001"]).warning is None
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_harm"),
+    [
+        ([1.0] * 12, [1.2] * 12, True),
+        ([1.0] * 12, [0.8] * 12, False),
+        ([1.0] * 12, [1.2, 0.9] * 6, False),  # within the noise
+        ([1.0] * 5, [1.2] * 5, False),  # too few tasks
+        ([1.0] * 12, [math.nan] * 12, False),
+    ],
+)
+def test_harm_is_more_than_noise(before: list[float], after: list[float], is_harm: bool) -> None:
+    loss = {"loss_before": np.array(before), "loss_after": np.array(after)}
+    assert (describe_harm(loss, "tasks") is not None) == is_harm
+    accuracy = {"accuracy_before": np.array(after), "accuracy_after": np.array(before)}
+    assert (describe_harm(accuracy, "tasks") is not None) == is_harm
+    assert describe_harm({"loss_after": np.array(after)}, "tasks") is None
