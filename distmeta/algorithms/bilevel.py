@@ -16,8 +16,10 @@ from distmeta.algorithms.adaptation import (
     BETAS,
     Betas,
     InnerOptimizer,
+    InnerSchedule,
     InnerState,
     OptimizerName,
+    list_factors,
     select_minibatch,
 )
 from distmeta.algorithms.imaml import dot, solve_conjugate_gradients
@@ -57,12 +59,16 @@ class Bilevel:
         inner_lr: α > 0.
         learn_inner_lr: make α an upper parameter that starts at `inner_lr`.
         inner_steps: K ≥ 1.
-        inner_optimizer: `sgd`, `momentum` or `adam`, as in torch.optim. Its state starts at zero in every task.
+        inner_optimizer: `sgd`, `momentum`, `adam` or `adamw`, as in torch.optim. Its state starts at zero in each task.
         momentum: μ in [0, 1), for `momentum`.
-        betas: β₁ and β₂ in [0, 1), for `adam`.
-        eps: ε > 0, for `adam`.
+        betas: β₁ and β₂ in [0, 1), for `adam` and `adamw`.
+        eps: ε > 0, for `adam` and `adamw`.
+        inner_weight_decay: λ ≥ 0; added to the gradient, or with `adamw` decoupled from it.
+        inner_clip_norm: largest norm of the gradient in a step; null: not clipped.
+        inner_schedule: how α changes over the steps, as in `maml`.
         inner_batch: examples of the support set per inner step; null: all of them.
-        backprop_steps: differentiate only this many of the last inner steps (truncated backpropagation); null: all.
+        backprop_steps: the number of last inner steps whose gradient is differentiated (truncated backpropagation). In
+            earlier steps ∇_w L_lower is a constant, as in `maml`. Null: all steps.
         lower_start: w_0. `fixed`: the same constants in every task; `learned`: part of theta; `random`: drawn for each
             task from the task's seed.
         start_seed: seed of the constants, or of the values from which `learned` starts, of a problem that draws them.
@@ -87,6 +93,9 @@ class Bilevel:
         momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9,
         betas: Betas = BETAS,
         eps: Annotated[float, Field(gt=0)] = 1e-8,
+        inner_weight_decay: Annotated[float, Field(ge=0)] = 0.0,
+        inner_clip_norm: Annotated[float, Field(gt=0)] | None = None,
+        inner_schedule: InnerSchedule = "constant",
         inner_batch: Annotated[int, Field(ge=1)] | None = None,
         backprop_steps: Annotated[int, Field(ge=1)] | None = None,
         lower_start: Literal["fixed", "learned", "random"] = "fixed",
@@ -97,20 +106,23 @@ class Bilevel:
         damping: Annotated[float, Field(ge=0)] = 0.0,
     ):
         if hypergradient != "unrolled":
-            _check_implicit(hypergradient, lower_start, learn_inner_lr, backprop_steps)
-        if lower_start == "learned" and backprop_steps is not None and backprop_steps < inner_steps:
-            raise InputError(
-                f"algorithm.backprop_steps: got {backprop_steps} with lower_start: learned, expected null: the start "
-                "would have no gradient"
-            )
+            _check_implicit(hypergradient, lower_start, learn_inner_lr, backprop_steps, inner_weight_decay)
         self._score = score
         self.problem = build_bilevel_problem(problem, options or {}, {"model": model, "score": score})
         self.inner_lr = inner_lr
         self.learn_inner_lr = learn_inner_lr
         self.inner_steps = inner_steps
-        self.optimizer = InnerOptimizer(inner_optimizer, momentum, betas, eps)
+        self.optimizer = InnerOptimizer(
+            inner_optimizer,
+            momentum,
+            betas,
+            eps,
+            weight_decay=inner_weight_decay,
+            clip_norm=inner_clip_norm,
+            factors=list_factors(inner_schedule, inner_steps),
+        )
         self.inner_batch = inner_batch
-        self.backprop_steps = backprop_steps
+        self.constant_steps = 0 if backprop_steps is None else max(inner_steps - backprop_steps, 0)
         self.lower_start = lower_start
         self.hypergradient = hypergradient
         self.implicit_steps = implicit_steps
@@ -134,15 +146,13 @@ class Bilevel:
     def step(self, theta: Theta, state: InnerState, support: Any, k: int) -> InnerState:
         upper = remove_prefix(theta, UPPER)
         batch = select_minibatch(support, k, self.inner_batch, self._score)
-        is_cut = self.backprop_steps is not None and k < self.inner_steps - self.backprop_steps
 
         def lower_loss(lower: Theta) -> Tensor:
             return self.problem.lower_loss(upper, lower, batch)
 
-        gradient = inner_gradient(lower_loss, state.phi, first_order=is_cut)
+        gradient = inner_gradient(lower_loss, state.phi, first_order=k < self.constant_steps)
         rate: Any = theta[INNER_LR] if self.learn_inner_lr else self.inner_lr
-        state = self.optimizer.step(state, gradient, k, rate)
-        return detach_tree(state) if is_cut else state
+        return self.optimizer.step(state, gradient, k, rate)
 
     def predict(self, theta: Theta, state: InnerState, x: Any) -> Any:
         return self.problem.predict(remove_prefix(theta, UPPER), state.phi, x)
@@ -269,9 +279,13 @@ def build_bilevel_problem(name: str, options: dict[str, Any], given: dict[str, A
 
 
 def _check_implicit(
-    hypergradient: str, lower_start: str, learn_inner_lr: bool, backprop_steps: int | None
+    hypergradient: str,
+    lower_start: str,
+    learn_inner_lr: bool,
+    backprop_steps: int | None,
+    inner_weight_decay: float,
 ) -> None:
-    """Refuse options that have no effect, because a minimum depends neither on the start nor on the path."""
+    """Refuse options that have no effect or a wrong one: the minimum of L_lower depends neither on start nor path."""
     reason = f"with hypergradient: {hypergradient}"
     why = "the minimum does not depend on it, use hypergradient: unrolled"
     if lower_start == "learned":
@@ -280,3 +294,8 @@ def _check_implicit(
         raise InputError(f"algorithm.learn_inner_lr: got true {reason}, expected false: {why}")
     if backprop_steps is not None:
         raise InputError(f"algorithm.backprop_steps: got {backprop_steps} {reason}, expected null: {why}")
+    if inner_weight_decay:
+        raise InputError(
+            f"algorithm.inner_weight_decay: got {inner_weight_decay} {reason}, expected 0: the inner loop would end at "
+            "the minimum of another loss; add the penalty to lower_loss"
+        )

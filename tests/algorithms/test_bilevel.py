@@ -119,12 +119,21 @@ def test_damped_conjugate_gradients_solve_the_damped_system() -> None:
     assert float(found) == pytest.approx(float(expected), rel=1e-9)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
-def test_unrolled_hypergradient_equals_finite_differences(optimizer: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"inner_optimizer": "sgd"},
+        {"inner_optimizer": "momentum"},
+        {"inner_optimizer": "adam"},
+        {"inner_optimizer": "adamw", "inner_weight_decay": 0.1},
+        {"inner_weight_decay": 0.1, "inner_clip_norm": 0.05, "inner_schedule": "cosine"},
+    ],
+)
+def test_unrolled_hypergradient_equals_finite_differences(options: dict[str, Any]) -> None:
     algorithm = build_ridge(
+        **options,
         inner_lr=0.1,
         inner_steps=3,
-        inner_optimizer=optimizer,
         learn_inner_lr=True,
         lower_start="learned",
         inner_batch=5,
@@ -195,7 +204,10 @@ def test_random_start_differs_between_tasks_and_not_between_shards() -> None:
         ),
         ({"learn_inner_lr": True, **IMPLICIT}, "algorithm.learn_inner_lr: got true with hypergradient: conj"),
         ({"backprop_steps": 2, **IMPLICIT}, "algorithm.backprop_steps: got 2 with hypergradient: conj"),
-        ({"lower_start": "learned", "backprop_steps": 2}, "algorithm.backprop_steps: got 2 with lower_start"),
+        (
+            {"inner_weight_decay": 0.1, **IMPLICIT},
+            "algorithm.inner_weight_decay: got 0.1 with hypergradient: conj",
+        ),
         ({"options": {"width": 3}}, "algorithm.options: got an unexpected keyword argument 'width'"),
     ],
 )
