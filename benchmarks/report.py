@@ -325,6 +325,39 @@ def products(sections: Sections) -> Rows:
     return rows
 
 
+# --- Models and bilevel problems ---------------------------------------------------------------------------------
+
+
+def texts(sections: Sections) -> Rows:
+    rows = []
+    for section in sections.values():
+        tasks = str(section["settings"]["test_tasks"])
+        for row in section["rows"]:
+            rows.append([row["system"], tasks, percent(row["accuracy"], 1), percent(row["gain"], 1)])
+    return rows
+
+
+def texts_cost(sections: Sections) -> Rows:
+    found: dict[str, list[str]] = {}
+    for row in all_rows(sections):
+        cells = found.setdefault(row["adapted"], [row["adapted"], f"{row['numbers_in_theta']:,}"])
+        cells += [f"{row['seconds']:.2f} ({row['ratio']:.2f})", f"{row['extra_mb']:.0f}"]
+    return list(found.values())
+
+
+def bilevel(sections: Sections) -> Rows:
+    return [
+        [
+            row["case"],
+            f"{row['distance']:.0e}",
+            f"{row['repaired']:.0e}",
+            f"{row['seconds']:.3f}",
+            f"{row['ratio']:.2f}",
+        ]
+        for row in all_rows(sections)
+    ]
+
+
 # --- Distribution -------------------------------------------------------------------------------------------------
 
 
@@ -435,6 +468,19 @@ TABLES = {
         "ms (ratio to the first)|reverse over reverse, autograd|reverse over reverse, vjp|forward over reverse",
         products,
     ),
+    "texts": Table(
+        "texts",
+        ("texts-lora", "texts-anil"),
+        "system|test tasks|accuracy, %|gain over nearest centroid, paired",
+        texts,
+    ),
+    "texts-cost": Table(
+        "texts",
+        ("cost",),
+        "adapted|numbers in theta|second order, s (ratio)|MB|first order, s (ratio)|MB",
+        texts_cost,
+    ),
+    "bilevel": Table("bilevel", (), "case|distance|with Betty repaired|outer step, s|time/Betty", bilevel),
     "driver-steps": Table(
         "driver",
         ("steps",),
