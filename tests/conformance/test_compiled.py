@@ -27,7 +27,17 @@ from distmeta.errors import InputError
 from distmeta.runtime.problem import build_problem
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
-LONG = {"mann", "mann-ntm", "mann-dnc", "matching-fce", "contrastive", "snail", "lstm"}
+LONG = {
+    "mann",
+    "mann-ntm",
+    "mann-dnc",
+    "matching-fce",
+    "contrastive",
+    "snail",
+    "lstm",
+    "imaml",
+    "meta-curvature",
+}
 """Algorithms that take 3 to 30 seconds to trace."""
 VARIANTS = {
     "fomaml",

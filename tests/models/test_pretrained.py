@@ -175,6 +175,7 @@ def test_files_that_need_code_are_not_run(tmp_path: Path, capfd: pytest.CaptureF
         ("none.safetensors", None, "expected an existing file or run folder"),
         ("bad.safetensors", b"not safetensors", "is not a readable safetensors file"),
         ("bad.pt", b"", "cannot be read without running code"),
+        ("text.pt", b"hello", "cannot be read without running code"),
         ("list.pt", [1], "holds a list, expected a dict of tensors"),
         ("empty.pt", {"epoch": 3}, "has no tensors, expected a state_dict"),
     ],

@@ -94,6 +94,7 @@ def test_stopped_worker_is_replaced_after_the_limit(workplace: Path, cluster: No
     assert not wait_until_gone(stopped, 60), "Ray kills a process that does not answer"
 
 
+@pytest.mark.slow
 def test_slow_shard_is_also_computed_by_another_worker(workplace: Path, cluster: None) -> None:
     expected = read_outcome(train_job(faulty_job(workplace)))
     reporter = ActingReporter()
@@ -121,6 +122,7 @@ def test_mistake_in_the_code_is_raised_at_once(workplace: Path, cluster: None) -
     assert checkpoints.load(workplace / "runs" / "mistake").progress.step == 0
 
 
+@pytest.mark.slow
 def test_elastic_pool_starts_with_the_minimum_and_uses_what_fits(workplace: Path, cluster: None) -> None:
     """Three workers would need six processors. The cluster has four."""
     expected = read_outcome(train_job(tree("maml", run=RUN)))

@@ -106,6 +106,7 @@ def test_gradients_are_weighted_by_their_age(workplace: Path, monkeypatch: pytes
     assert np.allclose(flats[2], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_lost_worker_and_resume(workplace: Path, cluster: None) -> None:
     job = tree("maml", run=RUN | {"steps": 8}, strategy={"type": "async"})
     reporter = ActingReporter({2: lambda: send_signal(find_workers()[:1], signal.SIGKILL)})

@@ -141,6 +141,7 @@ def test_unknown_metric_is_named(workplace: Path, cluster: None) -> None:
         distmeta.sweep(Job.parse(make_sweep(trials=1, metric="val_acuracy_after")))
 
 
+@pytest.mark.slow
 def test_sweep_without_a_successful_trial_names_the_reason(workplace: Path, cluster: None) -> None:
     job = Job.parse(make_sweep(space={"algorithm.inner_lr": {"grid": [1e30]}}, trials=1))
     with pytest.raises(

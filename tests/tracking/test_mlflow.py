@@ -283,6 +283,7 @@ def refuse_slowly(uri: str) -> None:
     raise PermissionError("no such account")
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_new_store_and_experiment(reported: list[str]) -> None:
     code = """
 for step in range(1, 51): t.log_step({"step": step, "loss_after": 1.0})
