@@ -19,8 +19,10 @@ from distmeta.algorithms.adaptation import (
     InnerSchedule,
     InnerState,
     OptimizerName,
+    allow_stopping,
     list_factors,
     select_minibatch,
+    stop_if_reached,
 )
 from distmeta.algorithms.imaml import dot, solve_conjugate_gradients
 from distmeta.compute.gradient import detach_tree, support_at
@@ -50,8 +52,9 @@ class Bilevel:
         dL_upper/du = ∂_u L_upper − ∂_u ∂_w L_lower · v,   (∇²_w L_lower + δI) v = ∂_w L_upper
 
     with v from conjugate gradients (Pedregosa 2016, arXiv 1602.02355) or from the Neumann series
-    η Σ_{j=0..J} (I − η(∇²_w L_lower + δI))^j ∂_w L_upper (Lorraine et al. 2020, arXiv 1911.02590, §4). Their
-    memory does not grow with `inner_steps`.
+    η Σ_{j=0..J} (I − η(∇²_w L_lower + δI))^j ∂_w L_upper (Lorraine et al. 2020, arXiv 1911.02590, §4). With J = 0 the
+    Hessian is replaced by I/η (Luketina et al. 2016, arXiv 1511.06727, §2). Their memory does not grow with
+    `inner_steps`.
 
     Args:
         problem: `reweighting`, `learned-loss`, `distillation`, or `package.module:Name` of your own `BilevelProblem`.
@@ -67,13 +70,16 @@ class Bilevel:
         inner_clip_norm: largest norm of the gradient in a step; null: not clipped.
         inner_schedule: how α changes over the steps, as in `maml`.
         inner_batch: examples of the support set per inner step; null: all of them.
-        backprop_steps: the number of last inner steps whose gradient is differentiated (truncated backpropagation). In
-            earlier steps ∇_w L_lower is a constant, as in `maml`. Null: all steps.
+        inner_stop_loss: a task takes no more steps once the lower loss of a step (of its minibatch, with
+            `inner_batch`) is at most this; null: all steps.
+        backprop_steps: the number of last steps with second derivatives. In earlier steps ∇_w L_lower is a constant, as
+            in `maml`. K or null is all steps. At least 1, because without second derivatives the lower loss would teach
+            u nothing.
         lower_start: w_0. `fixed`: the same constants in every task; `learned`: part of theta; `random`: drawn for each
             task from the task's seed.
         start_seed: seed of the constants, or of the values from which `learned` starts, of a problem that draws them.
         hypergradient: `unrolled`, `conjugate-gradients` or `neumann`.
-        implicit_steps: steps of conjugate gradients, or the terms J of the Neumann series after the first.
+        implicit_steps: steps of conjugate gradients (at least 1), or the terms J of the Neumann series after the first.
         neumann_rate: η > 0, below 2 / the largest eigenvalue of the Hessian; null: `inner_lr`.
         damping: δ ≥ 0.
     """
@@ -97,16 +103,22 @@ class Bilevel:
         inner_clip_norm: Annotated[float, Field(gt=0)] | None = None,
         inner_schedule: InnerSchedule = "constant",
         inner_batch: Annotated[int, Field(ge=1)] | None = None,
+        inner_stop_loss: float | None = None,
         backprop_steps: Annotated[int, Field(ge=1)] | None = None,
         lower_start: Literal["fixed", "learned", "random"] = "fixed",
         start_seed: Annotated[int, Field(ge=0)] = 0,
         hypergradient: Literal["unrolled", "conjugate-gradients", "neumann"] = "unrolled",
-        implicit_steps: Annotated[int, Field(ge=1)] = 10,
+        implicit_steps: Annotated[int, Field(ge=0)] = 10,
         neumann_rate: Annotated[float, Field(gt=0)] | None = None,
         damping: Annotated[float, Field(ge=0)] = 0.0,
     ):
         if hypergradient != "unrolled":
             _check_implicit(hypergradient, lower_start, learn_inner_lr, backprop_steps, inner_weight_decay)
+        if hypergradient == "conjugate-gradients" and implicit_steps == 0:
+            raise InputError(
+                "algorithm.implicit_steps: got 0 with hypergradient: conjugate-gradients, expected at least 1: "
+                "without a step v is 0"
+            )
         self._score = score
         self.problem = build_bilevel_problem(problem, options or {}, {"model": model, "score": score})
         self.inner_lr = inner_lr
@@ -122,6 +134,7 @@ class Bilevel:
             factors=list_factors(inner_schedule, inner_steps),
         )
         self.inner_batch = inner_batch
+        self.inner_stop_loss = inner_stop_loss
         self.constant_steps = 0 if backprop_steps is None else max(inner_steps - backprop_steps, 0)
         self.lower_start = lower_start
         self.hypergradient = hypergradient
@@ -141,18 +154,21 @@ class Bilevel:
 
     def begin(self, theta: Theta, support: Any) -> InnerState:
         lower = self._begin_lower(theta)
-        return self.optimizer.begin(lower, tuple(lower))
+        return allow_stopping(self.optimizer.begin(lower, tuple(lower)), self.inner_stop_loss)
 
     def step(self, theta: Theta, state: InnerState, support: Any, k: int) -> InnerState:
         upper = remove_prefix(theta, UPPER)
         batch = select_minibatch(support, k, self.inner_batch, self._score)
 
-        def lower_loss(lower: Theta) -> Tensor:
-            return self.problem.lower_loss(upper, lower, batch)
+        def lower_loss(lower: Theta) -> tuple[Tensor, Tensor]:
+            loss = self.problem.lower_loss(upper, lower, batch)
+            return loss, loss.detach()
 
-        gradient = inner_gradient(lower_loss, state.phi, first_order=k < self.constant_steps)
+        is_constant = k < self.constant_steps
+        gradient, loss = inner_gradient(lower_loss, state.phi, has_aux=True, first_order=is_constant)
         rate: Any = theta[INNER_LR] if self.learn_inner_lr else self.inner_lr
-        return self.optimizer.step(state, gradient, k, rate)
+        after = self.optimizer.step(state, gradient, k, rate)
+        return stop_if_reached(state, after, loss, self.inner_stop_loss)
 
     def predict(self, theta: Theta, state: InnerState, x: Any) -> Any:
         return self.problem.predict(remove_prefix(theta, UPPER), state.phi, x)

@@ -1,4 +1,6 @@
-"""Training sets of scikit-learn's digits with wrong labels: 1,797 drawings of 8×8 pixels that come with the library.
+"""Tasks whose support sets have wrong targets: digits with wrong labels, and sine waves with outliers.
+
+The digits are scikit-learn's: 1,797 drawings of 8×8 pixels that come with the library.
 
 Shapes: T tasks, S support examples, Q query examples.
 """
@@ -14,17 +16,20 @@ from torch import Tensor
 
 from distmeta.errors import InputError
 from distmeta.protocols import Batch, Episode
-from distmeta.seeding import task_generator
+from distmeta.seeding import draw_uniforms, task_generator
 from distmeta.tasks.digits import INK, load_digit_images
 from distmeta.tasks.few_shot import ClassificationScore
 from distmeta.tasks.options import Positive
+from distmeta.tasks.regression import Sinusoid
 
 PARTS = {"train": (0.0, 0.5), "val": (0.5, 0.7), "test": (0.7, 1.0)}
 """The part of the drawings that each split sees."""
+OUTLIERS = 1
+"""The part of a task's uniform numbers that decides its outliers; part 0 decides its sine wave."""
 
 
 class NoisyBatch(NamedTuple):
-    """Examples whose labels may be wrong."""
+    """Examples whose targets may be wrong."""
 
     x: Tensor
     y: Tensor
@@ -90,3 +95,43 @@ class NoisyDigits:
         support = NoisyBatch(*map(torch.stack, zip(*supports, strict=True)))
         query = Batch(*map(torch.stack, zip(*queries, strict=True)))
         return Episode(support, query)
+
+
+@final
+class NoisySinusoid:
+    """Each task is a sine wave as in `sinusoid`, with outliers among the support targets and none in the query set.
+
+        y_i = A sin(x_i − b) + e_i,   e_i uniform on [−spread, spread] with probability `outliers`, else 0
+
+    Args:
+        shots: examples in the support set.
+        queries: examples in the query set.
+        outliers: probability that a support target is an outlier.
+        spread: largest error of an outlier. Amplitudes are at most 5.
+    """
+
+    in_shape = Sinusoid.in_shape
+    out_features = Sinusoid.out_features
+
+    def __init__(
+        self,
+        shots: Positive = 20,
+        queries: Positive = 10,
+        outliers: Annotated[float, Field(ge=0, lt=1)] = 0.3,
+        spread: Annotated[float, Field(gt=0)] = 15.0,
+    ) -> None:
+        self._sines = Sinusoid(shots, queries)
+        self._shots = shots
+        self._outliers = outliers
+        self._spread = spread
+
+    def draw(self, split: str, ids: Any) -> Episode:
+        """Draw the episodes of the tasks `ids` (uint64 [T]): support [T, S, 1], query [T, Q, 1]."""
+        support, query = self._sines.draw(split, ids)
+        unit_TN = torch.from_numpy(draw_uniforms(ids, 2 * self._shots, OUTLIERS).astype(np.float32))
+        is_outlier_TS1 = unit_TN[:, : self._shots, None] < self._outliers
+        error_TS1 = self._spread * (2 * unit_TN[:, self._shots :, None] - 1)
+        y_TS1 = support.y + torch.where(is_outlier_TS1, error_TS1, 0.0)
+        return Episode(NoisyBatch(support.x, y_TS1, ~is_outlier_TS1[..., 0]), query)
+
+    score = staticmethod(Sinusoid.score)

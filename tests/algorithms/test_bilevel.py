@@ -171,6 +171,35 @@ def test_truncated_hypergradient_is_that_of_the_last_steps_from_a_constant() -> 
     assert float(found) == pytest.approx(float(u.grad), rel=1e-12)
 
 
+def test_task_stops_at_its_lower_loss() -> None:
+    """Once a step's lower loss is at most the limit, hypergradients are those of the steps before it."""
+    support = make_episode().support
+    theta = {name: value.double() for name, value in build_ridge().init(torch.Generator()).items()}
+    state = unroll(build_ridge(inner_lr=0.1, inner_steps=2), theta, support, detach=True)
+    upper = {"log_strength": theta["upper.log_strength"]}
+    limit = float(Ridge().lower_loss(upper, state.phi, support))
+    two_steps = compute_hypergradient(build_ridge(inner_lr=0.1, inner_steps=2))
+    stopped = compute_hypergradient(build_ridge(inner_lr=0.1, inner_steps=6, inner_stop_loss=limit))
+    six_steps = compute_hypergradient(build_ridge(inner_lr=0.1, inner_steps=6))
+    assert torch.equal(stopped["upper.log_strength"], two_steps["upper.log_strength"])
+    assert not torch.equal(six_steps["upper.log_strength"], two_steps["upper.log_strength"])
+
+
+def test_neumann_series_of_one_term_replaces_the_hessian() -> None:
+    """The hypergradient is −η ∂_u ∂_w L_lower · ∂_w L_upper, here with ∂_u ∂_w L_lower = e^u w."""
+    rate = 0.7
+    algorithm = build_ridge(
+        inner_lr=0.1, inner_steps=3, hypergradient="neumann", implicit_steps=0, neumann_rate=rate
+    )
+    theta = {name: value.double() for name, value in algorithm.init(torch.Generator()).items()}
+    support, query = make_episode()
+    weight = unroll(algorithm, theta, support, detach=True).phi["weight"]
+    gradient = query.x.T @ (query.x @ weight - query.y) / len(query.x)
+    expected = -rate * theta["upper.log_strength"].exp() * (weight @ gradient)
+    found = compute_hypergradient(algorithm)["upper.log_strength"]
+    assert float(found) == pytest.approx(float(expected), rel=1e-12)
+
+
 def test_random_start_differs_between_tasks_and_not_between_shards() -> None:
     options = {"type": "bilevel", "problem": "learned-loss", "inner_lr": 0.01, "inner_steps": 1}
     problem = build_problem(Job.parse(tree({**options, "lower_start": "random"})))
@@ -207,6 +236,10 @@ def test_random_start_differs_between_tasks_and_not_between_shards() -> None:
         (
             {"inner_weight_decay": 0.1, **IMPLICIT},
             "algorithm.inner_weight_decay: got 0.1 with hypergradient: conj",
+        ),
+        (
+            {"hypergradient": "conjugate-gradients", "implicit_steps": 0},
+            "algorithm.implicit_steps: got 0 with hypergradient: conjugate-gradients",
         ),
         ({"options": {"width": 3}}, "algorithm.options: got an unexpected keyword argument 'width'"),
     ],
